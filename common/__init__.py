@@ -1,0 +1,1 @@
+"""What all packages share: errors, configuration, options, devices, files and pictures."""

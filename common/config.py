@@ -1,0 +1,208 @@
+"""What describes a network: its architecture, what it predicts, and the noise schedule it was made for.
+
+One description serves the YAML files, the command line and the checkpoints. No torch in here, so
+that reading options stays quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from common.errors import InputError
+
+MODELS = ("uvit", "deediff_uvit")
+PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
+SOLVERS = ("ddpm", "ddim")
+BETA_SCHEDULES = ("linear", "scaled_linear")
+CLASSIFIER_TYPES = (
+    "attention_probe",
+    "mlp_probe_per_layer",
+    "mlp_probe_per_timestep",
+    "mlp_probe_per_layer_per_timestep",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTConfig:
+    """One backbone. The fields are the keys of `model_params` in the YAML files and the arguments of UViT."""
+
+    img_size: int  # side of the input, in pixels (latent cells with an autoencoder)
+    patch_size: int  # side of a patch, same unit
+    in_chans: int = 3
+    embed_dim: int = 512
+    depth: int = 13  # depth // 2 blocks in, one middle, depth // 2 out: 12 and 13 are the same network
+    num_heads: int = 8
+    mlp_ratio: float = 4
+    qkv_bias: bool = False
+    mlp_time_embed: bool = False
+    num_classes: int = -1  # -1: unconditional
+    normalize_timesteps: bool = False  # divide t by 1000 before embedding it
+
+    def __post_init__(self) -> None:
+        limits = {"img_size": 4096, "patch_size": 4096, "in_chans": 256, "embed_dim": 16384, "depth": 999}
+        for name, most in (limits | {"num_heads": 1024}).items():
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name}={getattr(self, name)} is outside 1..{most}")
+        if self.img_size % self.patch_size:
+            raise InputError(f"img_size={self.img_size} is no multiple of patch_size={self.patch_size}")
+        if self.embed_dim % self.num_heads or self.embed_dim % 2:
+            raise InputError(
+                f"embed_dim={self.embed_dim} must be even and a multiple of num_heads={self.num_heads}"
+            )
+        if not 0 < self.mlp_ratio <= 64:
+            raise InputError(f"mlp_ratio={self.mlp_ratio} is outside (0, 64]")
+        if self.num_classes != -1 and not 1 <= self.num_classes <= 1_000_000:
+            raise InputError(f"num_classes={self.num_classes}: give -1 (unconditional) or 1..1000000")
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth // 2 * 2 + 1
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.in_chans, self.img_size, self.img_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The noise schedule. The fields are the keys of `diffusion_params` and the arguments of NoiseSchedule."""
+
+    num_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        if not 1 <= self.num_timesteps <= 100_000:
+            raise InputError(f"num_timesteps={self.num_timesteps} is outside 1..100000")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise InputError(
+                f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted 0 < start <= end < 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A network as the YAML files and the checkpoints describe it."""
+
+    model: str = "uvit"
+    model_params: UViTConfig
+    classifier_type: str | None = None  # of a deediff_uvit
+    parametrization: str = "predict_noise"
+    diffusion_params: DiffusionConfig = field(default_factory=DiffusionConfig)
+    dataset: str | None = None  # what a checkpoint was trained on
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, MODELS)
+        check_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
+        if self.model == "deediff_uvit":
+            check_choice("classifier_type", self.classifier_type, CLASSIFIER_TYPES)
+        elif self.classifier_type is not None:
+            raise InputError(f"classifier_type={self.classifier_type} needs model deediff_uvit, not uvit")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}={value}: choose one of {', '.join(choices)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings a YAML file gives, as nested dicts; sections and keys are checked, defaults not filled in.
+
+    Raises InputError for a file that is no YAML mapping, a key nobody reads or a value of the wrong type.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(given, dict) or not isinstance(given.get("model_params"), dict):
+        raise InputError(f"{path}: wanted a mapping with a section model_params")
+    return check_types(Config, given, str(path))
+
+
+def build_config(settings: Mapping[str, Any], where: str) -> Config:
+    """A complete Config from nested settings; what they leave out takes its default.
+
+    where: named in the message when something required is missing.
+    """
+    return _build(Config, settings, where)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The nested plain values that `build_config` takes back."""
+    return dataclasses.asdict(config)
+
+
+def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings of which `upper` wins; None there means not given."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        if isinstance(value, Mapping):
+            merged[key] = merge(merged.get(key) or {}, value)
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def contradictions(carried: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys that both state, with different values: ["depth: 13 here, 3 there", ...]."""
+    found = []
+    for key, value in given.items():
+        if value is None or carried.get(key) is None:
+            continue
+        if isinstance(value, Mapping):
+            found += contradictions(carried[key], value, f"{prefix}{key}.")
+        elif key == "depth":  # 12 and 13 are the same network
+            if carried[key] // 2 != value // 2:
+                found.append(f"{prefix}{key} ({carried[key]} and {value})")
+        elif carried[key] != value:
+            found.append(f"{prefix}{key} ({carried[key]} and {value})")
+    return found
+
+
+T = TypeVar("T")
+
+
+def check_types(cls: type, given: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """`given`, with every key known to the dataclass `cls` and every value of its type, all the way down."""
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(str(key) for key in given if key not in known):
+        raise InputError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return {key: _check_type(value, hints[key], f"{where}: {key}") for key, value in given.items()}
+
+
+def _check_type(value: Any, wanted: Any, where: str) -> Any:
+    options = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return check_types(option, value, where)
+        if option is float and type(value) in (int, float) and abs(value) < 1e300:
+            return float(value)
+        if type(value) is option:
+            return value
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
+    names = "a mapping" if any(map(dataclasses.is_dataclass, options)) else names
+    raise InputError(f"{where} is {value!r:.80}, wanted {names}")
+
+
+def _build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
+    settings = check_types(cls, {key: value for key, value in settings.items() if value is not None}, where)
+    hints = get_type_hints(cls)
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            settings[name] = _build(hints[name], value, where)
+    required = [f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in settings]:
+        raise InputError(f"{where}: {', '.join(missing)} not given")
+    return cls(**settings)

@@ -1,0 +1,53 @@
+"""Pixels: between 8 bits and the range of the networks, and as pictures on disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.files import replacing
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8, clipped and rounded; the inverse of `from_uint8`."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def save_png(path: Path, pixels: Tensor) -> None:
+    """pixels: uint8 (C, H, W) with C = 1, 3 or 4."""
+    array = rearrange(pixels.cpu().numpy(), "c h w -> h w c")
+    with replacing(path) as temporary:
+        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary)
+
+
+def save_grid(path: Path, pixels: Tensor, at_most: int = 100, least_side: int = 64) -> None:
+    """Save the first images as one picture, nearly square; tiny ones are enlarged so that they can be seen.
+
+    pixels: uint8 (N, C, H, W).
+    """
+    pixels = pixels[:at_most].cpu()
+    zoom = max(1, math.ceil(least_side / pixels.shape[-1]))
+    tiles = F.pad(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=255)
+    columns = math.ceil(len(tiles) ** 0.5)
+    rows = math.ceil(len(tiles) / columns)
+    blank = tiles.new_full((rows * columns - len(tiles), *tiles.shape[1:]), 255)
+    grid = rearrange(torch.cat([tiles, blank]), "(r k) c h w -> c (r h) (k w)", r=rows)
+    save_png(path, grid)
+
+
+def to_tensor(image: Image.Image, in_chans: int) -> Tensor:
+    """A Pillow image as uint8 (C, H, W), grey or RGB."""
+    array = np.array(image.convert("L" if in_chans == 1 else "RGB"))
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,63 @@
+"""Pictures of numbers. Drawn without pyplot, so that nothing depends on a display or on global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.files import replacing
+
+BLUE, ORANGE, GREY = "#2a6f97", "#d1603d", "#8d99ae"
+
+
+def plot_exit_layers(
+    path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, depth: int, threshold: float
+) -> None:
+    """How deep images go at each t: mean, and the middle 90 %.
+
+    timesteps: (S,). exit_layer: (S, N) in 0..depth.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    low, high = np.percentile(exit_layer, [5, 95], axis=1)
+    axes.fill_between(timesteps, low, high, color=BLUE, alpha=0.25, linewidth=0, label="90 % of the images")
+    axes.plot(timesteps, exit_layer.mean(axis=1), color=BLUE, label="mean")
+    axes.axhline(depth, color=GREY, linestyle=":", label=f"whole network ({depth} blocks)")
+    axes.set(
+        xlim=(timesteps.max(), timesteps.min()) if len(timesteps) > 1 else None,
+        ylim=(-0.02 * depth, 1.05 * depth),
+        xlabel="timestep t (noise on the left, image on the right)",
+        ylabel="exit layer (blocks run)",
+        title=f"Early exit at threshold {threshold:g}: {exit_layer.mean():.2f} of {depth} blocks on average",
+    )
+    axes.legend(loc="upper left", framealpha=1)
+    _save(figure, path)
+
+
+def plot_score_against_time(
+    path: Path, labels: Sequence[str], seconds: Sequence[float], scores: Sequence[float], metric: str
+) -> None:
+    """One point a run: seconds per image, score."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, (label, x, y) in enumerate(zip(labels, seconds, scores, strict=True)):
+        axes.scatter(x, y, s=70, color=ORANGE if i == 0 else BLUE, zorder=3)
+        axes.annotate(label, (x, y), xytext=(7, 6), textcoords="offset points")
+    axes.axhline(scores[0], color=ORANGE, linestyle=":", linewidth=1)
+    axes.set(
+        xlabel="seconds per image, measured",
+        ylabel=metric,
+        title=f"{metric} against time; dotted: {labels[0]}",
+    )
+    axes.set_xlim(left=0, right=1.25 * max(seconds))
+    axes.margins(y=0.2)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,44 @@
+"""The 1,797 handwritten digits of 8 x 8 pixels that ship with the project (see digits.md for their source)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from data.dataset import ImageDataset, check_labels
+
+FILE = Path(__file__).with_name("digits.npz")
+
+
+class Digits(ImageDataset):
+    random_flip = False  # a mirrored 3 is no digit
+
+    def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int = -1):
+        if data_path is not None:
+            raise InputError(f"--data_path {data_path}: the digits ship with the project; leave it out")
+        if (img_size, in_chans) != (8, 1):
+            raise InputError(
+                f"the digits are 8 x 8 and grey: wanted img_size 8 and in_chans 1, got {img_size} and {in_chans}"
+            )
+        with np.load(FILE, allow_pickle=False) as file:
+            levels, labels = file["images"], file["labels"]
+        # The source has 17 grey levels, 0..16.
+        self.images = torch.from_numpy(np.rint(levels * (255 / 16)).astype(np.uint8))[:, None]
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        check_labels(9, num_classes, "digits")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+    def describe(self) -> dict[str, Any]:
+        return {"dataset": "digits", "images": len(self), "img_size": 8, "in_chans": 1, "transform": "none"}

@@ -1,0 +1,154 @@
+"""The noise schedule and one function per equation.
+
+DDPM is Ho et al. 2020, "Denoising Diffusion Probabilistic Models"; DDIM is Song et al. 2021, "Denoising
+Diffusion Implicit Models". Tables are float64; they are cast where they meet the image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.config import PARAMETRIZATIONS, DiffusionConfig, check_choice
+
+
+class NoiseSchedule:
+    """The tables of the forward process, each (T,) float64 on the CPU.
+
+    The arguments are the fields of `DiffusionConfig`, which checks them (InputError).
+
+    betas: variance added at t. alphas: 1 - betas. alphas_cumprod: products of alphas up to t, alpha bar.
+    posterior_variance: beta tilde, DDPM Eq. 7; 0 at t = 0.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+    ):
+        self.config = DiffusionConfig(
+            num_timesteps=num_timesteps,
+            beta_schedule=beta_schedule,
+            beta_start=beta_start,
+            beta_end=beta_end,
+        )
+        if beta_schedule == "linear":
+            self.betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        else:  # scaled_linear: linear in the standard deviation, as in latent diffusion
+            std = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
+            self.betas = std**2
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = self.alphas.cumprod(0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        self.posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.betas)
+
+    def alpha_bar(self, t: int) -> float:
+        """alphas_cumprod at t; t = -1 is the clean image, 1."""
+        return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
+
+    def q_sample(self, x0: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
+        """Noise clean images: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. DDPM, Eq. 4.
+
+        x0, eps: (B, C, H, W). t: (B,) or one int. Returns (B, C, H, W).
+        """
+        signal = self._at(self.alphas_cumprod.sqrt(), t, x0)
+        noise = self._at((1 - self.alphas_cumprod).sqrt(), t, x0)
+        return signal * x0 + noise * eps
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
+        """The mean of q(x_{t-1} | x_t, x0). DDPM, Eq. 7. Shapes as in `q_sample`."""
+        previous = self.alphas_cumprod / self.alphas
+        of_x0 = previous.sqrt() * self.betas / (1 - self.alphas_cumprod)
+        of_x_t = self.alphas.sqrt() * (1 - previous) / (1 - self.alphas_cumprod)
+        return self._at(of_x0, t, x0) * x0 + self._at(of_x_t, t, x0) * x_t
+
+    @staticmethod
+    def _at(table: Tensor, t: Tensor | int, image: Tensor) -> Tensor | float:
+        """A table's entries at t, ready to be multiplied with the image."""
+        if not isinstance(t, Tensor):
+            return float(table[t])
+        return table.to(image.dtype).to(image.device)[t.to(image.device)].view(-1, 1, 1, 1)
+
+
+def training_target(
+    schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, parametrization: str
+) -> Tensor:
+    """What the network should predict: (B, C, H, W). t: (B,)."""
+    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    if parametrization == "predict_noise":
+        return eps
+    return x0 if parametrization == "predict_original" else schedule.posterior_mean(x0, x_t, t)
+
+
+def to_x0(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str) -> Tensor:
+    """The clean image a model output stands for. DDPM, Eq. 4 solved for x0."""
+    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    if parametrization == "predict_original":
+        return model_output
+    eps = to_eps(schedule, model_output, x_t, t, parametrization)
+    alpha_bar_t = schedule.alpha_bar(t)
+    return (x_t - (1 - alpha_bar_t) ** 0.5 * eps) / alpha_bar_t**0.5
+
+
+def to_eps(
+    schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str
+) -> Tensor:
+    """The noise a model output stands for. DDPM, Eq. 4 and Eq. 11 solved for eps."""
+    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    alpha_bar_t = schedule.alpha_bar(t)
+    if parametrization == "predict_noise":
+        return model_output
+    if parametrization == "predict_original":
+        return (x_t - alpha_bar_t**0.5 * model_output) / (1 - alpha_bar_t) ** 0.5
+    alpha_t, beta_t = float(schedule.alphas[t]), float(schedule.betas[t])
+    return (x_t - alpha_t**0.5 * model_output) * ((1 - alpha_bar_t) ** 0.5 / beta_t)
+
+
+def to_posterior_mean(
+    schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str
+) -> Tensor:
+    """The mean of x_{t-1} a model output stands for. DDPM, Eq. 7 and Eq. 11."""
+    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
+    if parametrization == "predict_previous":
+        return model_output
+    if parametrization == "predict_original":
+        return schedule.posterior_mean(model_output, x_t, t)
+    alpha_t, beta_t = float(schedule.alphas[t]), float(schedule.betas[t])
+    return (x_t - beta_t / (1 - schedule.alpha_bar(t)) ** 0.5 * model_output) / alpha_t**0.5
+
+
+def ddpm_step(
+    schedule: NoiseSchedule,
+    model_output: Tensor,
+    x_t: Tensor,
+    t: int,
+    noise: Tensor | None,
+    parametrization: str = "predict_noise",
+) -> Tensor:
+    """Draw x_{t-1} given x_t. DDPM, Algorithm 2 with the posterior variance beta tilde.
+
+    model_output, x_t, noise: (B, C, H, W). noise is not used at t = 0, where the mean is the image.
+    parametrization: what model_output is. Nothing is clipped.
+    """
+    mean = to_posterior_mean(schedule, model_output, x_t, t, parametrization)
+    return mean if t == 0 else mean + float(schedule.posterior_variance[t]) ** 0.5 * noise
+
+
+def ddim_step(
+    x_t: Tensor, eps: Tensor, alpha_bar_t: float, alpha_bar_s: float, eta: float, noise: Tensor | None
+) -> Tensor:
+    """Move x_t to x_s, s < t. DDIM, Eq. 12 with sigma from Eq. 16.
+
+    x_t, eps, noise: (B, C, H, W). alpha_bar_t, alpha_bar_s: in (0, 1]; alpha_bar_s = 1 lands on x0.
+    eta: 0 is deterministic (noise may be None), 1 has the variance of DDPM.
+    """
+    x0 = (x_t - (1 - alpha_bar_t) ** 0.5 * eps) / alpha_bar_t**0.5
+    var = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+    mean = alpha_bar_s**0.5 * x0 + max(1 - alpha_bar_s - var, 0.0) ** 0.5 * eps
+    return mean + var**0.5 * noise if var > 0 else mean

@@ -1,0 +1,89 @@
+"""The sampling loop, the choice of the network by timestep, and noise that belongs to a sample.
+
+A denoiser is any callable (x_t, t, y) -> model output, with x_t and the output (B, C, H, W), t an int
+and y (B,) classes or None. One network, several that take turns, and an early-exit network are
+denoisers alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from diffusion.solvers import Solver
+
+Denoiser = Callable[[Tensor, int, Tensor | None], Tensor]
+
+
+class SwitchingDenoiser:
+    """Several denoisers that take turns as t falls; DuoDiff is the case of two.
+
+    switches: one timestep between each two neighbours, falling. The first denoiser runs at every
+    t > switches[0], the second at the t down to switches[1], ..., the last at every t <= switches[-1].
+    """
+
+    def __init__(self, denoisers: Sequence[Denoiser], switches: Sequence[int] = ()):
+        if len(switches) != len(denoisers) - 1:
+            raise InputError(
+                f"{len(denoisers)} networks need {len(denoisers) - 1} switches, not {len(switches)}"
+            )
+        if list(switches) != sorted(switches, reverse=True):
+            raise InputError(f"switches {list(switches)} must not rise")
+        self.denoisers, self.switches = list(denoisers), list(switches)
+
+    def index(self, t: int) -> int:
+        """Which denoiser runs at t: the one place where this is decided."""
+        return sum(t <= switch for switch in self.switches)
+
+    def steps_of_each(self, timesteps: Sequence[int]) -> list[int]:
+        """How many of the timesteps each denoiser runs."""
+        chosen = [self.index(t) for t in timesteps]
+        return [chosen.count(k) for k in range(len(self.denoisers))]
+
+    def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        return self.denoisers[self.index(t)](x_t, t, y)
+
+
+class SeededNoise:
+    """Standard normal noise; row i depends on seeds[i] alone, whatever batch it sits in."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, *shape: int) -> Tensor:
+        """shape: (C, H, W). Returns (B, C, H, W)."""
+        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self.generators])
+
+
+def sample_classes(choices: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:
+    """A class for each sample, uniform over the choices; it depends on the seed and the index alone. (B,)."""
+    picks = [np.random.default_rng([seed, index]).integers(len(choices)) for index in indices]
+    return torch.tensor([choices[pick] for pick in picks])
+
+
+@torch.inference_mode()
+def sample(
+    denoiser: Denoiser,
+    solver: Solver,
+    timesteps: Sequence[int],
+    noise: Callable[..., Tensor],
+    image_shape: tuple[int, int, int],
+    y: Tensor | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Generate images: (B, C, H, W), nominally in [-1, 1], not clipped.
+
+    timesteps: falling; the last one leads to the clean image. noise: called with image_shape (C, H, W),
+    gives (B, C, H, W); it makes the start and what the solver draws. on_step: called before each step
+    with t and x_t.
+    """
+    x_t = noise(*image_shape)
+    for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        if on_step is not None:
+            on_step(t, x_t)
+        x_t = solver.step(denoiser(x_t, t, y), x_t, t, s, lambda: noise(*image_shape))
+    return x_t

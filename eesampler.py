@@ -1,0 +1,69 @@
+"""Generate images with an early-exit model, which stops computing an image at the layer where it may."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from common.cli import Parser, real
+from common.errors import command
+from generation.options import add_sampling_options, check_sampling_options
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add_sampling_options(parser)
+    parser.add_argument(
+        "--threshold",
+        type=real(0, 1),
+        required=True,
+        help="an image leaves at the first layer whose predicted uncertainty is at or below this",
+    )
+    return check_sampling_options(parser, parser.parse_args(argv))
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    from common.devices import pick_device
+    from common.plots import plot_exit_layers
+    from generation.exits import ExitRecorder
+    from generation.run import SamplingRun
+    from models.flops import early_exit_flops
+    from models.loading import load_network, stated_settings
+
+    device = pick_device(args.device)
+    stated = stated_settings(args.config_path, {"parametrization": args.parametrization})
+    network = load_network(
+        args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device
+    )
+    run = SamplingRun(args, network.config, device)
+    recorder = ExitRecorder(network.module, args.threshold)
+    run.warm_up(network.module)
+    timing = run.run(recorder, after_batch=recorder.end_batch)
+
+    report = run.folder / "report"
+    exits = recorder.save(report / "exits.npz", run.timesteps)
+    depth = network.module.num_layers
+    plot_exit_layers(
+        report / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, args.threshold
+    )
+
+    costs = early_exit_flops(network.module)
+    flops = sum(costs[layer] * float((exits["exit_layer"] == layer).sum()) for layer in range(depth + 1))
+    mean_exit = float(exits["exit_layer"].mean())
+    backbone = {
+        "name": "early exit",
+        "timesteps": len(run.timesteps),
+        "calls": len(run.timesteps) * -(-args.n_samples // args.batch_size),
+        "flops_per_image_call": costs[-1],
+        "mean_exit_layer": mean_exit,
+    }
+    run.write_statistics(timing, [backbone | network.describe()], flops / args.n_samples)
+    print(f"mean exit layer {mean_exit:.2f} of {depth}")
+    print(run.summary(timing))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What sampler.py and eesampler.py share: their options, the run over all samples, the report."""

@@ -1,0 +1,65 @@
+"""Command-line options of the sampling scripts. No torch in here."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import SEED, Parser, add_common_options, existing_file, real, whole
+from common.config import PARAMETRIZATIONS, SOLVERS
+
+
+def add_sampling_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--checkpoint_path", type=existing_file, required=True, help="weights: .pth or .safetensors"
+    )
+    parser.add_argument(
+        "--config_path",
+        type=existing_file,
+        help="YAML file of the network; only for weights that came without one",
+    )
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="which weights of a checkpoint"
+    )
+    parser.add_argument(
+        "--parametrization", choices=PARAMETRIZATIONS, help="only for weights that do not say"
+    )
+    parser.add_argument(
+        "--output_folder", type=Path, required=True, help="images go here, the rest to its report/"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the samples that are there")
+    parser.add_argument("--seed", type=SEED, default=0, help="sample i depends on this and i alone")
+    parser.add_argument("--n_samples", type=whole(1, 10_000_000), help="as many as --batch_size if not said")
+    parser.add_argument("--batch_size", type=whole(1), default=128, help="samples made at a time")
+    parser.add_argument("--solver", choices=SOLVERS, default="ddpm")
+    parser.add_argument(
+        "--steps", type=whole(1), help="network calls per image; if not said, every t for ddpm, 50 for ddim"
+    )
+    parser.add_argument(
+        "--eta", type=real(0, 1), help="of ddim: 0 deterministic (if not said), 1 as random as ddpm"
+    )
+    parser.add_argument("--clip_x0", action="store_true", help="hold the predicted clean image to [-1, 1]")
+    parser.add_argument(
+        "--class_id", default="random", help="class of all samples, or random (class-conditional only)"
+    )
+    parser.add_argument(
+        "--timesteps_save",
+        type=whole(0),
+        nargs="+",
+        default=[],
+        help="also save x_t at these t, to report/frames",
+    )
+    add_common_options(parser)
+
+
+def check_sampling_options(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on other options; end on combinations that make no sense."""
+    if args.solver != "ddim" and args.eta is not None:
+        parser.error(f"--eta belongs to --solver ddim, not {args.solver}")
+    args.eta = args.eta or 0.0
+    args.n_samples = args.n_samples or args.batch_size
+    if args.steps is None and args.solver == "ddim":
+        args.steps = 50
+    if args.class_id != "random" and not args.class_id.isdecimal():
+        parser.error(f"--class_id {args.class_id}: give a whole number or random")
+    return args

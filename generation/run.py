@@ -1,0 +1,192 @@
+"""One sampling run: all samples of a folder, batch by batch, and the report beside them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config import Config, settings_of
+from common.devices import Stopwatch
+from common.errors import InputError
+from common.files import writable_folder, write_json
+from common.images import save_grid, save_png, to_uint8
+from common.seeds import nth_seed
+from diffusion import NoiseSchedule
+from diffusion.sampling import Denoiser, SeededNoise, sample, sample_classes
+from diffusion.solvers import Solver, spaced_timesteps
+
+SAMPLE_NAME = re.compile(r"\d{6,}\.png")
+GRID_SAMPLES = 100  # shown in report/grid_image.png
+FRAME_SAMPLES = 8  # shown in report/frames.png
+
+
+class SamplingRun:
+    """Checks everything that can be checked at once, then makes the samples.
+
+    args: what generation.options parsed. config: of the network, or of the first of several.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: Config, device: torch.device):
+        self.args, self.config, self.device = args, config, device
+        if config.model_params.in_chans not in (1, 3):
+            raise InputError(
+                f"in_chans={config.model_params.in_chans}: only grey (1) and RGB (3) can be saved"
+            )
+        self.schedule = NoiseSchedule(**settings_of(config.diffusion_params))
+        self.timesteps = spaced_timesteps(self.schedule.num_timesteps, args.steps)
+        self.solver = Solver(args.solver, self.schedule, config.parametrization, args.eta, args.clip_x0)
+        if unmet := sorted(set(args.timesteps_save) - set(self.timesteps)):
+            raise InputError(
+                f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(self.timesteps)}"
+            )
+        self.classes = self._class_choices()
+        self.folder: Path = args.output_folder
+        check_output_folder(self.folder, args.overwrite)
+
+    def _class_choices(self) -> list[int] | None:
+        num_classes, class_id = self.config.model_params.num_classes, self.args.class_id
+        if class_id == "random":
+            return list(range(num_classes)) if num_classes > 0 else None
+        if num_classes <= 0:
+            raise InputError(f"--class_id {class_id}: the network is unconditional; leave it out")
+        if int(class_id) >= num_classes:
+            raise InputError(f"--class_id {class_id}: the network knows classes 0..{num_classes - 1}")
+        return [int(class_id)]
+
+    @torch.inference_mode()
+    def warm_up(self, *denoisers: Denoiser) -> None:
+        """Run each once, so that what only a first call costs is not in the timing."""
+        size = min(self.args.batch_size, self.args.n_samples)
+        x = torch.zeros(size, *self.config.model_params.image_shape, device=self.device)
+        y = torch.full((size,), self.classes[0], device=self.device) if self.classes else None
+        for denoiser in denoisers:
+            denoiser(x, self.timesteps[-1], y)
+
+    def run(self, denoiser: Denoiser, after_batch: Callable[[], None] | None = None) -> dict[str, Any]:
+        """Make and save all samples. Returns the timing part of statistics.json.
+
+        after_batch: called when a batch has been made.
+        """
+        args = self.args
+        clear_samples(self.folder)
+        frames = dict.fromkeys(sorted(args.timesteps_save, reverse=True))
+        first_images, first_frames = [], {t: [] for t in frames}
+        sampling, saving = Stopwatch(self.device), Stopwatch(self.device)
+
+        total = -(-args.n_samples // args.batch_size) * len(self.timesteps)
+        with tqdm(total=total, unit="step", disable=True if args.quiet else None) as bar:
+
+            def on_step(t: int, x_t: Tensor) -> None:
+                bar.update()
+                if t in frames:
+                    frames[t] = to_uint8(x_t)
+
+            for start in range(0, args.n_samples, args.batch_size):
+                indices = range(start, min(start + args.batch_size, args.n_samples))
+                with sampling:
+                    images = to_uint8(self._sample(denoiser, indices, on_step))
+                if after_batch is not None:
+                    after_batch()
+                with saving:
+                    self._save(images, indices, self.folder)
+                    for t, x_t in frames.items():
+                        self._save(x_t, indices, self.folder / "report" / "frames" / f"t{t:04d}")
+                if start < GRID_SAMPLES:
+                    first_images.append(images.cpu())
+                if start < FRAME_SAMPLES:
+                    for t, x_t in frames.items():
+                        first_frames[t].append(x_t.cpu())
+
+        report = self.folder / "report"
+        save_grid(report / "grid_image.png", torch.cat(first_images), GRID_SAMPLES)
+        if frames:
+            save_frames(
+                report / "frames.png", [torch.cat(f) for f in first_frames.values()], torch.cat(first_images)
+            )
+        return {
+            "n_samples": args.n_samples,
+            "seconds": sampling.seconds,
+            "seconds_per_image": sampling.seconds / args.n_samples,
+            "images_per_second": args.n_samples / sampling.seconds,
+            "seconds_saving": saving.seconds,
+        }
+
+    def _sample(
+        self, denoiser: Denoiser, indices: Sequence[int], on_step: Callable[[int, Tensor], None]
+    ) -> Tensor:
+        noise = SeededNoise([nth_seed(self.args.seed, "samples", i) for i in indices], self.device)
+        y = None
+        if self.classes:
+            y = sample_classes(self.classes, self.args.seed, indices).to(self.device)
+        shape = self.config.model_params.image_shape
+        return sample(denoiser, self.solver, self.timesteps, noise, shape, y, on_step)
+
+    @staticmethod
+    def _save(images: Tensor, indices: Sequence[int], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, image in zip(indices, images.cpu(), strict=True):
+            save_png(folder / f"{index:06d}.png", image)
+
+    def summary(self, timing: dict[str, Any]) -> str:
+        return (
+            f"{timing['n_samples']} images in {timing['seconds']:.1f} s "
+            f"({timing['images_per_second']:.2f} images/s on {self.device}) -> {self.folder}"
+        )
+
+    def write_statistics(self, timing: dict[str, Any], backbones: list[dict[str, Any]], flops: float) -> None:
+        """Write report/statistics.json.
+
+        backbones: what ran, and how often. flops: of the networks, per image.
+        """
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        content = timing | {
+            "network_flops_per_image": flops,
+            "backbones": backbones,
+            "timesteps": len(self.timesteps),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "settings": settings,
+        }
+        write_json(self.folder / "report" / "statistics.json", content)
+
+
+def check_output_folder(folder: Path, overwrite: bool) -> None:
+    """Raises InputError unless samples can be written there and nothing of the user's is lost."""
+    writable_folder(folder)
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    samples = [path for path in files if SAMPLE_NAME.fullmatch(path.name)]
+    others = [path for path in files if path not in samples and path.name != "report"]
+    if others:
+        raise InputError(f"{folder} holds {others[0].name}, which is no sample; choose a folder of its own")
+    if samples and not overwrite:
+        raise InputError(
+            f"{folder} holds {len(samples)} samples already; choose another --output_folder or give --overwrite"
+        )
+    (folder / "report").mkdir(exist_ok=True)
+
+
+def clear_samples(folder: Path) -> None:
+    """Remove an earlier run, all of it, so that no sample of one run is taken for one of another."""
+    for path in folder.iterdir():
+        if SAMPLE_NAME.fullmatch(path.name):
+            path.unlink()
+    shutil.rmtree(folder / "report", ignore_errors=True)
+    (folder / "report").mkdir()
+
+
+def save_frames(path: Path, frames: list[Tensor], images: Tensor) -> None:
+    """A row a sample, a column a timestep, the finished image last."""
+    columns = torch.stack([column[:FRAME_SAMPLES] for column in [*frames, images]], dim=1)  # (N, K, C, H, W)
+    margin = torch.nn.functional.pad(columns, (1, 1, 1, 1), value=255)
+    picture = torch.cat([torch.cat(list(row), dim=-1) for row in margin], dim=-2)
+    zoom = max(1, 64 // images.shape[-1])
+    save_png(path, picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))

@@ -1,0 +1,7 @@
+"""The networks, and reading their weights."""
+
+from models.early_exit import EarlyExitUViT
+from models.uvit import UViT
+from models.weights import load_weights
+
+__all__ = ["EarlyExitUViT", "UViT", "load_weights"]

@@ -1,0 +1,55 @@
+"""Floating-point operations of a network, counted by torch on shapes alone (a multiply-add is two)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.early_exit import EarlyExitUViT
+from models.uvit import UViT
+
+
+@torch.no_grad()
+def uvit_flops(uvit: UViT) -> int:
+    """Of one image through the whole network."""
+    uvit = _shapes_only(uvit)
+    return _count(lambda: uvit(*_inputs(uvit)))
+
+
+@torch.no_grad()
+def early_exit_flops(model: EarlyExitUViT) -> list[int]:
+    """Of one image that leaves at layer 0, 1, ..., L (L: runs to the end), probes and heads included."""
+    model = _shapes_only(model)
+    x, timesteps, y = _inputs(model.uvit)
+    skips: list[Tensor] = []
+    costs = []
+    tokens = model.uvit.embed(x, timesteps, y)
+    so_far = _count(lambda: model.uvit.embed(x, timesteps, y))
+    for layer, head in enumerate(model.exit_heads):
+        so_far += _count(lambda: model.probes(tokens, layer, timesteps))  # noqa: B023, called at once
+        costs.append(so_far + _count(lambda: head(tokens)))  # noqa: B023
+        so_far += _count(lambda: model.uvit.run_block(layer, tokens, skips.copy()))  # noqa: B023
+        tokens = model.uvit.run_block(layer, tokens, skips)
+    return [*costs, so_far + _count(lambda: model.uvit.decode(tokens))]
+
+
+def _shapes_only(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).to("meta").float()
+
+
+def _inputs(uvit: UViT) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = torch.empty(1, *uvit.config.image_shape, device="meta")
+    y = torch.zeros(1, dtype=torch.long, device="meta") if uvit.config.num_classes > 0 else None
+    return x, torch.zeros(1, device="meta"), y
+
+
+def _count(run: Callable[[], object]) -> int:
+    # The fused attention of the CPU has no formula in some releases of the counter; plain products do.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()

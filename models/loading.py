@@ -1,0 +1,100 @@
+"""From files to networks: what a checkpoint says of itself, what a YAML file adds, and that they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from common.config import Config, build_config, contradictions, merge, read_yaml, settings_of
+from common.errors import InputError
+from models.early_exit import EarlyExitUViT
+from models.uvit import UViT
+from models.weights import fill, read_weights
+
+SCRIPTS = {"uvit": "sampler.py", "deediff_uvit": "eesampler.py"}
+
+
+class Network(NamedTuple):
+    """A network ready to run, and what is known of it."""
+
+    module: nn.Module  # in eval mode
+    config: Config
+    weights: str  # "ema", "raw", or "unknown" where the file does not say
+    step: int | None  # optimiser steps it was trained for, where known
+    path: Path
+
+    def describe(self) -> dict[str, Any]:
+        """Provenance, as plain values."""
+        about = {"checkpoint": str(self.path), "weights": self.weights, "step": self.step}
+        return about | settings_of(self.config)
+
+
+def build_network(config: Config) -> UViT | EarlyExitUViT:
+    """A network with fresh weights."""
+    uvit = UViT(**settings_of(config.model_params))
+    if config.model == "uvit":
+        return uvit
+    return EarlyExitUViT(uvit, config.classifier_type, config.diffusion_params.num_timesteps)
+
+
+def stated_settings(config_path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user says of a network: the YAML file, and the command line, which beats it."""
+    return merge(read_yaml(config_path) if config_path else {}, given)
+
+
+def load_network(
+    path: Path,
+    stated: Mapping[str, Any],
+    *,
+    model: str,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+) -> Network:
+    """Build and load the network of a checkpoint, or of bare weights with settings.
+
+    stated: settings from `stated_settings`; needed for bare weights only. model: the kind that is wanted,
+    "uvit" or "deediff_uvit". Raises InputError where the file does not fit, or contradicts what is stated.
+    """
+    read = read_weights(path, weights)
+    if read.settings is None:
+        if (stated.get("model_params") or {}).get("img_size") is None:
+            raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
+        settings = merge({"model": model}, stated)
+    else:
+        settings = read.settings
+        if different := contradictions(settings, stated):
+            raise InputError(
+                f"{path} differs from --config_path or the flags in {', '.join(different)}; "
+                "it carries its own settings, so those can be left out"
+            )
+    config = build_config(settings, str(path))
+    if config.model != model:
+        raise InputError(
+            f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it"
+        )
+    network = build_network(config)
+    fill(network, read.state_dict, path)
+    network.requires_grad_(False).eval().to(device)
+    return Network(network, config, read.kind, read.step, path)
+
+
+def check_pair(early: Network, late: Network) -> None:
+    """Raises InputError unless the two can take turns on one image."""
+    different = [
+        f"{name} ({a} and {b})"
+        for name, a, b in (
+            ("image shape", early.config.model_params.image_shape, late.config.model_params.image_shape),
+            ("num_classes", early.config.model_params.num_classes, late.config.model_params.num_classes),
+            ("parametrization", early.config.parametrization, late.config.parametrization),
+            ("noise schedule", early.config.diffusion_params, late.config.diffusion_params),
+        )
+        if a != b
+    ]
+    if different:
+        raise InputError(
+            f"{early.path} and {late.path} cannot take turns: they differ in {', '.join(different)}"
+        )

@@ -1,0 +1,30 @@
+"""Train a full backbone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from common.cli import Parser
+from common.errors import command
+from training.options import add_training_options, check_training_options
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", choices=("uvit",), default="uvit", help="main.py trains early-exit models")
+    add_training_options(parser)
+    return check_training_options(parser, parser.parse_args(argv))
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    from training.setup import backbone_trainer
+
+    backbone_trainer(args).train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""An exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averages of the parameters that are trained.
+
+    decay: rises to this as (1 + step) / (10 + step), so that short runs do not average in their beginning.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` optimiser steps."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
+
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the network has the averaged weights."""
+        raw = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._put(self.averages)
+            yield
+        finally:
+            self._put(raw)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])

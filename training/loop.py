@@ -1,0 +1,260 @@
+"""The training loop.
+
+Learning rate, data order, timesteps, noise and flips are functions of the seed and the step, so a run
+that goes on from a checkpoint is the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.config import Config, settings_of
+from common.errors import InputError
+from common.images import from_uint8, save_grid, to_uint8
+from common.seeds import nth_seed
+from data.dataset import ImageDataset, training_batches
+from diffusion import NoiseSchedule
+from diffusion.ddpm import training_target
+from diffusion.sampling import Denoiser, SeededNoise, sample, sample_classes
+from diffusion.solvers import Solver, spaced_timesteps
+from training.checkpoints import CheckpointFolder, write_checkpoint
+from training.ema import Ema
+from training.logs import MetricsLog
+
+# Called with (x_t, t, y, target); returns what to log, of which "loss" is minimised.
+Objective = Callable[[Tensor, Tensor, Tensor | None, Tensor], dict[str, Tensor]]
+
+
+class Batch(NamedTuple):
+    x_t: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,) int64
+    y: Tensor | None  # (B,) int64
+    target: Tensor  # (B, C, H, W)
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Of the update that follows `step` finished ones: linear warm-up, then constant or half a cosine to 0."""
+    if step < args.num_warmup_steps:
+        return args.lr * (step + 1) / args.num_warmup_steps
+    if args.lr_schedule == "constant":
+        return args.lr
+    progress = (step - args.num_warmup_steps) / max(1, args.n_steps - args.num_warmup_steps)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Trainer:
+    """Trains those parameters of a network that want gradients.
+
+    args: what training.options parsed. preview: the denoiser that previews are made with.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        config: Config,
+        network: nn.Module,
+        objective: Objective,
+        preview: Denoiser,
+        dataset: ImageDataset,
+        checkpoints: CheckpointFolder,
+        device: torch.device,
+    ):
+        self.args, self.config, self.network = args, config, network
+        self.objective, self.preview, self.dataset = objective, preview, dataset
+        self.checkpoints, self.device = checkpoints, device
+        self.step = 0
+        self.schedule = NoiseSchedule(**settings_of(config.diffusion_params))
+        self.trained = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=args.lr,
+            betas=(args.beta1, args.beta2),
+            weight_decay=args.weight_decay,
+            fused=device.type in ("cuda", "cpu"),
+        )
+        self.ema = Ema(network, args.ema_decay) if args.ema_decay else None
+        self.amp_dtype = getattr(torch, args.amp_dtype)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.use_amp and args.amp_dtype == "float16")
+        self.random_flip = dataset.random_flip if args.random_flip is None else args.random_flip
+        self.sums: dict[str, Tensor] = {}  # of what is logged, since the last log
+        self.summed_steps = 0
+
+    def train(self) -> None:
+        args = self.args
+        log = MetricsLog(self.checkpoints.folder, self.step)
+        batches = training_batches(
+            self.dataset, args.batch_size, args.seed, self.step, args.num_workers, self.device.type == "cuda"
+        )
+        self.network.train()
+        bar = tqdm(total=args.n_steps, initial=self.step, unit="step", disable=True if args.quiet else None)
+        since, since_step = time.perf_counter(), self.step
+        while self.step < args.n_steps:
+            self._update(self._make_batch(*next(batches)))
+            bar.update()
+            finished = self.step == args.n_steps
+            if finished or self.step % args.log_every_n_steps == 0:
+                scalars = self._read_sums()  # waits for the device
+                steps_per_second = (self.step - since_step) / (time.perf_counter() - since)
+                log.write(self.step, scalars | {"steps_per_second": steps_per_second})
+                tqdm.write(f"step {self.step}: loss {scalars['loss']:.4f}, {steps_per_second:.2f} steps/s")
+                self._save_preview()
+                since, since_step = time.perf_counter(), self.step
+            if self.step % args.save_new_every_n_steps == 0:
+                self._save(self.checkpoints.at_step(self.step))
+            if (
+                finished
+                or self.step % args.save_every_n_steps == 0
+                or self.step % args.save_new_every_n_steps == 0
+            ):
+                self._save(self.checkpoints.last)
+        bar.close()
+        log.close()
+
+    def _make_batch(self, images: Tensor, labels: Tensor) -> Batch:
+        """Noise the images of the step to come."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed(nth_seed(self.args.seed, "training steps", self.step))
+        x0 = from_uint8(images.to(self.device, non_blocking=True))
+        t = torch.randint(self.schedule.num_timesteps, (len(x0),), generator=generator, device=self.device)
+        eps = torch.randn(x0.shape, generator=generator, device=self.device)
+        if self.random_flip:
+            mirrored = torch.rand(len(x0), 1, 1, 1, generator=generator, device=self.device) < 0.5
+            x0 = torch.where(mirrored, x0.flip(-1), x0)
+        x_t = self.schedule.q_sample(x0, t, eps)
+        y = labels.to(self.device, non_blocking=True) if self.config.model_params.num_classes > 0 else None
+        target = training_target(self.schedule, x0, x_t, t, eps, self.config.parametrization)
+        return Batch(x_t, t, y, target)
+
+    def _update(self, batch: Batch) -> None:
+        """One optimiser step."""
+        args, parts = self.args, self.args.grad_accum_steps
+        lr = learning_rate(self.step, args)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for k in range(parts):
+            part = Batch(*(None if tensor is None else tensor.chunk(parts)[k] for tensor in batch))
+            with torch.autocast(self.device.type, self.amp_dtype, enabled=args.use_amp):
+                losses = self.objective(*part)
+            self.scaler.scale(losses["loss"] / parts).backward()
+            for name, loss in losses.items():
+                self._add(name, loss.detach() / parts)
+        self.scaler.unscale_(self.optimizer)
+        self._add("grad_norm", nn.utils.clip_grad_norm_(self.trained, args.max_grad_norm))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.summed_steps += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        """Sum up on the device: reading a number back would make the device wait for the host."""
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _read_sums(self) -> dict[str, float]:
+        """Means since the last log, and the learning rate of the last update."""
+        means = {name: float(total) / self.summed_steps for name, total in self.sums.items()}
+        self.sums, self.summed_steps = {}, 0
+        if not math.isfinite(means["loss"]):
+            raise InputError(
+                f"step {self.step}: the loss is {means['loss']}; the training diverged. Go on from an earlier "
+                f"checkpoint in {self.checkpoints.folder} with a lower --lr or without fp16"
+            )
+        return means | {"lr": learning_rate(self.step - 1, self.args)}
+
+    def _save_preview(self) -> None:
+        args = self.args
+        if not args.preview_steps:
+            return
+        noise = SeededNoise(
+            [nth_seed(args.sample_seed, "samples", i) for i in range(args.n_samples)], self.device
+        )
+        num_classes = self.config.model_params.num_classes
+        y = None
+        if num_classes > 0:
+            y = sample_classes(range(num_classes), args.sample_seed, range(args.n_samples)).to(self.device)
+        solver = Solver("ddim", self.schedule, self.config.parametrization)
+        timesteps = spaced_timesteps(self.schedule.num_timesteps, args.preview_steps)
+        self.network.eval()
+        if self.ema is None:
+            images = sample(self.preview, solver, timesteps, noise, self.config.model_params.image_shape, y)
+        else:
+            with self.ema.in_place():
+                images = sample(
+                    self.preview, solver, timesteps, noise, self.config.model_params.image_shape, y
+                )
+        self.network.train()
+        folder = self.checkpoints.folder / "previews"
+        folder.mkdir(exist_ok=True)
+        save_grid(folder / f"step-{self.step}.png", to_uint8(images), args.n_samples)
+
+    def _save(self, path: Path) -> None:
+        write_checkpoint(
+            path,
+            {
+                "step": self.step,
+                "config": settings_of(self.config),
+                "options": training_options(self.args),
+                "model": self.network.state_dict(),
+                "ema": self.ema.averages if self.ema else None,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "sums": self.sums,
+                "summed_steps": self.summed_steps,
+            },
+        )
+
+    def restore(self, path: Path, content: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint; raises InputError where it does not fit this run."""
+        if (content["ema"] is None) != (self.ema is None):
+            raise InputError(
+                f"{path} was made {'without' if self.ema else 'with'} --ema_decay; give the same"
+            )
+        self.network.load_state_dict(content["model"])
+        if self.ema is not None:
+            self.ema.load(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+        self.sums = {name: total.to(self.device) for name, total in content["sums"].items()}
+        self.summed_steps = content["summed_steps"]
+        if self.step >= self.args.n_steps:
+            raise InputError(
+                f"{path} is at step {self.step} already; --n_steps {self.args.n_steps} leaves nothing to do"
+            )
+
+
+# Options that decide what a step computes; a run goes on only under the same.
+DECISIVE = (
+    "dataset",
+    "batch_size",
+    "grad_accum_steps",
+    "seed",
+    "lr",
+    "lr_schedule",
+    "num_warmup_steps",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "max_grad_norm",
+    "ema_decay",
+    "use_amp",
+    "amp_dtype",
+    "random_flip",
+    "freeze_backbone",
+    "use_unweighted_loss",
+)
+
+
+def training_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in DECISIVE if hasattr(args, name)}

@@ -1,0 +1,164 @@
+"""From options to a trainer: everything that can be wrong is found here, before the first step."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common.cli import model_settings
+from common.config import Config, build_config, contradictions, settings_of
+from common.devices import pick_device
+from common.errors import InputError
+from common.files import writable_folder
+from data import open_dataset
+from diffusion.sampling import Denoiser
+from models.early_exit import EarlyExitUViT, ExitOutputs
+from models.loading import build_network, load_network, stated_settings
+from models.uvit import UViT
+from models.weights import FORMAT, fill, read_pth, read_weights
+from training.checkpoints import CheckpointFolder
+from training.loop import Objective, Trainer, training_options
+from training.losses import early_exit_losses, total_early_exit_loss
+
+
+def backbone_trainer(args: argparse.Namespace) -> Trainer:
+    """Train a U-ViT from fresh weights."""
+    config = build_config(stated(args) | {"model": "uvit"}, described(args))
+    torch.manual_seed(args.seed)
+    uvit = build_network(config)
+    return _trainer(args, config, uvit, backbone_objective(uvit), preview=uvit)
+
+
+def early_exit_trainer(args: argparse.Namespace) -> Trainer:
+    """Train probes and exit heads on a backbone, which is frozen or trained along."""
+    settings = stated(args)
+    classifier_type = args.classifier_type or settings.pop("classifier_type", None)
+    settings.pop("classifier_type", None)
+    if args.load_backbone:
+        backbone = load_network(args.load_backbone, settings, model="uvit")
+        settings = settings_of(backbone.config)
+    config = build_config(
+        settings | {"model": "deediff_uvit", "classifier_type": classifier_type}, described(args)
+    )
+    torch.manual_seed(args.seed)
+    network = build_network(config)
+    if args.load_backbone:
+        network.uvit.load_state_dict(backbone.module.state_dict())
+    network.uvit.requires_grad_(not args.freeze_backbone)
+
+    threshold = 0.1 if args.preview_threshold is None else args.preview_threshold
+
+    def preview(x_t: torch.Tensor, t: int, y: torch.Tensor | None) -> torch.Tensor:
+        return network.early_exit(x_t, t, y, threshold=threshold).output
+
+    objective = early_exit_objective(network, args.freeze_backbone, args.use_unweighted_loss)
+    return _trainer(args, config, network, objective, preview)
+
+
+def backbone_objective(uvit: UViT) -> Objective:
+    """Mean squared error. DDPM (Ho et al. 2020), Eq. 14."""
+
+    def objective(x_t, t, y, target):
+        return {"loss": F.mse_loss(uvit(x_t, t, y).float(), target)}
+
+    return objective
+
+
+def early_exit_objective(
+    network: EarlyExitUViT, freeze_backbone: bool, use_unweighted_loss: bool
+) -> Objective:
+    def objective(x_t, t, y, target):
+        exits = ExitOutputs(*(part.float() for part in network(x_t, t, y)))
+        losses = early_exit_losses(exits, target)
+        return {"loss": total_early_exit_loss(losses, freeze_backbone, use_unweighted_loss), **losses}
+
+    return objective
+
+
+def stated(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags and the YAML file say of the network."""
+    given = model_settings(args) | {
+        "diffusion_params": {"num_timesteps": args.num_timesteps},
+        "dataset": args.dataset,
+    }
+    return stated_settings(args.config_path, given)
+
+
+def described(args: argparse.Namespace) -> str:
+    return str(args.config_path or "the flags (see also --config_path)")
+
+
+def _trainer(
+    args: argparse.Namespace, config: Config, network: nn.Module, objective: Objective, preview: Denoiser
+) -> Trainer:
+    device = pick_device(args.device)
+    params = config.model_params
+    for name in ("sample_height", "sample_width"):
+        if getattr(args, name) not in (None, params.img_size):
+            raise InputError(
+                f"--{name} {getattr(args, name)}: the network makes {params.img_size} x {params.img_size} images"
+            )
+    dataset = open_dataset(
+        args.dataset,
+        args.data_path,
+        img_size=params.img_size,
+        in_chans=params.in_chans,
+        num_classes=params.num_classes,
+    )
+    if args.batch_size > len(dataset):
+        raise InputError(
+            f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}"
+        )
+
+    name = args.exp_name or f"{args.dataset}_{config.model}_{params.num_blocks}"
+    checkpoints = CheckpointFolder(args.log_path / name, f"{args.dataset}_{config.model}")
+    going_on = find_start(args, checkpoints)
+    writable_folder(checkpoints.folder)
+
+    (
+        network.uvit if isinstance(network, EarlyExitUViT) else network
+    ).grad_checkpointing = args.grad_checkpointing
+    trainer = Trainer(args, config, network.to(device), objective, preview, dataset, checkpoints, device)
+    if going_on is not None:
+        go_on(trainer, *going_on)
+    return trainer
+
+
+def find_start(
+    args: argparse.Namespace, checkpoints: CheckpointFolder
+) -> tuple[Path, Mapping[str, Any]] | None:
+    """The checkpoint or weights to go on from; None for a new run. Never in another run's folder."""
+    there = checkpoints.newest_first()
+    if args.resume:
+        return checkpoints.load_newest()
+    start = None
+    if path := args.load_checkpoint_path:
+        start = path, {} if path.suffix == ".safetensors" else read_pth(path)
+        if there and path.samefile(there[0]):
+            return start
+    if there or (checkpoints.folder / "metrics.jsonl").exists():
+        raise InputError(
+            f"{checkpoints.folder} holds a run already; go on with --resume, or choose another --exp_name or --log_path"
+        )
+    return start
+
+
+def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:
+    """Give the trainer the state of a checkpoint, or the weights of any other file."""
+    if content.get("format") != FORMAT:
+        fill(trainer.network, read_weights(path).state_dict, path)
+        if trainer.ema is not None:
+            trainer.ema.load(dict(trainer.network.named_parameters()))
+        return
+    different = contradictions(content["config"], settings_of(trainer.config))
+    if trainer.args.resume:
+        different += contradictions(content["options"], training_options(trainer.args))
+    if different:
+        raise InputError(f"{path} was made with other settings: {', '.join(different)}; go on with the same")
+    trainer.restore(path, content)

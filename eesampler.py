@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = pick_device(args.device)
     stated = stated_settings(args.config_path, {"parametrization": args.parametrization})
-    network = load_network(
-        args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device
-    )
+    network = load_network(args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device)
     run = SamplingRun(args, network.config, device)
     recorder = ExitRecorder(network.module, args.threshold)
     run.warm_up(network.module)
@@ -46,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = run.folder / "report"
     exits = recorder.save(report / "exits.npz", run.timesteps)
     depth = network.module.num_layers
-    plot_exit_layers(
-        report / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, args.threshold
-    )
+    plot_exit_layers(report / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, args.threshold)
 
     costs = early_exit_flops(network.module)
     flops = sum(costs[layer] * float((exits["exit_layer"] == layer).sum()) for layer in range(depth + 1))

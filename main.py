@@ -19,12 +19,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--load_backbone", type=existing_file, help="weights of the trained full backbone")
     group.add_argument("--freeze_backbone", action="store_true", help="train probes and exit heads alone")
     group.add_argument("--classifier_type", choices=CLASSIFIER_TYPES, help="the probes; beats --config_path")
-    group.add_argument(
-        "--use_unweighted_loss", action="store_true", help="add the exits' plain squared errors"
-    )
-    group.add_argument(
-        "--preview_threshold", type=real(0, 1), help="exit threshold of the previews; 0.1 if not said"
-    )
+    group.add_argument("--use_unweighted_loss", action="store_true", help="add the exits' plain squared errors")
+    group.add_argument("--preview_threshold", type=real(0, 1), help="exit threshold of the previews; 0.1 if not said")
     args = check_training_options(parser, parser.parse_args(argv))
     if args.model == "uvit":
         for name in (
@@ -37,9 +33,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             if getattr(args, name) not in (None, False):
                 parser.error(f"--{name} belongs to --model deediff_uvit")
     elif args.freeze_backbone and not args.load_backbone:
-        parser.error(
-            "--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen"
-        )
+        parser.error("--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen")
     return args
 
 

@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(args.device)
     given = {"parametrization": args.parametrization}
     how = {"model": "uvit", "weights": args.weights, "device": device}
-    networks = {
-        "backbone": load_network(args.checkpoint_path, stated_settings(args.config_path, given), **how)
-    }
+    networks = {"backbone": load_network(args.checkpoint_path, stated_settings(args.config_path, given), **how)}
     if args.checkpoint_path_late:
         shallow = networks.pop("backbone")
         full = load_network(args.checkpoint_path_late, stated_settings(args.config_path_late, given), **how)

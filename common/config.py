@@ -53,9 +53,7 @@ class UViTConfig:
         if self.img_size % self.patch_size:
             raise InputError(f"img_size={self.img_size} is no multiple of patch_size={self.patch_size}")
         if self.embed_dim % self.num_heads or self.embed_dim % 2:
-            raise InputError(
-                f"embed_dim={self.embed_dim} must be even and a multiple of num_heads={self.num_heads}"
-            )
+            raise InputError(f"embed_dim={self.embed_dim} must be even and a multiple of num_heads={self.num_heads}")
         if not 0 < self.mlp_ratio <= 64:
             raise InputError(f"mlp_ratio={self.mlp_ratio} is outside (0, 64]")
         if self.num_classes != -1 and not 1 <= self.num_classes <= 1_000_000:
@@ -84,9 +82,7 @@ class DiffusionConfig:
         if not 1 <= self.num_timesteps <= 100_000:
             raise InputError(f"num_timesteps={self.num_timesteps} is outside 1..100000")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise InputError(
-                f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted 0 < start <= end < 1"
-            )
+            raise InputError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted 0 < start <= end < 1")
 
 
 @dataclass(frozen=True, kw_only=True)

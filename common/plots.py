@@ -13,9 +13,7 @@ from common.files import replacing
 BLUE, ORANGE, GREY = "#2a6f97", "#d1603d", "#8d99ae"
 
 
-def plot_exit_layers(
-    path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, depth: int, threshold: float
-) -> None:
+def plot_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, depth: int, threshold: float) -> None:
     """How deep images go at each t: mean, and the middle 90 %.
 
     timesteps: (S,). exit_layer: (S, N) in 0..depth.

@@ -76,8 +76,7 @@ class ImageFolder(ImageDataset):
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen, images = zip(*map(self._readable, indices), strict=True)
         labels = [
-            self.classes.index(self.files[i].relative_to(self.root).parts[0]) if self.classes else 0
-            for i in chosen
+            self.classes.index(self.files[i].relative_to(self.root).parts[0]) if self.classes else 0 for i in chosen
         ]
         return torch.stack(images), torch.tensor(labels)
 

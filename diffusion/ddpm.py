@@ -96,9 +96,7 @@ def to_x0(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, pa
     return (x_t - (1 - alpha_bar_t) ** 0.5 * eps) / alpha_bar_t**0.5
 
 
-def to_eps(
-    schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str
-) -> Tensor:
+def to_eps(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str) -> Tensor:
     """The noise a model output stands for. DDPM, Eq. 4 and Eq. 11 solved for eps."""
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     alpha_bar_t = schedule.alpha_bar(t)

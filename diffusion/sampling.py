@@ -28,9 +28,7 @@ class SwitchingDenoiser:
 
     def __init__(self, denoisers: Sequence[Denoiser], switches: Sequence[int] = ()):
         if len(switches) != len(denoisers) - 1:
-            raise InputError(
-                f"{len(denoisers)} networks need {len(denoisers) - 1} switches, not {len(switches)}"
-            )
+            raise InputError(f"{len(denoisers)} networks need {len(denoisers) - 1} switches, not {len(switches)}")
         if list(switches) != sorted(switches, reverse=True):
             raise InputError(f"switches {list(switches)} must not rise")
         self.denoisers, self.switches = list(denoisers), list(switches)

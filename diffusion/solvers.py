@@ -40,9 +40,7 @@ class Solver:
     eta: float = 0.0
     clip_x0: bool = False
 
-    def step(
-        self, model_output: Tensor, x_t: Tensor, t: int, s: int, draw_noise: Callable[[], Tensor]
-    ) -> Tensor:
+    def step(self, model_output: Tensor, x_t: Tensor, t: int, s: int, draw_noise: Callable[[], Tensor]) -> Tensor:
         """x_s from x_t, both (B, C, H, W). s < t; s = -1 is the clean image.
 
         draw_noise: called once if the step is random, otherwise not at all.

@@ -10,23 +10,15 @@ from common.config import PARAMETRIZATIONS, SOLVERS
 
 
 def add_sampling_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--checkpoint_path", type=existing_file, required=True, help="weights: .pth or .safetensors"
-    )
+    parser.add_argument("--checkpoint_path", type=existing_file, required=True, help="weights: .pth or .safetensors")
     parser.add_argument(
         "--config_path",
         type=existing_file,
         help="YAML file of the network; only for weights that came without one",
     )
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="which weights of a checkpoint"
-    )
-    parser.add_argument(
-        "--parametrization", choices=PARAMETRIZATIONS, help="only for weights that do not say"
-    )
-    parser.add_argument(
-        "--output_folder", type=Path, required=True, help="images go here, the rest to its report/"
-    )
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights of a checkpoint")
+    parser.add_argument("--parametrization", choices=PARAMETRIZATIONS, help="only for weights that do not say")
+    parser.add_argument("--output_folder", type=Path, required=True, help="images go here, the rest to its report/")
     parser.add_argument("--overwrite", action="store_true", help="replace the samples that are there")
     parser.add_argument("--seed", type=SEED, default=0, help="sample i depends on this and i alone")
     parser.add_argument("--n_samples", type=whole(1, 10_000_000), help="as many as --batch_size if not said")
@@ -35,13 +27,9 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument(
         "--steps", type=whole(1), help="network calls per image; if not said, every t for ddpm, 50 for ddim"
     )
-    parser.add_argument(
-        "--eta", type=real(0, 1), help="of ddim: 0 deterministic (if not said), 1 as random as ddpm"
-    )
+    parser.add_argument("--eta", type=real(0, 1), help="of ddim: 0 deterministic (if not said), 1 as random as ddpm")
     parser.add_argument("--clip_x0", action="store_true", help="hold the predicted clean image to [-1, 1]")
-    parser.add_argument(
-        "--class_id", default="random", help="class of all samples, or random (class-conditional only)"
-    )
+    parser.add_argument("--class_id", default="random", help="class of all samples, or random (class-conditional only)")
     parser.add_argument(
         "--timesteps_save",
         type=whole(0),

@@ -37,16 +37,12 @@ class SamplingRun:
     def __init__(self, args: argparse.Namespace, config: Config, device: torch.device):
         self.args, self.config, self.device = args, config, device
         if config.model_params.in_chans not in (1, 3):
-            raise InputError(
-                f"in_chans={config.model_params.in_chans}: only grey (1) and RGB (3) can be saved"
-            )
+            raise InputError(f"in_chans={config.model_params.in_chans}: only grey (1) and RGB (3) can be saved")
         self.schedule = NoiseSchedule(**settings_of(config.diffusion_params))
         self.timesteps = spaced_timesteps(self.schedule.num_timesteps, args.steps)
         self.solver = Solver(args.solver, self.schedule, config.parametrization, args.eta, args.clip_x0)
         if unmet := sorted(set(args.timesteps_save) - set(self.timesteps)):
-            raise InputError(
-                f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(self.timesteps)}"
-            )
+            raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(self.timesteps)}")
         self.classes = self._class_choices()
         self.folder: Path = args.output_folder
         check_output_folder(self.folder, args.overwrite)
@@ -108,9 +104,7 @@ class SamplingRun:
         report = self.folder / "report"
         save_grid(report / "grid_image.png", torch.cat(first_images), GRID_SAMPLES)
         if frames:
-            save_frames(
-                report / "frames.png", [torch.cat(f) for f in first_frames.values()], torch.cat(first_images)
-            )
+            save_frames(report / "frames.png", [torch.cat(f) for f in first_frames.values()], torch.cat(first_images))
         return {
             "n_samples": args.n_samples,
             "seconds": sampling.seconds,
@@ -119,9 +113,7 @@ class SamplingRun:
             "seconds_saving": saving.seconds,
         }
 
-    def _sample(
-        self, denoiser: Denoiser, indices: Sequence[int], on_step: Callable[[int, Tensor], None]
-    ) -> Tensor:
+    def _sample(self, denoiser: Denoiser, indices: Sequence[int], on_step: Callable[[int, Tensor], None]) -> Tensor:
         noise = SeededNoise([nth_seed(self.args.seed, "samples", i) for i in indices], self.device)
         y = None
         if self.classes:

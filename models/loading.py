@@ -73,9 +73,7 @@ def load_network(
             )
     config = build_config(settings, str(path))
     if config.model != model:
-        raise InputError(
-            f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it"
-        )
+        raise InputError(f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it")
     network = build_network(config)
     fill(network, read.state_dict, path)
     network.requires_grad_(False).eval().to(device)
@@ -95,6 +93,4 @@ def check_pair(early: Network, late: Network) -> None:
         if a != b
     ]
     if different:
-        raise InputError(
-            f"{early.path} and {late.path} cannot take turns: they differ in {', '.join(different)}"
-        )
+        raise InputError(f"{early.path} and {late.path} cannot take turns: they differ in {', '.join(different)}")

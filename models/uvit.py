@@ -139,9 +139,7 @@ class UViT(nn.Module):
         if x.shape[1:] != config.image_shape:
             raise InputError(f"images of shape {tuple(x.shape[1:])}, the network takes {config.image_shape}")
         if (y is not None) != (config.num_classes > 0):
-            raise InputError(
-                f"classes y {'missing' if y is None else 'given'}, num_classes={config.num_classes}"
-            )
+            raise InputError(f"classes y {'missing' if y is None else 'given'}, num_classes={config.num_classes}")
         if not isinstance(timesteps, Tensor):
             timesteps = torch.full((len(x),), float(timesteps), device=x.device)
         if config.normalize_timesteps:

@@ -72,9 +72,7 @@ def read_pth(path: Path) -> dict[str, Any]:
         if isinstance(error, (PermissionError, IsADirectoryError)):
             raise InputError(f"{path}: {error.strerror}") from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{path}: not readable as a checkpoint; cut short, or not one? ({reason:.120})"
-        ) from None
+        raise InputError(f"{path}: not readable as a checkpoint; cut short, or not one? ({reason:.120})") from None
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds no state dict but a {type(content).__name__}")
     return dict(content)
@@ -153,8 +151,7 @@ def _from_original_names(given: Mapping[str, Tensor], model: EarlyExitUViT) -> d
     num_layers, num_timesteps = model.probes.bias.shape
     for name, rank in (("weight", 3), ("bias", 2)):
         keys = [
-            ", ".join([str(layer)] * (num_layers > 1) + [str(t)] * (num_timesteps > 1))
-            + f".classifier.0.{name}"
+            ", ".join([str(layer)] * (num_layers > 1) + [str(t)] * (num_timesteps > 1)) + f".classifier.0.{name}"
             for layer in range(num_layers)
             for t in range(num_timesteps)
         ]

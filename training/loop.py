@@ -110,11 +110,7 @@ class Trainer:
                 since, since_step = time.perf_counter(), self.step
             if self.step % args.save_new_every_n_steps == 0:
                 self._save(self.checkpoints.at_step(self.step))
-            if (
-                finished
-                or self.step % args.save_every_n_steps == 0
-                or self.step % args.save_new_every_n_steps == 0
-            ):
+            if finished or self.step % args.save_every_n_steps == 0 or self.step % args.save_new_every_n_steps == 0:
                 self._save(self.checkpoints.last)
         bar.close()
         log.close()
@@ -176,9 +172,7 @@ class Trainer:
         args = self.args
         if not args.preview_steps:
             return
-        noise = SeededNoise(
-            [nth_seed(args.sample_seed, "samples", i) for i in range(args.n_samples)], self.device
-        )
+        noise = SeededNoise([nth_seed(args.sample_seed, "samples", i) for i in range(args.n_samples)], self.device)
         num_classes = self.config.model_params.num_classes
         y = None
         if num_classes > 0:
@@ -190,9 +184,7 @@ class Trainer:
             images = sample(self.preview, solver, timesteps, noise, self.config.model_params.image_shape, y)
         else:
             with self.ema.in_place():
-                images = sample(
-                    self.preview, solver, timesteps, noise, self.config.model_params.image_shape, y
-                )
+                images = sample(self.preview, solver, timesteps, noise, self.config.model_params.image_shape, y)
         self.network.train()
         folder = self.checkpoints.folder / "previews"
         folder.mkdir(exist_ok=True)
@@ -217,9 +209,7 @@ class Trainer:
     def restore(self, path: Path, content: dict[str, Any]) -> None:
         """Take up the state of a checkpoint; raises InputError where it does not fit this run."""
         if (content["ema"] is None) != (self.ema is None):
-            raise InputError(
-                f"{path} was made {'without' if self.ema else 'with'} --ema_decay; give the same"
-            )
+            raise InputError(f"{path} was made {'without' if self.ema else 'with'} --ema_decay; give the same")
         self.network.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.load(content["ema"])

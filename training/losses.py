@@ -30,9 +30,7 @@ def early_exit_losses(exits: ExitOutputs, target: Tensor) -> dict[str, Tensor]:
     }
 
 
-def total_early_exit_loss(
-    losses: dict[str, Tensor], freeze_backbone: bool, use_unweighted_loss: bool
-) -> Tensor:
+def total_early_exit_loss(losses: dict[str, Tensor], freeze_backbone: bool, use_unweighted_loss: bool) -> Tensor:
     """The sum that is minimised; `simple` has no gradient when the backbone is frozen."""
     terms = [losses["uncertainty"], losses["ual"]]
     terms += [] if freeze_backbone else [losses["simple"]]

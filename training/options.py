@@ -37,17 +37,11 @@ def add_training_options(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--n_steps", type=whole(1), required=True, help="optimiser steps")
     group.add_argument("--batch_size", type=whole(1), default=128, help="images per optimiser step")
-    group.add_argument(
-        "--grad_accum_steps", type=whole(1), default=1, help="work a batch off in this many equal parts"
-    )
-    group.add_argument(
-        "--seed", type=SEED, default=0, help="weights, data order, noise and timesteps follow from it"
-    )
+    group.add_argument("--grad_accum_steps", type=whole(1), default=1, help="work a batch off in this many equal parts")
+    group.add_argument("--seed", type=SEED, default=0, help="weights, data order, noise and timesteps follow from it")
     group.add_argument("--log_path", type=Path, default=Path("logs"), help="runs are folders in here")
     group.add_argument("--exp_name", help="the run's folder; <dataset>_<model>_<blocks> if not said")
-    group.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint of the run's folder"
-    )
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run's folder")
     group.add_argument(
         "--load_checkpoint_path",
         type=existing_file,
@@ -57,12 +51,8 @@ def add_training_options(parser: Parser) -> None:
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=real(0, above=True), default=2e-4, help="highest learning rate")
-    group.add_argument(
-        "--lr_schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up"
-    )
-    group.add_argument(
-        "--num_warmup_steps", type=whole(0), default=1500, help="the learning rate rises linearly"
-    )
+    group.add_argument("--lr_schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
+    group.add_argument("--num_warmup_steps", type=whole(0), default=1500, help="the learning rate rises linearly")
     group.add_argument("--weight_decay", type=real(0), default=0.03)
     group.add_argument("--beta1", type=real(0, 0.999999), default=0.99, help="of AdamW")
     group.add_argument("--beta2", type=real(0, 0.999999), default=0.999, help="of AdamW")
@@ -76,48 +66,28 @@ def add_training_options(parser: Parser) -> None:
         help="of the averaged weights; 0: no averaging",
     )
     group.add_argument("--use_amp", action="store_true", help="mixed precision")
-    group.add_argument(
-        "--amp_dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of --use_amp"
-    )
-    group.add_argument(
-        "--grad_checkpointing", action="store_true", help="less memory, about a third more time"
-    )
+    group.add_argument("--amp_dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of --use_amp")
+    group.add_argument("--grad_checkpointing", action="store_true", help="less memory, about a third more time")
 
     group = parser.add_argument_group("logs and checkpoints")
     group.add_argument("--log_every_n_steps", type=whole(1), default=2500, help="scalars and a preview")
-    group.add_argument(
-        "--save_every_n_steps", type=whole(1), default=25_000, help="replaces the last checkpoint"
-    )
-    group.add_argument(
-        "--save_new_every_n_steps", type=whole(1), default=100_000, help="a checkpoint that stays"
-    )
+    group.add_argument("--save_every_n_steps", type=whole(1), default=25_000, help="replaces the last checkpoint")
+    group.add_argument("--save_new_every_n_steps", type=whole(1), default=100_000, help="a checkpoint that stays")
     group.add_argument("--n_samples", type=whole(1, 1024), default=16, help="images in a preview")
-    group.add_argument(
-        "--preview_steps", type=whole(0), default=20, help="DDIM steps of a preview; 0: no previews"
-    )
+    group.add_argument("--preview_steps", type=whole(0), default=20, help="DDIM steps of a preview; 0: no previews")
     group.add_argument("--sample_seed", type=SEED, default=0, help="of the previews")
-    group.add_argument(
-        "--sample_height", type=whole(1), help="height of the images; checked against the network"
-    )
-    group.add_argument(
-        "--sample_width", type=whole(1), help="width of the images; checked against the network"
-    )
+    group.add_argument("--sample_height", type=whole(1), help="height of the images; checked against the network")
+    group.add_argument("--sample_width", type=whole(1), help="width of the images; checked against the network")
 
     add_model_options(parser)
-    parser.add_argument(
-        "--num_timesteps", type=whole(1, 100_000), help="T of the noise schedule; 1000 if not said"
-    )
+    parser.add_argument("--num_timesteps", type=whole(1, 100_000), help="T of the noise schedule; 1000 if not said")
 
 
 def check_training_options(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     if args.batch_size % args.grad_accum_steps:
-        parser.error(
-            f"--batch_size {args.batch_size} is no multiple of --grad_accum_steps {args.grad_accum_steps}"
-        )
+        parser.error(f"--batch_size {args.batch_size} is no multiple of --grad_accum_steps {args.grad_accum_steps}")
     if args.resume and args.load_checkpoint_path:
         parser.error("--resume and --load_checkpoint_path both say where to go on from; give one")
-    if args.exp_name is not None and (
-        Path(args.exp_name).name != args.exp_name or args.exp_name in ("", "..")
-    ):
+    if args.exp_name is not None and (Path(args.exp_name).name != args.exp_name or args.exp_name in ("", "..")):
         parser.error(f"--exp_name {args.exp_name}: wanted the name of a folder, not a path")
     return args

@@ -43,9 +43,7 @@ def early_exit_trainer(args: argparse.Namespace) -> Trainer:
     if args.load_backbone:
         backbone = load_network(args.load_backbone, settings, model="uvit")
         settings = settings_of(backbone.config)
-    config = build_config(
-        settings | {"model": "deediff_uvit", "classifier_type": classifier_type}, described(args)
-    )
+    config = build_config(settings | {"model": "deediff_uvit", "classifier_type": classifier_type}, described(args))
     torch.manual_seed(args.seed)
     network = build_network(config)
     if args.load_backbone:
@@ -70,9 +68,7 @@ def backbone_objective(uvit: UViT) -> Objective:
     return objective
 
 
-def early_exit_objective(
-    network: EarlyExitUViT, freeze_backbone: bool, use_unweighted_loss: bool
-) -> Objective:
+def early_exit_objective(network: EarlyExitUViT, freeze_backbone: bool, use_unweighted_loss: bool) -> Objective:
     def objective(x_t, t, y, target):
         exits = ExitOutputs(*(part.float() for part in network(x_t, t, y)))
         losses = early_exit_losses(exits, target)
@@ -112,27 +108,21 @@ def _trainer(
         num_classes=params.num_classes,
     )
     if args.batch_size > len(dataset):
-        raise InputError(
-            f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}"
-        )
+        raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}")
 
     name = args.exp_name or f"{args.dataset}_{config.model}_{params.num_blocks}"
     checkpoints = CheckpointFolder(args.log_path / name, f"{args.dataset}_{config.model}")
     going_on = find_start(args, checkpoints)
     writable_folder(checkpoints.folder)
 
-    (
-        network.uvit if isinstance(network, EarlyExitUViT) else network
-    ).grad_checkpointing = args.grad_checkpointing
+    (network.uvit if isinstance(network, EarlyExitUViT) else network).grad_checkpointing = args.grad_checkpointing
     trainer = Trainer(args, config, network.to(device), objective, preview, dataset, checkpoints, device)
     if going_on is not None:
         go_on(trainer, *going_on)
     return trainer
 
 
-def find_start(
-    args: argparse.Namespace, checkpoints: CheckpointFolder
-) -> tuple[Path, Mapping[str, Any]] | None:
+def find_start(args: argparse.Namespace, checkpoints: CheckpointFolder) -> tuple[Path, Mapping[str, Any]] | None:
     """The checkpoint or weights to go on from; None for a new run. Never in another run's folder."""
     there = checkpoints.newest_first()
     if args.resume:

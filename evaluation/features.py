@@ -1,0 +1,125 @@
+"""Feature extractors: uint8 images in, one vector an image out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+
+INCEPTION_SHA256_PREFIX = "6726825d"
+
+
+class FeatureExtractor:
+    """Called with uint8 (B, C, H, W); returns features (B, D) and, of Inception, logits (B, K), else None."""
+
+    name: str
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What the features depend on, as plain values."""
+        raise NotImplementedError
+
+
+class Inception(FeatureExtractor):
+    """Inception v3 as the FID paper used it, with the resizing of the original TensorFlow code (torch-fidelity)."""
+
+    name = "inception"
+
+    def __init__(self, weights: Path | None, device: torch.device):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        weights = weights or _download_inception()
+        digest = _sha256(weights)
+        # torch-fidelity unpickles the file without restrictions: it must be the one that is known.
+        if not digest.startswith(INCEPTION_SHA256_PREFIX):
+            raise InputError(
+                f"{weights}: not the Inception weights of torch-fidelity (SHA-256 {digest[:8]}..., "
+                f"wanted {INCEPTION_SHA256_PREFIX}...); get weights-inception-2015-12-05-6726825d.pth"
+            )
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+        ).to(device)
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        return self.network(images.to(self.device))
+
+    def describe(self) -> dict[str, Any]:
+        return {"extractor": "inception-v3-compat (torch-fidelity), 2048 features"}
+
+
+class TorchScript(FeatureExtractor):
+    """A scripted or traced module of the user's that maps uint8 (N, C, H, W) to float (N, D)."""
+
+    def __init__(self, path: Path, device: torch.device):
+        self.path, self.device, self.name = path, device, path.stem
+        try:
+            self.network = torch.jit.load(str(path), map_location=device).eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise InputError(f"{path}: not readable as TorchScript ({str(error).splitlines()[0]:.120})") from None
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        try:
+            features = self.network(images.to(self.device))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            shape = tuple(images.shape)
+            raise InputError(f"{self.path} cannot take uint8 images of shape {shape} ({reason:.120})") from None
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"{self.path} gives {shape} for {len(images)} images, wanted ({len(images)}, D)")
+        return features.float(), None
+
+    def describe(self) -> dict[str, Any]:
+        return {"extractor": self.path.name, "sha256": _sha256(self.path)}
+
+
+def load_extractor(name: str, weights: Path | None, device: torch.device) -> FeatureExtractor:
+    """name: "inception" or the path of a TorchScript file. weights: of Inception; downloaded if None."""
+    if name == "inception":
+        return Inception(weights, device)
+    return TorchScript(Path(name), device)
+
+
+def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Features and logits of each batch, on the CPU."""
+    for images in batches:
+        features, logits = extractor(images)
+        yield features.cpu(), None if logits is None else logits.cpu()
+
+
+def _download_inception() -> Path:
+    """The weights in torch's cache; fetched once, and kept only if their hash is right."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(
+                URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256_PREFIX, progress=False
+            )
+        except (URLError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"the Inception weights could not be downloaded ({error}); fetch {URL_INCEPTION_V3} and give "
+                "--feature_extractor_weights FILE"
+            ) from None
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

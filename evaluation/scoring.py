@@ -1,0 +1,147 @@
+"""The scores of a folder of samples, with everything they depend on.
+
+FID is ours, streamed in float64; KID, Inception score and precision/recall are torch-fidelity's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import InputError
+from common.files import read_json, writable_folder, write_json
+from evaluation.features import FeatureExtractor, extract
+from evaluation.images import FinishedImages
+from evaluation.references import Reference
+from evaluation.statistics import Statistics, frechet_distance, statistics_of
+
+log = logging.getLogger(__name__)
+
+KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
+SEED = 2020  # of the subsets of KID and the splits of the Inception score
+
+
+class Samples:
+    """A folder of samples, and what its report says of the run that made them.
+
+    Raises InputError where images are missing that the report counts.
+    """
+
+    def __init__(self, folder: Path):
+        self.images = FinishedImages(folder)
+        path = folder / "report" / "statistics.json"
+        self.run: dict[str, Any] = read_json(path) if path.exists() else {}
+        wanted = self.run.get("n_samples")
+        if wanted is not None and wanted != len(self.images):
+            raise InputError(
+                f"{len(self.images):,} images in {folder}, but its report counts {wanted:,}; sample again, or "
+                f"remove {path} if that is what you want to score"
+            )
+
+    def batches(self, batch_size: int, quiet: bool) -> tqdm:
+        total = -(-len(self.images) // batch_size)
+        return tqdm(
+            self.images.batches(batch_size),
+            total=total,
+            desc="samples",
+            unit="batch",
+            disable=True if quiet else None,
+        )
+
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics:
+        return statistics_of(f for f, _ in extract(extractor, self.batches(batch_size, quiet)))
+
+
+def score(
+    samples: Samples,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    metrics: Sequence[str],
+    batch_size: int,
+    quiet: bool,
+) -> dict[str, float]:
+    """metrics: of fid, kid, is, prc. Returns {"fid": ...} and the like."""
+    scores: dict[str, float] = {}
+    if metrics == ("fid",):  # needs no features in memory
+        mine = samples.statistics(extractor, batch_size, quiet)
+    else:
+        features, logits = zip(*extract(extractor, samples.batches(batch_size, quiet)), strict=True)
+        mine = statistics_of(features)
+    if "fid" in metrics:
+        real = reference.statistics(extractor, batch_size, quiet)
+        warn_if_few(mine, real)
+        scores["fid"] = frechet_distance(mine, real)
+    if "is" in metrics:
+        scores |= inception_score(torch.cat(logits))
+    if {"kid", "prc"} & set(metrics):
+        real_features = torch.cat([f for f, _ in extract(extractor, reference.batches(batch_size, quiet))])
+        if "kid" in metrics:
+            scores |= kernel_distance(torch.cat(features), real_features)
+        if "prc" in metrics:
+            scores |= precision_recall(torch.cat(features), real_features)
+    return scores
+
+
+def warn_if_few(*both: Statistics) -> None:
+    for statistics in both:
+        if statistics.n is not None and statistics.n <= len(statistics.mu):
+            log.warning(
+                "%d images for %d features: the covariance is singular and the FID far too high to compare",
+                statistics.n,
+                len(statistics.mu),
+            )
+
+
+def kernel_distance(samples: Tensor, real: Tensor) -> dict[str, float]:
+    """KID (Binkowski et al. 2018), mean and standard deviation over subsets."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(KID_SUBSET_SIZE, len(samples), len(real))
+    found = kid_features_to_metric(
+        samples, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+    )
+    return {
+        "kid": float(found["kernel_inception_distance_mean"]),
+        "kid_std": float(found["kernel_inception_distance_std"]),
+    }
+
+
+def inception_score(logits: Tensor) -> dict[str, float]:
+    """Salimans et al. 2016, mean and standard deviation over 10 splits."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    found = isc_features_to_metric(logits, splits=min(10, len(logits)), rng_seed=SEED)
+    return {
+        "is": float(found["inception_score_mean"]),
+        "is_std": float(found["inception_score_std"]),
+    }
+
+
+def precision_recall(samples: Tensor, real: Tensor) -> dict[str, float]:
+    """Kynkaanniemi et al. 2019, with the 3 nearest neighbours."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    if min(len(samples), len(real)) < 4:
+        raise InputError("--metrics prc: needs at least 4 images on either side")
+    found = prc_features_to_metric(samples, real, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
+    return {"precision": float(found["precision"]), "recall": float(found["recall"])}
+
+
+def write_scores(samples: Samples, reference: Reference, extractor: FeatureExtractor, scores: dict[str, float]) -> Path:
+    """Write <samples_path>/report/metrics.json: the scores, and what they depend on."""
+    path = writable_folder(samples.images.folder / "report") / "metrics.json"
+    content = scores | {
+        "n_samples": len(samples.images),
+        "samples": str(samples.images.folder),
+        "reference": reference.about,
+        "feature_extractor": extractor.describe(),
+        "run": {key: samples.run.get(key) for key in ("backbones", "settings")},
+    }
+    write_json(path, content)
+    return path

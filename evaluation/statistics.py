@@ -1,0 +1,91 @@
+"""Means and covariances of features, streamed, saved, and compared."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from common.files import replacing
+
+
+class Statistics(NamedTuple):
+    mu: np.ndarray  # (D,) float64
+    sigma: np.ndarray  # (D, D) float64
+    n: int | None  # images behind them, where known
+
+
+class RunningStatistics:
+    """Mean and covariance of features that come batch by batch, summed in float64."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def add(self, features: Tensor) -> None:
+        """features: (B, D)."""
+        features = features.double()
+        if self.n == 0:
+            dim = features.shape[1]
+            self._shift = features.mean(dim=0)  # near the mean, so that the sums stay small
+            self._sum = torch.zeros(dim, dtype=torch.float64)
+            self._outer = torch.zeros(dim, dim, dtype=torch.float64)
+        features = features - self._shift
+        self.n += len(features)
+        self._sum += features.sum(dim=0)
+        self._outer += features.T @ features
+
+    def finish(self) -> Statistics:
+        """Raises InputError for fewer than two images."""
+        if self.n < 2:
+            raise InputError(f"{self.n} images are too few for a score, at least 2 are needed")
+        mean = self._sum / self.n
+        sigma = (self._outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
+        return Statistics((mean + self._shift).numpy(), sigma.numpy(), self.n)
+
+
+def statistics_of(features: Iterable[Tensor]) -> Statistics:
+    running = RunningStatistics()
+    for batch in features:
+        running.add(batch)
+    return running.finish()
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). Heusel et al. 2017, Eq. 6.
+
+    The trace of the root is the sum of the roots of the eigenvalues of R S_b R, with R the symmetric root
+    of S_a: two symmetric eigenproblems instead of the root of a non-symmetric matrix.
+    """
+    if a.mu.shape != b.mu.shape:
+        raise InputError(f"features of {len(a.mu)} and {len(b.mu)} dimensions: made by different extractors")
+    values, vectors = scipy.linalg.eigh(a.sigma)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    values = scipy.linalg.eigvalsh(root @ b.sigma @ root)
+    trace_of_root = np.sqrt(values.clip(min=0)).sum()
+    distance = np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace_of_root
+    return max(0.0, float(distance))  # rounding can take equal statistics below 0
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, mu=statistics.mu, sigma=statistics.sigma, n=np.asarray(statistics.n or 0))
+
+
+def load_statistics(path: Path) -> Statistics:
+    """An .npz with mu (D,) and sigma (D, D), ours or a published one. Raises InputError for anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+            n = int(file["n"]) or None if "n" in file else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: no .npz of statistics with mu and sigma ({error!s:.120})") from None
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+        raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics, wanted (D,), (D, D)")
+    return Statistics(mu, sigma, n)

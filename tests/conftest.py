@@ -1,0 +1,92 @@
+"""What several tests share: tiny networks, and checkpoints trained for a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import main as main_script
+import train as train_script
+
+TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "num_heads": 4}
+TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+TRAINING_FLAGS = [
+    *("--dataset", "digits", "--batch_size", "8", "--num_timesteps", "20", "--num_warmup_steps", "2"),
+    *("--log_every_n_steps", "4", "--preview_steps", "0", "--device", "cpu", "--quiet"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _plain_randomness():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A log folder with trained runs: full (5 blocks), shallow (1), ee (on the full one), classes (10)."""
+    logs = tmp_path_factory.mktemp("logs")
+    flags = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", "4", "--log_path", str(logs)]
+    train_script.main([*flags, "--depth", "5", "--exp_name", "full"])
+    train_script.main([*flags, "--depth", "3", "--exp_name", "classes", "--num_classes", "10"])
+    main_script.main([*flags, "--model", "uvit", "--depth", "1", "--exp_name", "shallow"])
+    main_script.main(
+        [
+            *(*flags, "--model", "deediff_uvit", "--depth", "5", "--exp_name", "ee", "--freeze_backbone"),
+            *("--load_backbone", str(logs / "full" / "digits_uvit_last.pth")),
+            *("--classifier_type", "mlp_probe_per_layer"),
+        ]
+    )
+    return logs
+
+
+@pytest.fixture(scope="session")
+def full(runs) -> Path:
+    return runs / "full" / "digits_uvit_last.pth"
+
+
+@pytest.fixture(scope="session")
+def shallow(runs) -> Path:
+    return runs / "shallow" / "digits_uvit_last.pth"
+
+
+@pytest.fixture(scope="session")
+def early_exit(runs) -> Path:
+    return runs / "ee" / "digits_deediff_uvit_last.pth"
+
+
+@pytest.fixture
+def fails(capsys):
+    """Call a script's main and expect one line on stderr, exit status 2, and words in that line."""
+
+    def check(main, argv, *words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(arg) for arg in argv])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, said
+        assert said.count("\n") == 1 and said.endswith("\n"), said
+        assert "Traceback" not in said
+        for word in words:
+            assert word in said, said
+        return said
+
+    return check
+
+
+@pytest.fixture
+def run_quietly(capsys):
+    def call(main, argv) -> str:
+        main([str(arg) for arg in argv])
+        return capsys.readouterr().out
+
+    return call
+
+
+def perturbed(network: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter random: no zero initialisation hides a term."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.3)
+    return network

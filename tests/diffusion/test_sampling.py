@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from common.errors import InputError
+from common.seeds import nth_seed
+from diffusion import NoiseSchedule
+from diffusion.sampling import SeededNoise, SwitchingDenoiser, sample, sample_classes
+from diffusion.solvers import Solver, spaced_timesteps
+
+SHAPE = (1, 2, 2)
+
+
+class Recorder:
+    """A denoiser that notes the t it was called with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, x_t, t, y):
+        self.seen.append(t)
+        return torch.zeros_like(x_t)
+
+
+@pytest.mark.parametrize("t_switch, full_runs", [(-1, 0), (0, 1), (300, 301), (999, 1000)])
+def test_which_network_runs_at_which_t(t_switch, full_runs):
+    shallow, full = Recorder(), Recorder()
+    denoiser = SwitchingDenoiser([shallow, full], [t_switch])
+    timesteps = spaced_timesteps(1000, None)
+    sample(denoiser, Solver("ddpm", NoiseSchedule()), timesteps, SeededNoise([0]), SHAPE)
+    assert shallow.seen == [t for t in range(999, -1, -1) if t > t_switch]
+    assert full.seen == [t for t in range(999, -1, -1) if t <= t_switch]
+    assert denoiser.steps_of_each(timesteps) == [1000 - full_runs, full_runs]
+
+
+def test_the_switch_is_a_timestep_also_with_few_steps():
+    shallow, full = Recorder(), Recorder()
+    denoiser = SwitchingDenoiser([shallow, full], [499])
+    sample(denoiser, Solver("ddim", NoiseSchedule()), spaced_timesteps(1000, 4), SeededNoise([0]), SHAPE)
+    assert (shallow.seen, full.seen) == ([999, 749], [499, 249])
+
+
+def test_three_networks_take_turns():
+    networks = [Recorder() for _ in range(3)]
+    denoiser = SwitchingDenoiser(networks, [600, 200])
+    sample(denoiser, Solver("ddim", NoiseSchedule()), spaced_timesteps(1000, None), SeededNoise([0]), SHAPE)
+    assert [(n.seen[0], n.seen[-1]) for n in networks] == [(999, 601), (600, 201), (200, 0)]
+
+
+def test_switches_that_make_no_sense_are_refused():
+    for switches in ([], [1, 2], [3]):
+        with pytest.raises(InputError):
+            SwitchingDenoiser([Recorder()] * 3, switches)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 50, 333, 1000])
+def test_spaced_timesteps_start_with_pure_noise_and_fall_evenly(steps):
+    timesteps = spaced_timesteps(1000, steps)
+    assert len(timesteps) == steps and timesteps[0] == 999
+    gaps = [a - b for a, b in itertools.pairwise([*timesteps, -1])]
+    assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_more_steps_than_timesteps_are_refused(steps):
+    with pytest.raises(InputError, match="wanted 1"):
+        spaced_timesteps(1000, steps)
+
+
+class ExactGaussian:
+    """The eps of data N(0.3, 0.5^2), which is known: the noise expected given x_t."""
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+
+    def __call__(self, x_t, t, y):
+        a = self.schedule.alpha_bar(t)
+        return (1 - a) ** 0.5 * (x_t - a**0.5 * 0.3) / (a * 0.25 + 1 - a)
+
+
+@pytest.mark.parametrize(
+    "name, eta, steps, std",
+    [("ddpm", 0, 1000, 0.496), ("ddim", 0, 50, 0.471), ("ddim", 0, 1000, 0.499), ("ddim", 1, 1000, 0.496)],
+)
+def test_exact_denoiser_gives_the_distribution_of_the_data(name, eta, steps, std):
+    """The standard deviations short of 0.5 are the solvers' own: the same linear map, worked out by hand."""
+    schedule = NoiseSchedule()
+    solver = Solver(name, schedule, eta=eta)
+    noise = SeededNoise([7])
+    x = sample(ExactGaussian(schedule), solver, spaced_timesteps(1000, steps), noise, (1, 200, 200))
+    assert x.mean().item() == pytest.approx(0.3, abs=0.01)
+    assert x.std().item() == pytest.approx(std, abs=0.006)
+
+
+def test_clip_x0_holds_the_image_in_range():
+    schedule = NoiseSchedule()
+    wild = lambda x_t, t, y: torch.full_like(x_t, 3.0)  # noqa: E731
+    for name in ("ddpm", "ddim"):
+        timesteps = spaced_timesteps(1000, 10)
+        free, held = (
+            sample(wild, Solver(name, schedule, "predict_original", clip_x0=clip), timesteps, SeededNoise([0]), SHAPE)
+            for clip in (False, True)
+        )
+        assert torch.allclose(held, torch.ones(1, *SHAPE)) and torch.allclose(free, 3 * torch.ones(1, *SHAPE))
+
+
+def test_noise_belongs_to_its_seed():
+    together, alone = SeededNoise([5, 6, 7]), SeededNoise([6])
+    for _ in range(3):
+        assert torch.equal(together(*SHAPE)[1], alone(*SHAPE)[0])
+
+
+def test_seeds_of_a_run_are_its_own():
+    seeds = [nth_seed(3, "samples", i) for i in range(50_000)]
+    assert len(set(seeds)) == 50_000 and max(seeds) < 2**32
+    assert nth_seed(3, "training steps", 0) != seeds[0] != nth_seed(4, "samples", 0)
+
+
+def test_classes_follow_from_seed_and_index():
+    together = sample_classes(range(10), 1, range(200))
+    assert torch.equal(together[50:60], sample_classes(range(10), 1, range(50, 60)))
+    assert set(together.tolist()) == set(range(10))
+    assert set(sample_classes([4], 1, range(5)).tolist()) == {4}
+
+
+def test_on_step_sees_x_t_before_each_step():
+    seen = []
+    solver = Solver("ddim", NoiseSchedule())
+    sample(Recorder(), solver, [999, 499], SeededNoise([1]), SHAPE, on_step=lambda t, x: seen.append((t, x)))
+    assert [t for t, _ in seen] == [999, 499]
+    assert torch.equal(seen[0][1], SeededNoise([1])(*SHAPE))

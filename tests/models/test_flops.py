@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from models.early_exit import EarlyExitUViT
+from models.flops import early_exit_flops, uvit_flops
+from models.uvit import UViT
+from tests.conftest import TINY
+
+N, D, PATCHES, P2C = 5, 32, 4, 16  # tokens, width, patches, values in a patch
+BLOCK = 2 * N * D * (3 * D + D + 8 * D) + 2 * 2 * N * N * D  # projections and MLP, then attention
+SKIP = 2 * N * 2 * D * D
+EMBED = 2 * PATCHES * D * P2C
+HEAD = 2 * PATCHES * D * P2C + 2 * 9 * 64  # patches to pixels, then the 3 x 3 convolution
+
+
+def test_uvit_flops_are_those_of_its_products():
+    assert uvit_flops(UViT(**TINY, depth=5)) == EMBED + 5 * BLOCK + 2 * SKIP + HEAD
+
+
+def test_early_exit_flops_add_up_layer_by_layer():
+    probe = 2 * N * D
+    costs = early_exit_flops(EarlyExitUViT(UViT(**TINY, depth=5), "mlp_probe_per_layer"))
+    blocks = [0, BLOCK, 2 * BLOCK, 3 * BLOCK, 4 * BLOCK + SKIP]
+    want = [EMBED + ran + (k + 1) * probe + HEAD for k, ran in enumerate(blocks)]
+    assert costs == [*want, EMBED + 5 * BLOCK + 2 * SKIP + 5 * probe + HEAD]

@@ -33,18 +33,27 @@ def save_png(path: Path, pixels: Tensor) -> None:
 
 
 def save_grid(path: Path, pixels: Tensor, at_most: int = 100, least_side: int = 64) -> None:
-    """Save the first images as one picture, nearly square; tiny ones are enlarged so that they can be seen.
+    """Save the first images as one picture, nearly square.
 
+    Tiny images are enlarged, smoothly: a person makes out an 8 x 8 digit that way, and not by its squares.
     pixels: uint8 (N, C, H, W).
     """
-    pixels = pixels[:at_most].cpu()
-    zoom = max(1, math.ceil(least_side / pixels.shape[-1]))
-    tiles = F.pad(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (1, 1, 1, 1), value=255)
+    tiles = enlarge(pixels[:at_most].cpu(), least_side)
+    tiles = F.pad(tiles, (1, 1, 1, 1), value=255)
     columns = math.ceil(len(tiles) ** 0.5)
     rows = math.ceil(len(tiles) / columns)
     blank = tiles.new_full((rows * columns - len(tiles), *tiles.shape[1:]), 255)
     grid = rearrange(torch.cat([tiles, blank]), "(r k) c h w -> c (r h) (k w)", r=rows)
     save_png(path, grid)
+
+
+def enlarge(pixels: Tensor, least_side: int) -> Tensor:
+    """uint8 (N, C, H, W), a whole number of times larger if smaller than least_side."""
+    zoom = max(1, least_side // pixels.shape[-1])
+    if zoom == 1:
+        return pixels
+    larger = F.interpolate(pixels.float(), scale_factor=zoom, mode="bicubic")
+    return larger.clamp(0, 255).round().to(torch.uint8)
 
 
 def to_tensor(image: Image.Image, in_chans: int) -> Tensor:

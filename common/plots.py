@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from common.files import replacing
 
-BLUE, ORANGE, GREY = "#2a6f97", "#d1603d", "#8d99ae"
+BLUE, GREY = "#2a6f97", "#8d99ae"
 
 
 def plot_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, depth: int, threshold: float) -> None:
@@ -26,12 +26,12 @@ def plot_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, 
     axes.axhline(depth, color=GREY, linestyle=":", label=f"whole network ({depth} blocks)")
     axes.set(
         xlim=(timesteps.max(), timesteps.min()) if len(timesteps) > 1 else None,
-        ylim=(-0.02 * depth, 1.05 * depth),
+        ylim=(-0.02 * depth, 1.35 * depth),
         xlabel="timestep t (noise on the left, image on the right)",
         ylabel="exit layer (blocks run)",
         title=f"Early exit at threshold {threshold:g}: {exit_layer.mean():.2f} of {depth} blocks on average",
     )
-    axes.legend(loc="upper left", framealpha=1)
+    axes.legend(loc="upper left", ncols=3, framealpha=1)
     _save(figure, path)
 
 
@@ -39,20 +39,17 @@ def plot_score_against_time(
     path: Path, labels: Sequence[str], seconds: Sequence[float], scores: Sequence[float], metric: str
 ) -> None:
     """One point a run: seconds per image, score."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    markers = "os^Dv<>pP*XhHd"
     for i, (label, x, y) in enumerate(zip(labels, seconds, scores, strict=True)):
-        axes.scatter(x, y, s=70, color=ORANGE if i == 0 else BLUE, zorder=3)
-        axes.annotate(label, (x, y), xytext=(7, 6), textcoords="offset points")
-    axes.axhline(scores[0], color=ORANGE, linestyle=":", linewidth=1)
-    axes.set(
-        xlabel="seconds per image, measured",
-        ylabel=metric,
-        title=f"{metric} against time; dotted: {labels[0]}",
-    )
-    axes.set_xlim(left=0, right=1.25 * max(seconds))
-    axes.margins(y=0.2)
+        axes.scatter(x, y, s=80, marker=markers[i % len(markers)], color=f"C{i % 10}", label=label, zorder=3)
+    axes.axhline(scores[0], color="C0", linestyle=":", linewidth=1)
+    axes.set(xlabel="seconds per image, measured", ylabel=metric, title=f"{metric} against time")
+    axes.set_xlim(left=0, right=1.08 * max(seconds))
+    axes.margins(y=0.15)
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
     _save(figure, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,11 @@ class TorchScript(FeatureExtractor):
     def __init__(self, path: Path, device: torch.device):
         self.path, self.device, self.name = path, device, path.stem
         try:
-            self.network = torch.jit.load(str(path), map_location=device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # torch.jit is deprecated, but reads files without pickle
+                self.network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"{path}: not readable as TorchScript ({str(error).splitlines()[0]:.120})") from None
 
@@ -121,5 +126,4 @@ def _download_inception() -> Path:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()

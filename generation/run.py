@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.config import Config, settings_of
 from common.devices import Stopwatch
 from common.errors import InputError
 from common.files import writable_folder, write_json
-from common.images import save_grid, save_png, to_uint8
+from common.images import enlarge, save_grid, save_png, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, sample, sample_classes
@@ -177,8 +179,6 @@ def clear_samples(folder: Path) -> None:
 
 def save_frames(path: Path, frames: list[Tensor], images: Tensor) -> None:
     """A row a sample, a column a timestep, the finished image last."""
-    columns = torch.stack([column[:FRAME_SAMPLES] for column in [*frames, images]], dim=1)  # (N, K, C, H, W)
-    margin = torch.nn.functional.pad(columns, (1, 1, 1, 1), value=255)
-    picture = torch.cat([torch.cat(list(row), dim=-1) for row in margin], dim=-2)
-    zoom = max(1, 64 // images.shape[-1])
-    save_png(path, picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    columns = [enlarge(column[:FRAME_SAMPLES], least_side=64) for column in [*frames, images]]
+    tiles = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=255)
+    save_png(path, rearrange(tiles, "n k c h w -> c (n h) (k w)"))

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# From nothing to a measured comparison of the full backbone, DuoDiff and early exit, on the digits that
+# ship with the project. Everything it makes goes to demo/ (or to the folder given), which it replaces.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+
+demo=${1:-demo}
+if [ -e "$demo" ] && [ ! -e "$demo/.made-by-demo" ]; then
+    echo "demo.sh: $demo is there already and not from an earlier demo; name another folder" >&2
+    exit 2
+fi
+rm -rf "$demo"
+mkdir -p "$demo"
+touch "$demo/.made-by-demo"
+started=$SECONDS
+
+step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() {
+    printf '$ %s\n' "$*"
+    "$@"
+}
+
+training=(--dataset digits --batch_size 128 --lr 2e-3 --beta1 0.9 --num_warmup_steps 100
+    --log_every_n_steps 500 --log_path "$demo")
+sampling=(--solver ddim --steps 50 --n_samples 1000 --batch_size 500 --seed 1)
+scoring=(--dataset digits --feature_extractor scripts/digits_classifier.pt --cache_dir "$demo/cache")
+full=$demo/full/digits_uvit_last.pth
+shallow=$demo/shallow/digits_uvit_last.pth
+exits=$demo/exits/digits_deediff_uvit_last.pth
+
+step "Train the full backbone: 7 blocks"
+run venv/bin/python train.py --config_path configs/uvit_digits.yaml --exp_name full --n_steps 1500 "${training[@]}"
+
+step "Train the shallow backbone: 1 block"
+run venv/bin/python main.py --model uvit --config_path configs/uvit_digits_1.yaml --exp_name shallow --n_steps 1500 \
+    "${training[@]}"
+
+step "Train early-exit heads on the full backbone"
+run venv/bin/python main.py --model deediff_uvit --load_backbone "$full" --freeze_backbone \
+    --config_path configs/deediff_digits.yaml --exp_name exits --n_steps 500 "${training[@]}"
+
+step "Sample with the full backbone"
+run venv/bin/python sampler.py --checkpoint_path "$full" --output_folder "$demo/samples_full" "${sampling[@]}"
+
+runs=("full=$demo/samples_full")
+for t_switch in 300 500 700; do
+    step "Sample with DuoDiff: shallow at t > $t_switch, full at the rest"
+    run venv/bin/python sampler.py --checkpoint_path "$shallow" --checkpoint_path_late "$full" \
+        --t_switch $t_switch --output_folder "$demo/samples_duo_$t_switch" "${sampling[@]}"
+    runs+=("DuoDiff t_switch=$t_switch=$demo/samples_duo_$t_switch")
+done
+
+step "Sample with early exit"
+run venv/bin/python eesampler.py --checkpoint_path "$exits" --threshold 0.2 \
+    --output_folder "$demo/samples_early_exit" "${sampling[@]}"
+runs+=("early exit=$demo/samples_early_exit")
+
+step "Score each in the feature space of a small classifier of digits"
+for labelled in "${runs[@]}"; do
+    run venv/bin/python fid.py --samples_path "${labelled##*=}" "${scoring[@]}"
+done
+
+step "Compare"
+run venv/bin/python compare.py "${runs[@]}" --output "$demo/comparison.png"
+
+cat <<END
+
+Look at
+  $demo/comparison.png                                score against time
+  $demo/samples_full/report/grid_image.png            digits of the full backbone
+  $demo/samples_duo_500/report/grid_image.png         digits of DuoDiff
+  $demo/samples_early_exit/report/grid_image.png      digits of early exit
+  $demo/samples_early_exit/report/exit_layer.png      where images left, from noise to image
+Done in $((SECONDS - started)) s.
+END

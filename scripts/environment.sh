@@ -1,0 +1,14 @@
+# Sourced by the other scripts: makes venv/ if it is missing and installs what requirements.txt asks for.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if ! cmp -s requirements.txt venv/.requirements-installed; then
+    python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "$python is older than 3.10; name a newer one with PYTHON=..." >&2
+        exit 2
+    fi
+    [ -x venv/bin/python ] || "$python" -m venv venv
+    echo "installing requirements.txt into venv/ (torch is large: this can take minutes)"
+    venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt venv/.requirements-installed
+fi

@@ -1,0 +1,224 @@
+"""sampler.py and eesampler.py, run on tiny networks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import eesampler
+import sampler
+from models import UViT, load_weights
+from tests.conftest import TINY
+
+
+def samples(folder):
+    return {path.name: np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))}
+
+
+def statistics(folder):
+    return json.loads((folder / "report" / "statistics.json").read_text())
+
+
+@pytest.fixture
+def duo(full, shallow):
+    return ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--device", "cpu", "--quiet"]
+
+
+@pytest.fixture
+def ee(early_exit):
+    return ["--checkpoint_path", early_exit, "--threshold", "0.45", "--device", "cpu", "--quiet"]
+
+
+def test_two_backbones(duo, tmp_path, run_quietly):
+    said = run_quietly(sampler.main, [*duo, "--t_switch", 5, "--output_folder", tmp_path / "s", "--batch_size", 3])
+    assert "shallow ran 14 timesteps, full ran 6 timesteps" in said
+    images = samples(tmp_path / "s")
+    assert list(images) == ["000000.png", "000001.png", "000002.png"]
+    assert images["000000.png"].shape == (8, 8) and images["000000.png"].dtype == np.uint8
+    about = statistics(tmp_path / "s")
+    assert [b["timesteps"] for b in about["backbones"]] == [14, 6]
+    assert [b["weights"] for b in about["backbones"]] == ["ema", "ema"]
+    flops = [b["flops_per_image_call"] for b in about["backbones"]]
+    assert about["network_flops_per_image"] == 14 * flops[0] + 6 * flops[1]
+    assert about["settings"]["t_switch"] == 5 and about["images_per_second"] > 0
+    assert (tmp_path / "s" / "report" / "grid_image.png").exists()
+
+
+@pytest.mark.parametrize("solver", [["--solver", "ddpm"], ["--solver", "ddim", "--steps", "5", "--eta", "0.5"]])
+@pytest.mark.parametrize("script", ["duo", "ee"])
+def test_sample_i_is_the_same_whatever_the_batch_size(script, solver, duo, ee, tmp_path, run_quietly):
+    main, flags = (sampler.main, [*duo, "--t_switch", 9]) if script == "duo" else (eesampler.main, ee)
+    for name, batch_size in (("ones", 1), ("threes", 3), ("all", 7)):
+        argv = [*flags, *solver, "--n_samples", 7, "--batch_size", batch_size, "--output_folder", tmp_path / name]
+        run_quietly(main, argv)
+    ones = samples(tmp_path / "ones")
+    assert len(ones) == 7 and len({image.tobytes() for image in ones.values()}) == 7
+    for other in ("threes", "all"):
+        for name, image in samples(tmp_path / other).items():
+            # Sums over a batch of another size may round differently; a level of 8 bits is the most it shows.
+            assert np.abs(image.astype(int) - ones[name]).max() <= 1
+
+
+def test_a_switch_at_the_ends_is_one_backbone_alone(duo, full, shallow, tmp_path, run_quietly):
+    for name, t_switch, alone in (("late", 19, full), ("early", -1, shallow)):
+        run_quietly(sampler.main, [*duo, "--t_switch", t_switch, "--output_folder", tmp_path / name, "--n_samples", 2])
+        argv = ["--checkpoint_path", alone, "--output_folder", tmp_path / f"{name}_alone", "--n_samples", 2, "--quiet"]
+        run_quietly(sampler.main, argv)
+        both = samples(tmp_path / name), samples(tmp_path / f"{name}_alone")
+        assert all(np.array_equal(both[0][key], both[1][key]) for key in both[0])
+
+
+def test_seeds_and_weights_matter(full, tmp_path, run_quietly):
+    for name, flags in (("a", []), ("b", ["--seed", 1]), ("c", ["--weights", "raw"]), ("d", [])):
+        run_quietly(
+            sampler.main,
+            ["--checkpoint_path", full, "--output_folder", tmp_path / name, "--n_samples", 1, "--quiet", *flags],
+        )
+    images = {name: samples(tmp_path / name)["000000.png"] for name in "abcd"}
+    assert np.array_equal(images["a"], images["d"])
+    assert not np.array_equal(images["a"], images["b"]) and not np.array_equal(images["a"], images["c"])
+
+
+def test_early_exit_reports_where_images_left(ee, early_exit, tmp_path, run_quietly):
+    said = run_quietly(eesampler.main, [*ee, "--n_samples", 5, "--batch_size", 2, "--output_folder", tmp_path / "s"])
+    exits = np.load(tmp_path / "s" / "report" / "exits.npz")
+    assert exits["timesteps"].tolist() == list(range(19, -1, -1))
+    assert exits["exit_layer"].shape == (20, 5) and exits["uncertainty"].shape == (20, 5)
+    assert exits["exit_layer"].min() >= 0 and exits["exit_layer"].max() <= 5
+    mean = exits["exit_layer"].mean()
+    assert f"mean exit layer {mean:.2f} of 5" in said
+    about = statistics(tmp_path / "s")
+    assert about["backbones"][0]["mean_exit_layer"] == pytest.approx(mean)
+    assert 0 < about["network_flops_per_image"] <= 20 * about["backbones"][0]["flops_per_image_call"]
+    assert (tmp_path / "s" / "report" / "exit_layer.png").exists()
+
+
+def test_a_threshold_of_0_is_the_backbone_itself(full, early_exit, tmp_path, run_quietly):
+    run_quietly(sampler.main, ["--checkpoint_path", full, "--output_folder", tmp_path / "full", "--n_samples", 3])
+    argv = ["--checkpoint_path", early_exit, "--threshold", 0, "--output_folder", tmp_path / "ee", "--n_samples", 3]
+    run_quietly(eesampler.main, argv)
+    a, b = samples(tmp_path / "full"), samples(tmp_path / "ee")
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_intermediate_frames(full, tmp_path, run_quietly):
+    argv = [
+        "--checkpoint_path",
+        full,
+        "--output_folder",
+        tmp_path / "s",
+        "--n_samples",
+        3,
+        "--batch_size",
+        2,
+        "--quiet",
+    ]
+    run_quietly(sampler.main, [*argv, "--timesteps_save", 19, 10, 0])
+    frames = tmp_path / "s" / "report" / "frames"
+    assert sorted(p.name for p in frames.iterdir()) == ["t0000", "t0010", "t0019"]
+    assert list(samples(frames / "t0010")) == ["000000.png", "000001.png", "000002.png"]
+    assert np.array(Image.open(frames.parent / "frames.png")).shape == (3 * 66, 4 * 66)
+
+
+def test_bare_weights_need_a_config(full, tmp_path, run_quietly, fails):
+    content = torch.load(full, weights_only=True)
+    network = UViT(**content["config"]["model_params"])
+    load_weights(network, full)
+    torch.save(network.state_dict(), tmp_path / "bare.pth")
+    diffusion = content["config"]["diffusion_params"]
+    (tmp_path / "net.yaml").write_text(
+        yaml.safe_dump({"model_params": TINY | {"depth": 5}, "diffusion_params": diffusion})
+    )
+    argv = ["--checkpoint_path", tmp_path / "bare.pth", "--n_samples", 2, "--quiet"]
+    fails(sampler.main, [*argv, "--output_folder", tmp_path / "x"], "bare.pth", "--config_path")
+    run_quietly(sampler.main, [*argv, "--config_path", tmp_path / "net.yaml", "--output_folder", tmp_path / "bare"])
+    run_quietly(sampler.main, ["--checkpoint_path", full, "--n_samples", 2, "--output_folder", tmp_path / "own"])
+    a, b = samples(tmp_path / "bare"), samples(tmp_path / "own")
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_classes(runs, tmp_path, run_quietly, fails, full):
+    network = runs / "classes" / "digits_uvit_last.pth"
+    argv = ["--checkpoint_path", network, "--n_samples", 3, "--quiet"]
+    run_quietly(sampler.main, [*argv, "--output_folder", tmp_path / "random"])
+    run_quietly(sampler.main, [*argv, "--output_folder", tmp_path / "seven", "--class_id", 7])
+    assert len(samples(tmp_path / "seven")) == 3
+    fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", 10], "--class_id 10", "0..9")
+    fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", "cat"], "cat")
+    argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "x", "--class_id", 1]
+    fails(sampler.main, argv, "unconditional")
+
+
+class TestBadInput:
+    def test_samples_are_not_overwritten(self, full, tmp_path, run_quietly, fails):
+        argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--quiet"]
+        run_quietly(sampler.main, [*argv, "--n_samples", 3])
+        before = samples(tmp_path / "s")
+        fails(sampler.main, [*argv, "--n_samples", 2, "--seed", 5], "3 samples", "--overwrite")
+        assert samples(tmp_path / "s").keys() == before.keys()
+        run_quietly(sampler.main, [*argv, "--n_samples", 2, "--seed", 5, "--overwrite"])
+        after = samples(tmp_path / "s")
+        assert list(after) == ["000000.png", "000001.png"]
+        assert not np.array_equal(after["000000.png"], before["000000.png"])
+
+    def test_a_folder_with_something_else_is_left_alone(self, full, tmp_path, fails):
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "cat.png").write_bytes(b"a cat")
+        argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--overwrite"]
+        fails(sampler.main, argv, "cat.png")
+        assert (tmp_path / "s" / "cat.png").read_bytes() == b"a cat"
+
+    def test_a_failure_to_load_keeps_the_samples(self, full, tmp_path, run_quietly, fails):
+        argv = ["--output_folder", tmp_path / "s", "--quiet", "--n_samples", 1]
+        run_quietly(sampler.main, ["--checkpoint_path", full, *argv])
+        (tmp_path / "cut.pth").write_bytes(full.read_bytes()[:5000])
+        fails(sampler.main, ["--checkpoint_path", tmp_path / "cut.pth", *argv, "--overwrite"], "cut.pth", "cut short")
+        assert len(samples(tmp_path / "s")) == 1 and (tmp_path / "s" / "report" / "statistics.json").exists()
+
+    def test_the_pair_must_fit(self, runs, full, tmp_path, fails):
+        argv = ["--checkpoint_path", runs / "classes" / "digits_uvit_last.pth", "--checkpoint_path_late", full]
+        fails(sampler.main, [*argv, "--t_switch", 3, "--output_folder", tmp_path / "s"], "num_classes (10 and -1)")
+
+    @pytest.mark.parametrize("t_switch, words", [(20, ["--t_switch 20", "-1..19"]), (-2, ["--t_switch"])])
+    def test_a_switch_out_of_range(self, t_switch, words, duo, tmp_path, fails):
+        fails(sampler.main, [*duo, "--t_switch", t_switch, "--output_folder", tmp_path / "s"], *words)
+
+    def test_options(self, duo, ee, full, early_exit, tmp_path, fails):
+        one = ["--checkpoint_path", full, "--output_folder", tmp_path / "s"]
+        fails(sampler.main, [*duo, "--output_folder", tmp_path / "s"], "--t_switch")
+        fails(sampler.main, [*one, "--t_switch", 3], "--checkpoint_path_late")
+        fails(sampler.main, [*one, "--eta", 0.5], "--eta")
+        fails(sampler.main, [*one, "--steps", 21], "--steps 21", "1..20")
+        fails(sampler.main, [*one, "--steps", 4, "--timesteps_save", 18], "--timesteps_save 18")
+        fails(sampler.main, [*one, "--parametrization", "predict_original"], "parametrization")
+        fails(sampler.main, ["--checkpoint_path", tmp_path / "none.pth", "--output_folder", tmp_path], "none.pth")
+        fails(sampler.main, ["--checkpoint_path", early_exit, "--output_folder", tmp_path / "s"], "eesampler.py")
+        wrong = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--threshold"]
+        fails(eesampler.main, [*wrong, 0.1], "sampler.py")
+        fails(eesampler.main, [*wrong, 1.5], "--threshold")
+        fails(eesampler.main, [*wrong, "nan"], "--threshold")
+        fails(sampler.main, ["--checkpoint_path", full, "--output_folder", full], full.name)
+
+    @pytest.mark.parametrize(
+        "text, word",
+        [
+            ("model_params: {img_size: 8, patch_size: 4, dept: 3}", "dept"),
+            ("model_params: {img_size: eight, patch_size: 4}", "img_size"),
+            ("model_params: {img_size: 8, patch_size: 4, qkv_bias: 1}", "qkv_bias"),
+            ("model_params: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 32, num_heads: 4, depth: 7}", "depth"),
+            ("modelparams: {}", "model_params"),
+            ("model_params: [", "YAML"),
+            ("model_params: !!python/object/apply:os.system [ls]", "YAML"),
+            ("\x00", "YAML"),
+            ("", "model_params"),
+        ],
+    )
+    def test_a_config_that_does_not_fit(self, text, word, full, tmp_path, fails):
+        (tmp_path / "bad.yaml").write_text(text)
+        argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--config_path", tmp_path / "bad.yaml"]
+        fails(sampler.main, argv, "bad.yaml" if "depth: 7" not in text else "last.pth", word)

@@ -1,0 +1,195 @@
+"""fid.py and compare.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import compare
+import evaluation.features
+import fid
+import sampler
+from data import open_dataset
+
+CLASSIFIER = Path(__file__).parents[1] / "scripts" / "digits_classifier.pt"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Every other digit as a PNG."""
+    folder = tmp_path_factory.mktemp("real")
+    digits = open_dataset("digits", None, img_size=8, in_chans=1)
+    for n, image in enumerate(digits.images[::2]):
+        Image.fromarray(image[0].numpy()).save(folder / f"{n:06d}.png")
+    return folder
+
+
+@pytest.fixture
+def scored(full, tmp_path, run_quietly):
+    """Two scored runs."""
+    for name, steps in (("slow", 20), ("quick", 5)):
+        folder = tmp_path / name
+        argv = ["--checkpoint_path", full, "--n_samples", 80, "--steps", steps, "--output_folder", folder, "--quiet"]
+        run_quietly(sampler.main, argv)
+        run_quietly(fid.main, [*flags(tmp_path), "--samples_path", folder, "--dataset", "digits"])
+    return tmp_path
+
+
+def flags(tmp_path):
+    return ["--feature_extractor", CLASSIFIER, "--cache_dir", tmp_path / "cache", "--device", "cpu", "--quiet"]
+
+
+def metrics(folder):
+    return json.loads((folder / "report" / "metrics.json").read_text())
+
+
+def test_digits_score_near_0_and_noise_far(real, tmp_path, run_quietly):
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    for n in range(100):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8), dtype=np.uint8)).save(noise / f"{n:06d}.png")
+    run_quietly(fid.main, [*flags(tmp_path), "--samples_path", real, "--dataset", "digits", "--metrics", "fid,kid,prc"])
+    run_quietly(
+        fid.main, [*flags(tmp_path), "--samples_path", noise, "--dataset", "digits", "--metrics", "fid,kid,prc"]
+    )
+    near, far = metrics(real), metrics(noise)
+    assert near["fid"] < 1 < 100 < far["fid"]
+    assert near["kid"] < far["kid"] and near["precision"] > 0.9 > far["precision"]
+    assert near["n_samples"] == 899 and near["reference"]["n_reference"] == 1797
+    assert near["feature_extractor"]["sha256"]
+    shutil.rmtree(real / "report")
+
+
+def test_statistics_of_a_dataset_are_kept(real, tmp_path, run_quietly):
+    argv = [*flags(tmp_path), "--samples_path", real, "--dataset", "digits"]
+    said = run_quietly(fid.main, argv)
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert kept.name.startswith("digits_1797_digits_classifier_")
+    before = kept.stat().st_mtime_ns
+    assert run_quietly(fid.main, argv) == said and kept.stat().st_mtime_ns == before
+    run_quietly(fid.main, [*argv, "--n_reference", 500])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    kept.write_bytes(b"broken")
+    assert run_quietly(fid.main, argv) == said
+    shutil.rmtree(real / "report")
+
+
+def test_references(real, tmp_path, run_quietly):
+    samples = tmp_path / "samples"
+    shutil.copytree(real, samples)
+    base = [*flags(tmp_path), "--samples_path", samples]
+    run_quietly(fid.main, [*base, "--reference", real])
+    assert metrics(samples)["fid"] == pytest.approx(0, abs=1e-4)
+    assert "statistics of 899" in run_quietly(fid.main, [*base, "--save_stats", tmp_path / "s.npz"])
+    run_quietly(fid.main, [*base, "--reference", tmp_path / "s.npz"])
+    assert metrics(samples)["fid"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_report_with_other_images_than_it_counts(scored, fails):
+    (scored / "slow" / "000003.png").unlink()
+    fails(
+        fid.main, [*flags(scored), "--samples_path", scored / "slow", "--dataset", "digits"], "79 images", "counts 80"
+    )
+
+
+def test_the_score_knows_where_it_came_from(scored):
+    about = metrics(scored / "slow")
+    assert about["run"]["settings"]["seed"] == 0
+    assert about["run"]["backbones"][0]["weights"] == "ema"
+    assert about["reference"]["dataset"] == "digits" and about["n_samples"] == 80
+
+
+def test_inception_takes_its_own_path(real, tmp_path, run_quietly, fails, monkeypatch):
+    """Its weights are not here: random ones, behind a check that is told to accept them."""
+    weights = tmp_path / "weights.pth"
+    torch.save({}, weights)
+    argv = ["--samples_path", real, "--device", "cpu", "--quiet", "--feature_extractor_weights", weights]
+    fails(fid.main, [*argv, "--reference", real], "SHA-256")
+    network = "torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3.load_state_dict"
+    monkeypatch.setattr(network, lambda self, state_dict: None)
+    monkeypatch.setattr(evaluation.features, "INCEPTION_SHA256_PREFIX", "")
+    few = tmp_path / "few"
+    few.mkdir()
+    for n in range(6):
+        shutil.copy(real / f"{n:06d}.png", few)
+    argv = ["--samples_path", few, "--device", "cpu", "--quiet", "--feature_extractor_weights", weights]
+    run_quietly(fid.main, [*argv, "--reference", few, "--metrics", "fid,is"])
+    about = metrics(few)
+    assert about["fid"] == pytest.approx(0, abs=1e-3) and about["is"] >= 1
+    assert "2048" in about["feature_extractor"]["extractor"]
+
+
+def test_no_network_for_the_download(real, tmp_path, fails, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    fails(fid.main, ["--samples_path", real, "--reference", real], "no network", "--feature_extractor_weights")
+
+
+class TestBadInput:
+    def test_options(self, real, tmp_path, fails):
+        base = ["--samples_path", real]
+        stats = tmp_path / "s.npz"
+        np.savez(stats, mu=np.zeros(2), sigma=np.eye(2))
+        fails(fid.main, base, "--dataset")
+        fails(fid.main, [*base, "--dataset", "digits", "--reference", real], "--reference")
+        fails(fid.main, [*base, "--reference", real, "--metrics", "fid,lpips"], "'lpips'")
+        fails(fid.main, [*flags(tmp_path), *base, "--reference", real, "--metrics", "is"], "Inception")
+        fails(fid.main, [*flags(tmp_path), *base, "--reference", stats, "--metrics", "kid"], "statistics")
+        fails(fid.main, [*flags(tmp_path), *base, "--reference", stats], "2 dimensions")
+        fails(fid.main, [*flags(tmp_path), *base, "--reference", real, "--n_reference", 5000], "899 images")
+        fails(fid.main, [*base, "--reference", real, "--feature_extractor", "nowhere.pt"], "nowhere.pt")
+        fails(fid.main, ["--samples_path", tmp_path / "none", "--dataset", "digits"], "none")
+
+    def test_folders(self, real, tmp_path, fails, caplog):
+        folder = tmp_path / "samples"
+        folder.mkdir()
+        argv = [*flags(tmp_path), "--samples_path", folder, "--reference", real]
+        fails(fid.main, argv, "no images")
+        shutil.copy(real / "000000.png", folder)
+        (folder / "notes.txt").write_text("stray")
+        fails(fid.main, argv, "1 images are too few")
+        assert "notes.txt" in caplog.text
+        Image.new("L", (9, 9)).save(folder / "other.png")
+        fails(fid.main, argv, "other.png", "9 x 9")
+        (folder / "other.png").write_bytes(b"broken")
+        fails(fid.main, argv, "other.png")
+
+    def test_extractors(self, real, tmp_path, fails):
+        (tmp_path / "none.pt").write_bytes(b"no network")
+        argv = ["--samples_path", real, "--reference", real, "--device", "cpu", "--quiet", "--feature_extractor"]
+        fails(fid.main, [*argv, tmp_path / "none.pt"], "none.pt")
+
+
+def test_compare(scored, run_quietly):
+    picture = scored / "picture.png"
+    argv = [f"slow one={scored / 'slow'}", f"quick={scored / 'quick'}", "--output", picture]
+    lines = run_quietly(compare.main, argv).splitlines()
+    assert lines[0].split() == ["run", "FID", "s/image", "MFLOP/image", "speed-up"]
+    slow, quick = (json.loads((scored / n / "report" / "statistics.json").read_text()) for n in ("slow", "quick"))
+    want = slow["seconds_per_image"] / quick["seconds_per_image"]
+    assert lines[2].startswith("slow one ") and lines[2].endswith("1.00x")
+    assert lines[3].split()[-1] == f"{want:.2f}x"
+    assert f"{metrics(scored / 'quick')['fid']:.3f}" in lines[3]
+    assert Image.open(picture).size[0] > 300
+
+
+def test_compare_with_bad_input(scored, real, fails):
+    fails(compare.main, ["slow"], "LABEL=FOLDER")
+    fails(compare.main, [f"a={scored / 'slow'}", f"a={scored / 'quick'}"], "twice")
+    fails(compare.main, [f"a={scored / 'slow'}", f"b={real}"], "statistics.json")
+    fails(compare.main, [f"a={scored / 'slow'}", "--metric", "kid"], "no kid")
+    path = scored / "quick" / "report" / "metrics.json"
+    path.write_text(json.dumps(metrics(scored / "quick") | {"n_samples": 7}))
+    fails(compare.main, [f"a={scored / 'slow'}", f"b={scored / 'quick'}"], "n_samples")
+    path.write_text("{")
+    fails(compare.main, [f"b={scored / 'quick'}"], "JSON")

@@ -1,0 +1,234 @@
+"""Training through the scripts: what a step sees, and that going on is never having stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main as main_script
+import train as train_script
+from models import UViT
+from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
+from training.loop import learning_rate
+
+FLAGS = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", "3"]
+
+
+def train(log_path, *flags, name="run", steps=20):
+    argv = [*FLAGS, "--n_steps", str(steps), "--log_path", str(log_path), "--exp_name", name]
+    train_script.main([*argv, *map(str, flags)])
+    return log_path / name
+
+
+def checkpoint(folder, name="digits_uvit_last.pth"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b) -> bool:
+    """Nested containers of tensors and values, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_state(a, b) -> bool:
+    return all(same(a[part], b[part]) for part in ("step", "model", "ema", "optimizer", "scaler", "sums"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_amp"], ["--use_amp", "--amp_dtype", "float16"], ["--num_workers", "1"]])
+def test_20_steps_are_10_steps_a_save_a_load_and_10_more(flags, tmp_path):
+    flags = [*flags, "--lr_schedule", "constant"]
+    unbroken = train(tmp_path, *flags, name="unbroken")
+    broken = train(tmp_path, *flags, name="broken", steps=10)
+    train(tmp_path, *flags, "--resume", name="broken")
+    assert same_state(checkpoint(unbroken), checkpoint(broken))
+    timeless = [
+        [{k: v for k, v in m.items() if k != "steps_per_second"} for m in metrics(f)] for f in (unbroken, broken)
+    ]
+    # The run of 10 steps logged its end, step 10, which the unbroken one did not.
+    assert timeless[0] == [m for m in timeless[1] if m["step"] != 10]
+
+
+def test_a_run_goes_on_from_a_checkpoint_between_two_logs(tmp_path):
+    unbroken = train(tmp_path, name="unbroken", steps=12)
+    broken = train(tmp_path, "--save_new_every_n_steps", 7, name="broken", steps=12)
+    (broken / "digits_uvit_last.pth").unlink()
+    train(tmp_path, "--resume", name="broken", steps=12)
+    assert same_state(checkpoint(unbroken), checkpoint(broken))
+    assert [m["loss"] for m in metrics(unbroken)] == [m["loss"] for m in metrics(broken)]
+    assert [m["step"] for m in metrics(broken)] == [4, 8, 12]
+
+
+def test_load_checkpoint_path_goes_on_in_a_new_run(tmp_path):
+    unbroken = train(tmp_path, "--save_new_every_n_steps", 4, name="unbroken", steps=8)
+    start = unbroken / "digits_uvit_step-4.pth"
+    moved = train(tmp_path, "--load_checkpoint_path", start, name="moved", steps=8)
+    assert same_state(checkpoint(unbroken), checkpoint(moved))
+
+
+def test_load_checkpoint_path_starts_from_bare_weights(tmp_path, full):
+    weights = UViT(**(torch.load(full, weights_only=True)["config"]["model_params"] | {"depth": 3})).state_dict()
+    torch.save(weights, tmp_path / "bare.pth")
+    run = train(tmp_path, "--load_checkpoint_path", tmp_path / "bare.pth", "--lr", 1e-12, steps=1)
+    got = checkpoint(run)
+    assert got["step"] == 1
+    for part in ("model", "ema"):
+        torch.testing.assert_close(got[part]["pos_embed"], weights["pos_embed"])
+
+
+def test_previews_leave_training_alone(tmp_path):
+    without = train(tmp_path, name="without", steps=8)
+    seen = train(tmp_path, "--preview_steps", 2, "--n_samples", 3, name="with", steps=8)
+    assert same_state(checkpoint(without), checkpoint(seen))
+    assert sorted(p.name for p in (seen / "previews").iterdir()) == ["step-4.png", "step-8.png"]
+
+
+def test_accumulated_gradients_are_those_of_the_batch(tmp_path):
+    whole, parts = (train(tmp_path, "--grad_accum_steps", n, "--lr", 1e-3, name=f"by{n}", steps=4) for n in (1, 4))
+    for a, b in zip(checkpoint(whole)["model"].values(), checkpoint(parts)["model"].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_the_seed_decides(tmp_path):
+    first, again, other = (
+        train(tmp_path, "--seed", seed, name=name, steps=2) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert same_state(checkpoint(first), checkpoint(again))
+    assert not same(checkpoint(first)["model"], checkpoint(other)["model"])
+
+
+def test_training_learns(tmp_path):
+    losses = [m["loss"] for m in metrics(train(tmp_path, "--lr", 3e-3, steps=120, name="longer"))]
+    assert np.mean(losses[-5:]) < 0.75 * losses[0]
+
+
+def test_a_frozen_backbone_stays_and_is_not_optimised(runs):
+    full, ee = checkpoint(runs / "full"), checkpoint(runs / "ee", "digits_deediff_uvit_last.pth")
+    averaged = full["model"] | full["ema"]
+    assert all(torch.equal(ee["model"][f"uvit.{name}"], value) for name, value in averaged.items())
+    heads = [name for name in ee["model"] if not name.startswith("uvit.")]
+    assert len(ee["optimizer"]["state"]) == len(ee["ema"]) == len(heads)
+
+
+def test_without_freezing_all_is_trained(runs, tmp_path):
+    main_script.main(
+        [
+            *(*TINY_FLAGS, *TRAINING_FLAGS, "--model", "deediff_uvit", "--depth", "3", "--n_steps", "2"),
+            *("--classifier_type", "attention_probe", "--log_path", str(tmp_path), "--use_unweighted_loss"),
+        ]
+    )
+    got = checkpoint(tmp_path / "digits_deediff_uvit_3", "digits_deediff_uvit_last.pth")
+    assert len(got["optimizer"]["state"]) == len(got["model"])
+    assert {"simple", "uncertainty", "ual", "unweighted", "loss"} <= metrics(tmp_path / "digits_deediff_uvit_3")[
+        0
+    ].keys()
+
+
+def test_a_folder_of_images_trains_with_classes_and_flips(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = np.random.default_rng(i).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.jpg")
+    flags = ["--img_size", "8", "--patch_size", "4", "--embed_dim", "32", "--num_heads", "4", "--depth", "1"]
+    flags += ["--dataset", "folder", "--data_path", str(tmp_path / "images"), "--num_classes", "2"]
+    flags += ["--batch_size", "4", "--n_steps", "6", "--quiet", "--log_path", str(tmp_path), "--n_samples", "2"]
+    flags += ["--preview_steps", "2", "--grad_checkpointing"]
+    train_script.main(flags)
+    assert (tmp_path / "folder_uvit_1" / "folder_uvit_last.pth").exists()
+
+
+def test_learning_rate():
+    class Args:
+        lr, num_warmup_steps, n_steps, lr_schedule = 2.0, 10, 110, "cosine"
+
+    assert [learning_rate(step, Args) for step in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
+    assert learning_rate(60, Args) == pytest.approx(1.0)
+    assert learning_rate(110, Args) == pytest.approx(0.0)
+    Args.lr_schedule = "constant"
+    assert learning_rate(109, Args) == 2.0
+
+
+class TestBadInput:
+    def test_a_run_is_never_overwritten(self, runs, fails):
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 4, "--log_path", runs, "--exp_name", "full"]
+        fails(train_script.main, argv, "holds a run already", "--resume")
+
+    def test_resuming_nothing(self, tmp_path, fails):
+        fails(train_script.main, [*FLAGS, "--n_steps", 4, "--log_path", tmp_path, "--resume"], "no checkpoint")
+
+    def test_resuming_under_other_settings(self, runs, fails):
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 8, "--log_path", runs, "--exp_name", "full", "--resume"]
+        fails(train_script.main, [*argv, "--depth", 3], "model_params.depth (5 and 3)")
+        fails(train_script.main, [*argv, "--depth", 5, "--seed", 3, "--lr", 1], "seed (0 and 3)", "lr (0.0002 and 1.0)")
+
+    def test_a_damaged_last_checkpoint_is_passed_over(self, runs, tmp_path, caplog):
+        shutil.copytree(runs / "shallow", tmp_path / "run")
+        last = tmp_path / "run" / "digits_uvit_last.pth"
+        shutil.copy(last, tmp_path / "run" / "digits_uvit_step-4.pth")
+        last.write_bytes(last.read_bytes()[:1000])
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", "6", "--depth", "1", "--log_path", str(tmp_path)]
+        train_script.main([*argv, "--exp_name", "run", "--resume"])
+        assert "passed over" in caplog.text and "digits_uvit_last.pth" in caplog.text
+        assert checkpoint(tmp_path / "run")["step"] == 6
+
+    def test_nothing_left_to_do(self, runs, fails):
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 4, "--log_path", runs, "--exp_name", "full", "--resume"]
+        fails(train_script.main, [*argv, "--depth", 5], "step 4 already")
+
+    @pytest.mark.parametrize(
+        "flags, words",
+        [
+            (["--n_steps", 0], ["--n_steps", "0"]),
+            (["--n_steps", "many"], ["--n_steps", "'many'"]),
+            (["--n_steps", 2, "--batch_size", 1798], ["--batch_size 1798", "1797"]),
+            (["--n_steps", 2, "--sample_height", 64], ["--sample_height 64", "8 x 8"]),
+            (["--n_steps", 2, "--grad_accum_steps", 3], ["--grad_accum_steps 3"]),
+            (["--n_steps", 2, "--lr", "nan"], ["--lr"]),
+            (["--n_steps", 2, "--exp_name", "a/b"], ["--exp_name a/b"]),
+            (["--n_steps", 2, "--num_classes", 5], ["labels 0..9", "num_classes=5"]),
+            (["--n_steps", 2, "--dataset", "folder"], ["--data_path"]),
+            (["--n_steps", 2, "--img_size", 16], ["8 x 8"]),
+            (["--n_steps", 2, "--device", "abacus"], ["--device abacus"]),
+            (["--n_steps", 2, "--n_stepz", 3], ["--n_stepz"]),
+            (["--n_steps", 2, "--config_path", "nowhere.yaml"], ["nowhere.yaml"]),
+        ],
+    )
+    def test_options(self, flags, words, tmp_path, fails):
+        fails(train_script.main, [*FLAGS, "--log_path", tmp_path / "logs", *flags], *words)
+        assert not list((tmp_path / "logs").rglob("*.pth")) if (tmp_path / "logs").exists() else True
+
+    def test_options_of_early_exit(self, tmp_path, fails, full):
+        argv = [*TRAINING_FLAGS, "--n_steps", 2, "--log_path", tmp_path]
+        fails(main_script.main, [*argv, *TINY_FLAGS, "--model", "uvit", "--freeze_backbone"], "--freeze_backbone")
+        ee = [*argv, "--model", "deediff_uvit"]
+        fails(main_script.main, [*ee, *TINY_FLAGS, "--freeze_backbone"], "--load_backbone")
+        fails(main_script.main, [*ee, "--load_backbone", full], "classifier_type")
+        kind = ["--classifier_type", "attention_probe"]
+        fails(main_script.main, [*ee, *kind, "--load_backbone", full, "--depth", 7], "model_params.depth (5 and 7)")
+
+    def test_no_permission(self, tmp_path, fails):
+        (tmp_path / "file").write_text("")
+        argv = [*FLAGS, "--n_steps", 2, "--log_path", tmp_path / "file"]
+        fails(train_script.main, argv, "file")
+
+    def test_weights_that_are_not_finite_are_not_saved(self, tmp_path, fails):
+        fails(
+            train_script.main,
+            [*FLAGS, "--n_steps", 8, "--lr", 1e30, "--log_path", tmp_path, "--num_warmup_steps", 0],
+            "diverged",
+        )
+        assert not list(tmp_path.rglob("*.pth"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.cli import Parser, add_common_options, existing_file, existing_path, whole
 from common.errors import command
-from data import DATASETS
+from data import CROPS, DATASETS
 
 METRICS = ("fid", "kid", "is", "prc")
 
@@ -21,6 +21,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="score against its whole training set")
     parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
+    parser.add_argument("--crop", choices=CROPS, help="of the dataset; that of the samples' network if not said")
     parser.add_argument(
         "--reference",
         type=existing_path,
@@ -50,8 +51,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--samples_path {args.samples_path}: is no folder")
     if (args.dataset is None) == (args.reference is None) and not (args.save_stats and args.dataset is None):
         parser.error("give --dataset or --reference, one of them, to score against")
-    if args.data_path and not args.dataset:
-        parser.error("--data_path needs --dataset")
+    for name in ("data_path", "crop"):
+        if getattr(args, name) and not args.dataset:
+            parser.error(f"--{name} needs --dataset")
     if args.feature_extractor != "inception":
         if not Path(args.feature_extractor).is_file():
             parser.error(f"--feature_extractor {args.feature_extractor}: no such file (or give inception)")
@@ -84,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common.devices import pick_device
     from evaluation.features import load_extractor
     from evaluation.references import open_reference
-    from evaluation.scoring import Samples, score, write_scores
+    from evaluation.samples import Samples
+    from evaluation.scoring import score, write_scores
     from evaluation.statistics import save_statistics
 
     samples = Samples(args.samples_path)
@@ -93,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_statistics(args.save_stats, samples.statistics(extractor, args.batch_size, args.quiet))
         print(f"statistics of {len(samples.images)} images -> {args.save_stats}")
     if args.dataset or args.reference:
-        reference = open_reference(args, samples.images)
+        reference = open_reference(args, samples)
         scores = score(samples, reference, extractor, args.metrics, args.batch_size, args.quiet)
         path = write_scores(samples, reference, extractor, scores)
         print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()), f"-> {path}")

@@ -95,6 +95,7 @@ class Config:
     parametrization: str = "predict_noise"
     diffusion_params: DiffusionConfig = field(default_factory=DiffusionConfig)
     dataset: str | None = None  # what a checkpoint was trained on
+    crop: str | None = None  # how its images were made square, see data.transforms
 
     def __post_init__(self) -> None:
         check_choice("model", self.model, MODELS)

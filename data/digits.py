@@ -19,7 +19,7 @@ FILE = Path(__file__).with_name("digits.npz")
 class Digits(ImageDataset):
     random_flip = False  # a mirrored 3 is no digit
 
-    def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int = -1):
+    def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
         if data_path is not None:
             raise InputError(f"--data_path {data_path}: the digits ship with the project; leave it out")
         if (img_size, in_chans) != (8, 1):
@@ -41,4 +41,4 @@ class Digits(ImageDataset):
         return self.images[chosen], self.labels[chosen]
 
     def describe(self) -> dict[str, Any]:
-        return {"dataset": "digits", "images": len(self), "img_size": 8, "in_chans": 1, "transform": "none"}
+        return {"dataset": "digits", "images": len(self), "img_size": 8, "in_chans": 1, "crop": "none"}

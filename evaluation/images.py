@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.images import to_tensor
-from data.folder import BROKEN, SUFFIXES
+from data.files import BROKEN, SUFFIXES
 
 log = logging.getLogger(__name__)
 

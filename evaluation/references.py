@@ -20,6 +20,7 @@ from data import open_dataset
 from data.dataset import ImageDataset
 from evaluation.features import FeatureExtractor, extract
 from evaluation.images import FinishedImages
+from evaluation.samples import Samples
 from evaluation.statistics import Statistics, load_statistics, save_statistics, statistics_of
 
 log = logging.getLogger(__name__)
@@ -93,13 +94,15 @@ class FolderReference(Reference):
         )
 
 
-def open_reference(args: argparse.Namespace, samples: FinishedImages) -> Reference:
+def open_reference(args: argparse.Namespace, scored: Samples) -> Reference:
     """args: what fid.py parsed. Raises InputError where reference and samples are not of one kind."""
+    samples = scored.images
     width, height = samples.size
     if args.dataset:
         if width != height:
             raise InputError(f"{samples.folder} holds images of {width} x {height}, datasets give squares")
-        dataset = open_dataset(args.dataset, args.data_path, img_size=width, in_chans=samples.in_chans)
+        crop = args.crop or (scored.crop if scored.dataset == args.dataset else None)
+        dataset = open_dataset(args.dataset, args.data_path, img_size=width, in_chans=samples.in_chans, crop=crop)
         return DatasetReference(dataset, args.n_reference, args.cache_dir)
     if args.reference.is_file():
         return StatisticsFile(args.reference)

@@ -8,54 +8,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import InputError
-from common.files import read_json, writable_folder, write_json
+from common.files import writable_folder, write_json
 from evaluation.features import FeatureExtractor, extract
-from evaluation.images import FinishedImages
 from evaluation.references import Reference
+from evaluation.samples import Samples
 from evaluation.statistics import Statistics, frechet_distance, statistics_of
 
 log = logging.getLogger(__name__)
 
 KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
 SEED = 2020  # of the subsets of KID and the splits of the Inception score
-
-
-class Samples:
-    """A folder of samples, and what its report says of the run that made them.
-
-    Raises InputError where images are missing that the report counts.
-    """
-
-    def __init__(self, folder: Path):
-        self.images = FinishedImages(folder)
-        path = folder / "report" / "statistics.json"
-        self.run: dict[str, Any] = read_json(path) if path.exists() else {}
-        wanted = self.run.get("n_samples")
-        if wanted is not None and wanted != len(self.images):
-            raise InputError(
-                f"{len(self.images):,} images in {folder}, but its report counts {wanted:,}; sample again, or "
-                f"remove {path} if that is what you want to score"
-            )
-
-    def batches(self, batch_size: int, quiet: bool) -> tqdm:
-        total = -(-len(self.images) // batch_size)
-        return tqdm(
-            self.images.batches(batch_size),
-            total=total,
-            desc="samples",
-            unit="batch",
-            disable=True if quiet else None,
-        )
-
-    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics:
-        return statistics_of(f for f, _ in extract(extractor, self.batches(batch_size, quiet)))
 
 
 def score(

@@ -15,13 +15,14 @@ from common.cli import (
     real,
     whole,
 )
-from data import DATASETS
+from data import CROPS, DATASETS
 
 
 def add_training_options(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=tuple(DATASETS), required=True)
     group.add_argument("--data_path", type=existing_path, help="where the dataset lies")
+    group.add_argument("--crop", choices=CROPS, help="how images are made square; the dataset's default if not said")
     group.add_argument(
         "--random_flip",
         action=argparse.BooleanOptionalAction,

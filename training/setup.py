@@ -16,7 +16,7 @@ from common.config import Config, build_config, contradictions, settings_of
 from common.devices import pick_device
 from common.errors import InputError
 from common.files import writable_folder
-from data import open_dataset
+from data import crop_of, open_dataset
 from diffusion.sampling import Denoiser
 from models.early_exit import EarlyExitUViT, ExitOutputs
 from models.loading import build_network, load_network, stated_settings
@@ -82,6 +82,7 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
     given = model_settings(args) | {
         "diffusion_params": {"num_timesteps": args.num_timesteps},
         "dataset": args.dataset,
+        "crop": crop_of(args.dataset, args.crop),
     }
     return stated_settings(args.config_path, given)
 
@@ -106,6 +107,7 @@ def _trainer(
         img_size=params.img_size,
         in_chans=params.in_chans,
         num_classes=params.num_classes,
+        crop=config.crop,
     )
     if args.batch_size > len(dataset):
         raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}")

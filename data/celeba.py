@@ -1,0 +1,59 @@
+"""CelebA (Liu et al. 2015), aligned and cropped: the archive or the folder as it is distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from common.errors import InputError
+from data.files import FolderSource, ImageFiles, Source, ZipSource
+
+SPLIT_FILE = "list_eval_partition.txt"
+LAST_TRAINING_IMAGE = 162_770  # the official split goes by number: 1..162770 train, then validation and test
+
+
+class CelebA(ImageFiles):
+    """The training images of CelebA, without labels.
+
+    Found under data_path: img_align_celeba.zip or the folder img_align_celeba, there or in celeba/, or
+    data_path itself. list_eval_partition.txt beside it names the training images; without it their
+    numbers do, which comes to the same.
+    """
+
+    def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
+        if num_classes > 0:
+            raise InputError(f"num_classes={num_classes}: CelebA has no classes; give -1")
+        source = self._find(data_path or Path("datasets"))
+        names = self._training(source)
+        super().__init__("celeba", source, names, None, crop=crop, img_size=img_size, in_chans=in_chans)
+
+    @staticmethod
+    def _find(root: Path) -> Source:
+        for base in (root, root / "celeba"):
+            if (base / "img_align_celeba").is_dir():
+                return FolderSource(base / "img_align_celeba")
+            if (base / "img_align_celeba.zip").is_file():
+                return ZipSource(base / "img_align_celeba.zip")
+        if root.is_file():
+            return ZipSource(root)
+        if any(root.glob("*.jpg")):
+            return FolderSource(root)
+        raise InputError(
+            f"CelebA is not under {root}: get img_align_celeba.zip (Align&Cropped Images, from the CelebA page at "
+            f"mmlab.ie.cuhk.edu.hk) and put it there, or give --data_path"
+        )
+
+    @staticmethod
+    def _training(source: Source) -> list[str]:
+        split = source.path.parent / SPLIT_FILE
+        if split.is_file():
+            pairs = [line.split() for line in split.read_text(encoding="utf-8", errors="replace").splitlines()]
+            if not all(len(pair) == 2 for pair in pairs if pair):
+                raise InputError(f"{split}: wanted lines of a file name and 0, 1 or 2")
+            training = {pair[0] for pair in pairs if pair and pair[1] == "0"}
+            names = [name for name in source.names if PurePosixPath(name).name in training]
+        else:
+            number = {name: PurePosixPath(name).stem for name in source.names}
+            names = [n for n in source.names if number[n].isdecimal() and int(number[n]) <= LAST_TRAINING_IMAGE]
+        if not names:
+            raise InputError(f"{source.path}: no training images of CelebA in it (000001.jpg, ...)")
+        return names

@@ -1,0 +1,158 @@
+"""Datasets whose images are files, in a folder or in a zip archive."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.errors import InputError
+from data.dataset import ImageDataset
+from data.transforms import to_square
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# What Pillow and zipfile raise on files that are cut short, no image at all, or unreasonably large.
+BROKEN = (
+    *(OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+
+
+class Source(ABC):
+    """Named files."""
+
+    path: Path
+    names: list[str]  # of everything named like an image, sorted, with / between folders
+
+    @abstractmethod
+    def open(self, name: str) -> io.BufferedIOBase: ...
+
+    @abstractmethod
+    def fingerprint(self, names: Sequence[str]) -> str:
+        """Changes when a file is added, removed or replaced."""
+
+
+class FolderSource(Source):
+    """The images below a folder; hidden ones are left out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        found = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        self.names = sorted(name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts))
+
+    def open(self, name: str) -> io.BufferedIOBase:
+        return (self.path / name).open("rb")
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        digest = hashlib.sha256()
+        for name in names:
+            about = (self.path / name).stat()
+            digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+class ZipSource(Source):
+    """The images in a zip archive, read where they are: nothing is extracted, so no member can escape."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._archive: zipfile.ZipFile | None = None
+        self._process: int | None = None
+        try:
+            self.infos = {info.filename: info for info in self.archive.infolist()}
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+            raise InputError(f"{path}: not readable as a zip archive; cut short, or not one? ({error})") from None
+        self.names = sorted(name for name in self.infos if Path(name).suffix.lower() in SUFFIXES)
+
+    @property
+    def archive(self) -> zipfile.ZipFile:
+        """An archive of this process: workers must not share a file position."""
+        if self._archive is None or self._process != os.getpid():
+            self._archive, self._process = zipfile.ZipFile(self.path), os.getpid()
+        return self._archive
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_archive": None}
+
+    def open(self, name: str) -> io.BufferedIOBase:
+        # All of it at once, so that the checksum is checked.
+        return io.BytesIO(self.archive.read(name))
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(f"{name}\0{self.infos[name].CRC}\n".encode())
+        return digest.hexdigest()
+
+
+class ImageFiles(ImageDataset):
+    """Image files with labels, made square by a named crop.
+
+    A file that cannot be read is named in a warning, once, and the next readable one takes its place.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        source: Source,
+        names: Sequence[str],
+        labels: Sequence[int] | None,
+        *,
+        crop: str,
+        img_size: int,
+        in_chans: int,
+    ):
+        if in_chans not in (1, 3):
+            raise InputError(f"in_chans={in_chans}: {dataset} gives 1 (grey) or 3 (RGB)")
+        self.dataset, self.source, self.names, self.labels = dataset, source, list(names), labels
+        self.crop, self.img_size, self.in_chans = crop, img_size, in_chans
+        self._broken: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen, images = zip(*map(self._readable, indices), strict=True)
+        labels = [0 if self.labels is None else self.labels[i] for i in chosen]
+        return torch.stack(images), torch.tensor(labels)
+
+    def _readable(self, index: int) -> tuple[int, Tensor]:
+        """The image, or the next one that can be read: the same one every time, so runs can be repeated."""
+        for step in range(len(self.names)):
+            i = (index + step) % len(self.names)
+            if i in self._broken:
+                continue
+            try:
+                return i, self.decode(i)
+            except BROKEN as error:
+                self._broken.add(i)
+                log.warning("skipped %s in %s: the image is broken (%s)", self.names[i], self.source.path, error)
+        raise InputError(f"{self.source.path}: no image can be read")
+
+    def decode(self, index: int) -> Tensor:
+        """uint8 (C, H, W). Raises one of BROKEN for a file that is no whole image."""
+        with self.source.open(self.names[index]) as file, Image.open(file) as image:
+            return to_square(image, self.crop, self.img_size, self.in_chans)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "source": str(self.source.path.resolve()),
+            "files_sha256": self.source.fingerprint(self.names),
+            "images": len(self),
+            "img_size": self.img_size,
+            "in_chans": self.in_chans,
+            "crop": self.crop,
+        }

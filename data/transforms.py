@@ -1,0 +1,60 @@
+"""From an image of any size to a square: each way has a name, which travels with what is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from common.images import to_tensor
+
+Resampling = Image.Resampling
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """The largest square at the centre."""
+    return ImageOps.fit(image, (size, size), Resampling.BICUBIC)
+
+
+def center178(image: Image.Image, size: int) -> Image.Image:
+    """CelebA as in the DuoDiff paper: the 178 x 178 box at the centre."""
+    return _box(image, image.height / 2, image.width / 2, 178, size)
+
+
+def uvit128(image: Image.Image, size: int) -> Image.Image:
+    """CelebA as U-ViT was trained on it: the 128 x 128 box centred at row 121, column 89."""
+    return _box(image, 121, 89, 128, size)
+
+
+def _box(image: Image.Image, row: float, column: float, side: int, size: int) -> Image.Image:
+    left, top = round(column - side / 2), round(row - side / 2)
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Resampling.BILINEAR)
+
+
+def halve(image: Image.Image, size: int) -> Image.Image:
+    """ImageNet as diffusion models are used to it (Dhariwal and Nichol 2021): halve by boxes while that
+    leaves enough, then bicubic to the size, then the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "fit": fit,
+    "center178": center178,
+    "uvit128": uvit128,
+    "halve": halve,
+}
+
+
+def to_square(image: Image.Image, crop: str, size: int, in_chans: int) -> Tensor:
+    """uint8 (in_chans, size, size); upright, and with what is transparent turned white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("P", "PA", "LA", "RGBA"):
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return to_tensor(CROPS[crop](image.convert("RGB"), size), in_chans)

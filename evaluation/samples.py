@@ -1,0 +1,58 @@
+"""A folder of samples, as it is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.errors import InputError
+from common.files import read_json
+from evaluation.features import FeatureExtractor, extract
+from evaluation.images import FinishedImages
+from evaluation.statistics import Statistics, statistics_of
+
+
+class Samples:
+    """A folder of samples, and what its report says of the run that made them.
+
+    Raises InputError where images are missing that the report counts.
+    """
+
+    def __init__(self, folder: Path):
+        self.images = FinishedImages(folder)
+        path = folder / "report" / "statistics.json"
+        self.run: dict[str, Any] = read_json(path) if path.exists() else {}
+        wanted = self.run.get("n_samples")
+        if wanted is not None and wanted != len(self.images):
+            raise InputError(
+                f"{len(self.images):,} images in {folder}, but its report counts {wanted:,}; sample again, or "
+                f"remove {path} if that is what you want to score"
+            )
+
+    def batches(self, batch_size: int, quiet: bool) -> tqdm:
+        total = -(-len(self.images) // batch_size)
+        return tqdm(
+            self.images.batches(batch_size),
+            total=total,
+            desc="samples",
+            unit="batch",
+            disable=True if quiet else None,
+        )
+
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics:
+        return statistics_of(f for f, _ in extract(extractor, self.batches(batch_size, quiet)))
+
+    @property
+    def dataset(self) -> str | None:
+        """What their network was trained on, where the report says."""
+        return self._network.get("dataset")
+
+    @property
+    def crop(self) -> str | None:
+        return self._network.get("crop")
+
+    @property
+    def _network(self) -> dict[str, Any]:
+        return (self.run.get("backbones") or [{}])[0]

@@ -6,11 +6,16 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli import Parser
 from common.errors import InputError, command
 from common.files import read_json, writable_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SAMPLES_SHOWN = 10
 
 
 class Run(NamedTuple):
@@ -59,14 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     writable_folder(args.output.parent)
     print(table(runs, args.metric))
 
-    from common.plots import plot_score_against_time
+    from common.plots import plot_comparison
 
-    plot_score_against_time(
+    plot_comparison(
         args.output,
         [run.label for run in runs],
         [run.seconds_per_image for run in runs],
         [run.score for run in runs],
         args.metric.upper(),
+        [first_samples(folder) for _, folder in args.runs],
     )
     print(f"picture: {args.output}")
 
@@ -93,6 +99,21 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}/report: not as fid.py and sampler.py write it ({error})") from None
+
+
+def first_samples(folder: Path) -> np.ndarray:
+    """The first samples beside each other, uint8 (H, W) or (H, W, 3)."""
+    import numpy as np
+    from PIL import Image
+
+    images = []
+    for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
+        with Image.open(path) as image:
+            larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
+            images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
+    if not images:
+        raise InputError(f"{folder}: the samples are gone")
+    return np.concatenate(images, axis=1)
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from common.files import replacing
 
 BLUE, GREY = "#2a6f97", "#8d99ae"
+MARKERS = "os^Dv<>pP*XhHd"
 
 
 def plot_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, depth: int, threshold: float) -> None:
@@ -35,21 +36,37 @@ def plot_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, 
     _save(figure, path)
 
 
-def plot_score_against_time(
-    path: Path, labels: Sequence[str], seconds: Sequence[float], scores: Sequence[float], metric: str
+def plot_comparison(
+    path: Path,
+    labels: Sequence[str],
+    seconds: Sequence[float],
+    scores: Sequence[float],
+    metric: str,
+    strips: Sequence[np.ndarray],
 ) -> None:
-    """One point a run: seconds per image, score."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    markers = "os^Dv<>pP*XhHd"
+    """Score against time, one point a run; beside it the first samples of each run.
+
+    strips: uint8 (H, W) or (H, W, 3), one a run.
+    """
+    rows = len(labels)
+    figure = Figure(figsize=(13, max(4.5, 0.8 * rows + 0.6)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
+    axes = left.subplots()
     for i, (label, x, y) in enumerate(zip(labels, seconds, scores, strict=True)):
-        axes.scatter(x, y, s=80, marker=markers[i % len(markers)], color=f"C{i % 10}", label=label, zorder=3)
+        marker = MARKERS[i % len(MARKERS)]
+        axes.scatter(x, y, s=80, marker=marker, color=f"C{i % 10}", label=label, zorder=3)
     axes.axhline(scores[0], color="C0", linestyle=":", linewidth=1)
     axes.set(xlabel="seconds per image, measured", ylabel=metric, title=f"{metric} against time")
     axes.set_xlim(left=0, right=1.08 * max(seconds))
     axes.margins(y=0.15)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+    axes.legend()
+    for i, (label, strip, axis) in enumerate(
+        zip(labels, strips, right.subplots(rows, squeeze=False)[:, 0], strict=True)
+    ):
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=255)
+        axis.set_title(label, loc="left", fontsize=9, color=f"C{i % 10}")
+        axis.set_axis_off()
     _save(figure, path)
 
 

@@ -29,15 +29,15 @@ shallow=$demo/shallow/digits_uvit_last.pth
 exits=$demo/exits/digits_deediff_uvit_last.pth
 
 step "Train the full backbone: 7 blocks"
-run venv/bin/python train.py --config_path configs/uvit_digits.yaml --exp_name full --n_steps 1500 "${training[@]}"
+run venv/bin/python train.py --config_path configs/uvit_digits.yaml --exp_name full --n_steps 2000 "${training[@]}"
 
 step "Train the shallow backbone: 1 block"
-run venv/bin/python main.py --model uvit --config_path configs/uvit_digits_1.yaml --exp_name shallow --n_steps 1500 \
+run venv/bin/python main.py --model uvit --config_path configs/uvit_digits_1.yaml --exp_name shallow --n_steps 2000 \
     "${training[@]}"
 
 step "Train early-exit heads on the full backbone"
 run venv/bin/python main.py --model deediff_uvit --load_backbone "$full" --freeze_backbone \
-    --config_path configs/deediff_digits.yaml --exp_name exits --n_steps 500 "${training[@]}"
+    --config_path configs/deediff_digits.yaml --exp_name exits --n_steps 1000 "${training[@]}"
 
 step "Sample with the full backbone"
 run venv/bin/python sampler.py --checkpoint_path "$full" --output_folder "$demo/samples_full" "${sampling[@]}"
@@ -51,7 +51,7 @@ for t_switch in 300 500 700; do
 done
 
 step "Sample with early exit"
-run venv/bin/python eesampler.py --checkpoint_path "$exits" --threshold 0.2 \
+run venv/bin/python eesampler.py --checkpoint_path "$exits" --threshold 0.1 \
     --output_folder "$demo/samples_early_exit" "${sampling[@]}"
 runs+=("early exit=$demo/samples_early_exit")
 

@@ -60,7 +60,7 @@ def test_digits_score_near_0_and_noise_far(real, tmp_path, run_quietly):
         fid.main, [*flags(tmp_path), "--samples_path", noise, "--dataset", "digits", "--metrics", "fid,kid,prc"]
     )
     near, far = metrics(real), metrics(noise)
-    assert near["fid"] < 1 < 100 < far["fid"]
+    assert near["fid"] < 1 < 30 < far["fid"]
     assert near["kid"] < far["kid"] and near["precision"] > 0.9 > far["precision"]
     assert near["n_samples"] == 899 and near["reference"]["n_reference"] == 1797
     assert near["feature_extractor"]["sha256"]

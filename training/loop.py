@@ -102,7 +102,9 @@ class Trainer:
             bar.update()
             finished = self.step == args.n_steps
             if finished or self.step % args.log_every_n_steps == 0:
-                scalars = self._read_sums()  # waits for the device
+                scalars = self._means()  # waits for the device
+                if self.step % args.log_every_n_steps == 0:  # the end alone is no such step: see what goes on from it
+                    self.sums, self.summed_steps = {}, 0
                 steps_per_second = (self.step - since_step) / (time.perf_counter() - since)
                 log.write(self.step, scalars | {"steps_per_second": steps_per_second})
                 tqdm.write(f"step {self.step}: loss {scalars['loss']:.4f}, {steps_per_second:.2f} steps/s")
@@ -157,10 +159,9 @@ class Trainer:
         """Sum up on the device: reading a number back would make the device wait for the host."""
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def _read_sums(self) -> dict[str, float]:
+    def _means(self) -> dict[str, float]:
         """Means since the last log, and the learning rate of the last update."""
         means = {name: float(total) / self.summed_steps for name, total in self.sums.items()}
-        self.sums, self.summed_steps = {}, 0
         if not math.isfinite(means["loss"]):
             raise InputError(
                 f"step {self.step}: the loss is {means['loss']}; the training diverged. Go on from an earlier "

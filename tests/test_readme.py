@@ -1,0 +1,132 @@
+"""The README's commands, as they are written there, on tiny networks and a CelebA of eight images."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import string
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import compare
+import eesampler
+import fid
+import main
+import sampler
+import train
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {module.__name__ + ".py": module for module in (train, main, sampler, eesampler, fid, compare)}
+SMALL = ["--embed_dim", "32", "--num_heads", "4"]
+# What makes a command quick; options given twice count the last time.
+QUICK = {
+    "train.py": [
+        "--n_steps",
+        "2",
+        "--batch_size",
+        "2",
+        "--depth",
+        "5",
+        "--preview_steps",
+        "1",
+        "--device",
+        "cpu",
+        *SMALL,
+    ],
+    "main.py": ["--n_steps", "2", "--batch_size", "2", "--preview_steps", "1", "--device", "cpu", "--quiet"],
+    "sampler.py": ["--solver", "ddim", "--steps", "4", "--batch_size", "3", "--device", "cpu", "--quiet"],
+    "eesampler.py": ["--solver", "ddim", "--steps", "4", "--batch_size", "3", "--device", "cpu", "--quiet"],
+    "fid.py": ["--feature_extractor", "extractor.pt", "--cache_dir", "cache", "--device", "cpu", "--quiet"],
+    "compare.py": [],
+}
+
+
+def commands() -> list[list[str]]:
+    """Every `python X.py ...` of the README's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("python ")]
+
+
+class MeanColour(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with tiny configs, a CelebA archive and a feature extractor."""
+    (tmp_path / "configs").mkdir()
+    for path in (ROOT / "configs").glob("*celeba*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        config["model_params"] |= {"embed_dim": 32, "num_heads": 4, "depth": min(5, config["model_params"]["depth"])}
+        (tmp_path / "configs" / path.name).write_text(yaml.safe_dump(config))
+    (tmp_path / "datasets").mkdir()
+    with zipfile.ZipFile(tmp_path / "datasets" / "img_align_celeba.zip", "w") as archive:
+        for n in range(1, 9):
+            pixels = np.random.default_rng(n).integers(0, 256, (218, 178, 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "JPEG")
+            archive.writestr(f"img_align_celeba/{n:06d}.jpg", file.getvalue())
+    with torch.no_grad():
+        traced = torch.jit.trace(MeanColour(), torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    traced.save(str(tmp_path / "extractor.pt"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_walk(place, capsys):
+    walk = commands()
+    assert [words[1] for words in walk] == [
+        *("train.py", "main.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py"),
+    ]
+    values = {
+        "log_path": "logs",
+        "load_backbone": "logs/celeba_uvit_5/celeba_uvit_last.pth",
+        "full_model_path": "logs/celeba_uvit_5/celeba_uvit_last.pth",
+        "shallow_model_path": "logs/celeba_uvit_3/celeba_uvit_last.pth",
+        "checkpoint_path": "logs/celeba_deediff_uvit_5/celeba_deediff_uvit_last.pth",
+        "seed": "1",
+        "samples_path": "duo",
+        "full_samples": "duo",
+        "duodiff_samples": "duo",
+        "early_exit_samples": "duo",
+    }
+    for _, script, *words in walk:
+        values["output_folder"] = {"sampler.py": "duo", "eesampler.py": "ee"}.get(script, "")
+        argv = [string.Template(word).substitute(values) for word in words]
+        SCRIPTS[script].main([*argv, *QUICK[script]])
+    said = capsys.readouterr().out
+    assert "shallow ran 3 timesteps, full ran 1 timesteps" in said  # 999, 749, 499; 249
+    assert "speed-up" in said
+    for path in ("duo/000002.png", "duo/report/metrics.json", "ee/report/exit_layer.png", "comparison.png"):
+        assert (place / path).exists(), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_describe_networks(path):
+    from common.config import build_config, read_yaml
+
+    settings = read_yaml(path)
+    model = "deediff_uvit" if path.stem.startswith("deediff") else "uvit"
+    config = build_config(settings | {"model": model}, str(path))
+    params = config.model_params
+    name, _, blocks = path.stem.partition("_")[2].partition("_")
+    full = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21, "digits": 7}[name]
+    assert params.num_blocks == int(blocks or full)
+    assert (params.mlp_ratio, params.qkv_bias) == (4, False)
+    if name != "digits":
+        width, heads = {"imagenet64": (768, 12), "imagenet256": (1024, 16)}.get(name, (512, 8))
+        assert (params.embed_dim, params.num_heads, params.mlp_time_embed) == (width, heads, False)
+        assert params.normalize_timesteps == (name in ("celeba", "cifar10"))
+        assert params.num_classes == {"imagenet64": 1000, "imagenet256": 1001}.get(name, -1)
+        shapes = {"celeba": (64, 4, 3), "cifar10": (32, 2, 3), "imagenet64": (64, 4, 3), "imagenet256": (32, 2, 4)}
+        assert (params.img_size, params.patch_size, params.in_chans) == shapes[name]

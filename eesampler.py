@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from common.cli import Parser, real
 from common.errors import command
-from generation.options import add_sampling_options, check_sampling_options
+from generation.options import add_sampling_options, check_sampling_options, network_settings
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -26,6 +26,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
 
+    import numpy as np
+
     from common.devices import pick_device
     from common.plots import plot_exit_layers
     from generation.exits import ExitRecorder
@@ -34,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from models.loading import load_network, stated_settings
 
     device = pick_device(args.device)
-    stated = stated_settings(args.config_path, {"parametrization": args.parametrization})
+    stated = stated_settings(args.config_path, network_settings(args))
     network = load_network(args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device)
     run = SamplingRun(args, network.config, device)
-    recorder = ExitRecorder(network.module, args.threshold)
+    recorder = ExitRecorder(network.module, args.threshold, passes=2 if args.guidance_scale else 1)
+    denoiser = run.guide(recorder, args.guidance_scale)
     run.warm_up(network.module)
-    timing = run.run(recorder, after_batch=recorder.end_batch)
+    timing = run.run(denoiser, after_batch=recorder.end_batch)
 
     report = run.folder / "report"
     exits = recorder.save(report / "exits.npz", run.timesteps)
@@ -47,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     plot_exit_layers(report / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, args.threshold)
 
     costs = early_exit_flops(network.module)
-    flops = sum(costs[layer] * float((exits["exit_layer"] == layer).sum()) for layer in range(depth + 1))
-    mean_exit = float(exits["exit_layer"].mean())
+    layers = np.concatenate([exits[name] for name in ("exit_layer", "exit_layer_uncond") if name in exits])
+    flops = float(np.asarray(costs, dtype=float)[layers].sum())
+    mean_exit = float(layers.mean())
     backbone = {
         "name": "early exit",
         "timesteps": len(run.timesteps),

@@ -22,6 +22,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="score against its whole training set")
     parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
     parser.add_argument("--crop", choices=CROPS, help="of the dataset; that of the samples' network if not said")
+    parser.add_argument("--download", action="store_true", help="fetch the dataset first, if it is not there")
     parser.add_argument(
         "--reference",
         type=existing_path,
@@ -51,7 +52,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--samples_path {args.samples_path}: is no folder")
     if (args.dataset is None) == (args.reference is None) and not (args.save_stats and args.dataset is None):
         parser.error("give --dataset or --reference, one of them, to score against")
-    for name in ("data_path", "crop"):
+    for name in ("data_path", "crop", "download"):
         if getattr(args, name) and not args.dataset:
             parser.error(f"--{name} needs --dataset")
     if args.feature_extractor != "inception":

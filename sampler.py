@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from common.cli import Parser, existing_file, whole
+from common.cli import Parser, existing_file, real, whole
 from common.errors import InputError, command
-from generation.options import add_sampling_options, check_sampling_options
+from generation.options import add_sampling_options, check_sampling_options, network_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.loading import Network
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -26,11 +32,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=whole(-1),
         help="timestep: the shallow backbone runs at every t > t_switch, the full one at the rest",
     )
+    parser.add_argument(
+        "--guidance_scale_late", type=real(0, 1000), help="of the full backbone; --guidance_scale if not said"
+    )
     args = check_sampling_options(parser, parser.parse_args(argv))
     if (args.checkpoint_path_late is None) != (args.t_switch is None):
         parser.error("--checkpoint_path_late and --t_switch go together")
-    if args.config_path_late and not args.checkpoint_path_late:
-        parser.error("--config_path_late needs --checkpoint_path_late")
+    for name in ("config_path_late", "guidance_scale_late"):
+        if getattr(args, name) is not None and not args.checkpoint_path_late:
+            parser.error(f"--{name} needs --checkpoint_path_late")
+    if args.guidance_scale_late is None:
+        args.guidance_scale_late = args.guidance_scale
     return args
 
 
@@ -41,48 +53,63 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common.devices import pick_device
     from diffusion.sampling import SwitchingDenoiser
     from generation.run import SamplingRun
-    from models.flops import uvit_flops
-    from models.loading import check_pair, load_network, stated_settings
 
     device = pick_device(args.device)
-    given = {"parametrization": args.parametrization}
-    how = {"model": "uvit", "weights": args.weights, "device": device}
-    networks = {"backbone": load_network(args.checkpoint_path, stated_settings(args.config_path, given), **how)}
-    if args.checkpoint_path_late:
-        shallow = networks.pop("backbone")
-        full = load_network(args.checkpoint_path_late, stated_settings(args.config_path_late, given), **how)
-        check_pair(shallow, full)
-        check_switch(args.t_switch, shallow.config.diffusion_params.num_timesteps)
-        networks = {"shallow": shallow, "full": full}
-    denoiser = SwitchingDenoiser(
-        [network.module for network in networks.values()], [args.t_switch] if len(networks) == 2 else []
-    )
+    networks = load_networks(args, device)
+    run = SamplingRun(args, networks[0].config, device)
+    denoisers = [run.guide(networks[0].module, args.guidance_scale)]
+    switches = []
+    if len(networks) == 2:
+        denoisers.append(run.guide(networks[1].module, args.guidance_scale_late, "--guidance_scale_late"))
+        switches.append(args.t_switch)
+    denoiser = SwitchingDenoiser(denoisers, switches)
 
-    run = SamplingRun(args, next(iter(networks.values())).config, device)
-    run.warm_up(*denoiser.denoisers)
+    run.warm_up(*denoisers)
     timing = run.run(denoiser)
-
-    batches = -(-args.n_samples // args.batch_size)
-    steps = denoiser.steps_of_each(run.timesteps)
-    backbones = [
-        {
-            "name": name,
-            "timesteps": n,
-            "calls": n * batches,
-            "flops_per_image_call": uvit_flops(network.module),
-        }
-        | network.describe()
-        for (name, network), n in zip(networks.items(), steps, strict=True)
-    ]
-    flops = sum(backbone["timesteps"] * backbone["flops_per_image_call"] for backbone in backbones)
-    run.write_statistics(timing, backbones, flops)
+    backbones = describe_work(args, networks, denoiser.steps_of_each(run.timesteps))
+    run.write_statistics(timing, backbones, sum(b["timesteps"] * b["flops_per_image_call"] for b in backbones))
     print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in backbones))
     print(run.summary(timing))
 
 
-def check_switch(t_switch: int, num_timesteps: int) -> None:
-    if t_switch > num_timesteps - 1:
-        raise InputError(f"--t_switch {t_switch} is out of range, wanted -1..{num_timesteps - 1}")
+def load_networks(args: argparse.Namespace, device: torch.device) -> list[Network]:
+    """The backbone, or the shallow and the full one, which fit each other and t_switch."""
+    from models.loading import check_pair, load_network, stated_settings
+
+    networks = []
+    for checkpoint, config in (
+        (args.checkpoint_path, args.config_path),
+        (args.checkpoint_path_late, args.config_path_late),
+    ):
+        if checkpoint:
+            stated = stated_settings(config, network_settings(args))
+            networks.append(load_network(checkpoint, stated, model="uvit", weights=args.weights, device=device))
+    if len(networks) == 2:
+        check_pair(*networks)
+        last = networks[0].config.diffusion_params.num_timesteps - 1
+        if args.t_switch > last:
+            raise InputError(f"--t_switch {args.t_switch} is out of range, wanted -1..{last}")
+    return networks
+
+
+def describe_work(args: argparse.Namespace, networks: Sequence[Network], steps: Sequence[int]) -> list[dict[str, Any]]:
+    """What each network did, for the report."""
+    from models.flops import uvit_flops
+
+    names = ("shallow", "full") if len(networks) == 2 else ("backbone",)
+    scales = (args.guidance_scale, args.guidance_scale_late)
+    batches = -(-args.n_samples // args.batch_size)
+    return [
+        {
+            "name": name,
+            "timesteps": n,
+            "calls": n * batches,
+            # Guidance runs each image twice, with its class and without.
+            "flops_per_image_call": uvit_flops(network.module) * (2 if scale else 1),
+        }
+        | network.describe()
+        for name, network, n, scale in zip(names, networks, steps, scales, strict=False)
+    ]
 
 
 if __name__ == "__main__":

@@ -70,12 +70,18 @@ class UViTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The noise schedule. The fields are the keys of `diffusion_params` and the arguments of NoiseSchedule."""
+    """The noise schedule, and how a network is told where on it an image is: the keys of `diffusion_params`.
+
+    The network's time input is time_scale * (t + time_shift). The public U-ViT weights expect 0.999 (t + 1)
+    or t + 1.
+    """
 
     num_timesteps: int = 1000
     beta_schedule: str = "linear"
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    time_scale: float = 1.0
+    time_shift: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
@@ -83,6 +89,28 @@ class DiffusionConfig:
             raise InputError(f"num_timesteps={self.num_timesteps} is outside 1..100000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted 0 < start <= end < 1")
+        if not 0 < self.time_scale <= 1000 or abs(self.time_shift) > 1000:
+            raise InputError(
+                f"time_scale={self.time_scale}, time_shift={self.time_shift}: wanted (0, 1000] and -1000..1000"
+            )
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The arguments of NoiseSchedule; what several networks on one image must share."""
+        names = ("num_timesteps", "beta_schedule", "beta_start", "beta_end")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The autoencoder between the network's latents and images: the keys of `autoencoder`."""
+
+    scale_factor: float = 0.18215  # latents are multiplied by it, so that their standard deviation is about 1
+    checkpoint_path: str | None = None  # not carried by checkpoints: it is another on every machine
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale_factor <= 1000:
+            raise InputError(f"scale_factor={self.scale_factor} is outside (0, 1000]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +122,10 @@ class Config:
     classifier_type: str | None = None  # of a deediff_uvit
     parametrization: str = "predict_noise"
     diffusion_params: DiffusionConfig = field(default_factory=DiffusionConfig)
+    autoencoder: AutoencoderConfig | None = None  # None: the network makes pixels
     dataset: str | None = None  # what a checkpoint was trained on
     crop: str | None = None  # how its images were made square, see data.transforms
+    real_classes: int | None = None  # of num_classes; all if not said. One more class is "no class"
 
     def __post_init__(self) -> None:
         check_choice("model", self.model, MODELS)
@@ -104,6 +134,18 @@ class Config:
             check_choice("classifier_type", self.classifier_type, CLASSIFIER_TYPES)
         elif self.classifier_type is not None:
             raise InputError(f"classifier_type={self.classifier_type} needs model deediff_uvit, not uvit")
+        if self.real_classes is not None and not 1 <= self.real_classes <= self.model_params.num_classes:
+            raise InputError(f"real_classes={self.real_classes}: wanted 1..num_classes={self.model_params.num_classes}")
+
+    @property
+    def classes(self) -> range:
+        """The classes there are images of; empty for an unconditional network."""
+        return range(max(0, self.real_classes or self.model_params.num_classes))
+
+    @property
+    def no_class(self) -> int | None:
+        """The class that stands for none, where the network has one."""
+        return len(self.classes) if self.classes and len(self.classes) == self.model_params.num_classes - 1 else None
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -138,6 +180,14 @@ def build_config(settings: Mapping[str, Any], where: str) -> Config:
 def settings_of(config: Any) -> dict[str, Any]:
     """The nested plain values that `build_config` takes back."""
     return dataclasses.asdict(config)
+
+
+def carried_settings(config: Config) -> dict[str, Any]:
+    """The settings that go into a checkpoint: those that are the same on every machine."""
+    settings = settings_of(config)
+    if config.autoencoder is not None:
+        settings["autoencoder"]["checkpoint_path"] = None
+    return settings
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +248,8 @@ def _build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
     hints = get_type_hints(cls)
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            settings[name] = _build(hints[name], value, where)
+            (section,) = filter(dataclasses.is_dataclass, (hints[name], *get_args(hints[name])))
+            settings[name] = _build(section, value, where)
     required = [f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in settings]:
         raise InputError(f"{where}: {', '.join(missing)} not given")

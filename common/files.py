@@ -14,15 +14,19 @@ from common.errors import InputError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; it is flushed to disk and renamed when the block ends well."""
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; it is renamed when the block ends well.
+
+    durable: flush it to disk first, so that not even a power cut leaves half of it; slow for many small files.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
         temporary.replace(path)
     finally:

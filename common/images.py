@@ -28,7 +28,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def save_png(path: Path, pixels: Tensor) -> None:
     """pixels: uint8 (C, H, W) with C = 1, 3 or 4."""
     array = rearrange(pixels.cpu().numpy(), "c h w -> h w c")
-    with replacing(path) as temporary:
+    with replacing(path, durable=False) as temporary:
         Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary)
 
 

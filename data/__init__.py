@@ -1,4 +1,4 @@
-"""Datasets by name. To add one: a class like those beside this file, and an entry in DATASETS.
+"""Datasets by name. To add one: a file like those beside this one, and an entry in DATASETS.
 
 No torch in here, so that reading options stays quick; a module is imported when its dataset is opened.
 """
@@ -11,24 +11,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import check_choice
+from common.errors import InputError
 
 if TYPE_CHECKING:
     from data.dataset import ImageDataset
 
+DEFAULT_PATH = Path("datasets")  # where datasets lie unless --data_path says otherwise
+
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a dataset's class is, and the crops it offers, the default first."""
+    """What is known of a dataset before it is opened."""
 
     module: str
-    cls: str
-    crops: tuple[str, ...]
+    opener: str  # a class or a function of the module, see `open_source` for what it is called with
+    crops: tuple[str, ...]  # the ways to make its images square, the default first
+    num_classes: int | None  # real classes, without "no class"; None: it has none, or any number
+    fetch: str | None = None  # what to get by hand where it is not found; None: it cannot be fetched
+    can_download: bool = False
 
 
+IMAGENET_TRAIN = (
+    "the training images of ILSVRC 2012 from image-net.org, a folder per class (n01440764/, ...) in imagenet/"
+)
 DATASETS = {
-    "digits": Entry("data.digits", "Digits", ("none",)),
-    "folder": Entry("data.folder", "ImageFolder", ("fit", "halve")),
-    "celeba": Entry("data.celeba", "CelebA", ("center178", "uvit128")),
+    "digits": Entry("data.digits", "Digits", ("none",), 10),
+    "folder": Entry("data.folder", "ImageFolder", ("fit", "halve"), None),
+    "celeba": Entry(
+        *("data.celeba", "CelebA", ("center178", "uvit128"), None),
+        fetch="img_align_celeba.zip (Align&Cropped Images, from the CelebA page at mmlab.ie.cuhk.edu.hk)",
+    ),
+    "cifar10": Entry(
+        *("data.cifar10", "open_cifar10", ("none",), 10),
+        fetch="cifar-10-python.tar.gz (from www.cs.toronto.edu/~kriz/cifar.html, or with --download)",
+        can_download=True,
+    ),
+    "imagenet64": Entry(
+        *("data.imagenet64", "open_imagenet64", ("halve",), 1000),
+        fetch="train_data_batch_1.npz to _10.npz (downsampled ImageNet 64 x 64, image-net.org) for imagenet64/, "
+        f"or {IMAGENET_TRAIN}",
+    ),
+    "imagenet256": Entry("data.imagenet256", "open_imagenet256", ("halve",), 1000, fetch=IMAGENET_TRAIN),
 }
 CROPS = tuple(sorted({crop for entry in DATASETS.values() for crop in entry.crops}))
 
@@ -50,14 +73,46 @@ def open_dataset(
     in_chans: int,
     num_classes: int = -1,
     crop: str | None = None,
+    download: bool = False,
 ) -> ImageDataset:
     """The training images of a dataset, as (in_chans, img_size, img_size).
 
-    data_path: where it lies; not needed for one that ships with the project. num_classes: of the network;
-    -1 asks for no labels. crop: one of the dataset's, its default for None. Raises InputError where the
-    dataset is missing or does not fit.
+    A packed copy (see data.pack) is taken where there is one that fits.
+
+    data_path: where it lies, `datasets/` for None; not needed for one that ships with the project; may be a
+    packed dataset itself. num_classes: of the network; -1 asks for no labels. crop: one of the dataset's, its
+    default for None. download: fetch it first, if it is not there. Raises InputError where the dataset is
+    missing or does not fit.
     """
     crop = crop_of(name, crop)
+    wanted = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, "crop": crop}
+    packed = importlib.import_module("data.packed").find_packed(name, data_path, **wanted)
+    return open_source(name, data_path, **wanted, download=download) if packed is None else packed
+
+
+def open_source(
+    name: str,
+    data_path: Path | None,
+    *,
+    img_size: int,
+    in_chans: int,
+    num_classes: int = -1,
+    crop: str | None = None,
+    download: bool = False,
+) -> ImageDataset:
+    """Like `open_dataset`, from the files as they are distributed; packed copies are passed over."""
+    crop = crop_of(name, crop)
     entry = DATASETS[name]
-    cls = getattr(importlib.import_module(entry.module), entry.cls)
-    return cls(data_path, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)
+    module = importlib.import_module(entry.module)
+    if download:
+        if not entry.can_download:
+            by_hand = f"get {entry.fetch}; put it under {data_path or DEFAULT_PATH}" if entry.fetch else "leave it out"
+            raise InputError(f"--download: {name} cannot be downloaded; {by_hand}")
+        module.download(data_path or DEFAULT_PATH)
+    opener = getattr(module, entry.opener)
+    return opener(data_path, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)
+
+
+def missing(name: str, root: Path) -> InputError:
+    """The error of a dataset that is not under `root`: what to get and where to put it."""
+    return InputError(f"{name} is not under {root}: get {DATASETS[name].fetch} and put it there, or give --data_path")

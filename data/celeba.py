@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from common.errors import InputError
+from data import DEFAULT_PATH, missing
 from data.files import FolderSource, ImageFiles, Source, ZipSource
 
 SPLIT_FILE = "list_eval_partition.txt"
@@ -22,7 +23,7 @@ class CelebA(ImageFiles):
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
         if num_classes > 0:
             raise InputError(f"num_classes={num_classes}: CelebA has no classes; give -1")
-        source = self._find(data_path or Path("datasets"))
+        source = self._find(data_path or DEFAULT_PATH)
         names = self._training(source)
         super().__init__("celeba", source, names, None, crop=crop, img_size=img_size, in_chans=in_chans)
 
@@ -37,10 +38,7 @@ class CelebA(ImageFiles):
             return ZipSource(root)
         if any(root.glob("*.jpg")):
             return FolderSource(root)
-        raise InputError(
-            f"CelebA is not under {root}: get img_align_celeba.zip (Align&Cropped Images, from the CelebA page at "
-            f"mmlab.ie.cuhk.edu.hk) and put it there, or give --data_path"
-        )
+        raise missing("celeba", root)
 
     @staticmethod
     def _training(source: Source) -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,12 +16,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
+from common.images import from_uint8
 
 
 class ImageDataset(Dataset, ABC):
     """Images as uint8 tensors, with labels 0..K-1 (0 where it has none)."""
 
     random_flip = True  # whether training mirrors images unless told otherwise
+    num_workers = 0  # processes that load images unless told otherwise
+    needs_decoding = False  # whether its images are files that take time
+    kind, dtype = "pixels", np.uint8  # of its rows in a packed dataset, see data.packed
+    labels: Sequence[int] | None = None  # of all images, 0..K-1; None: it has none
+    left_out: Mapping[str, str] = MappingProxyType({})  # files that are no images, and why
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -30,9 +40,33 @@ class ImageDataset(Dataset, ABC):
     def describe(self) -> dict[str, Any]:
         """Everything the pixels depend on, as plain values: the provenance of scores, the key of caches."""
 
+    @cached_property
+    def row_shape(self) -> tuple[int, ...]:
+        """(C, H, W), of one image."""
+        return tuple(self[0][0].shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
+
+    def to_x0(self, images: Tensor, mirrored: Tensor | None, generator: torch.Generator) -> Tensor:
+        """From what `__getitems__` gives, on any device, to what the network learns: float (B, C, H, W).
+
+        mirrored: (B,) bool, which images to mirror; None for none. generator: for datasets that draw.
+        """
+        x0 = from_uint8(images)
+        return x0 if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
+
+    def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+        """For packing: images (B, C, H, W) in the order of their indices, and why some of them are broken.
+
+        Broken images are zeros here, where `__getitems__` puts others in their place.
+        """
+        return self.__getitems__(indices)[0], {}
 
 
 class SeededBatches(Sampler[list[int]]):
@@ -69,15 +103,16 @@ def training_batches(
     """Endless (images uint8 (B, C, H, W), labels (B,)); the batch of each step follows from the seed."""
     if batch_size > len(dataset):
         raise InputError(f"--batch_size {batch_size} is more than the {len(dataset)} images of the dataset")
+    per_message = _batches_per_message(dataset, batch_size) if num_workers else 1
     loader = DataLoader(
         dataset,
-        batch_sampler=SeededBatches(len(dataset), batch_size, seed, start_step),
-        collate_fn=_as_it_is,
+        batch_sampler=_Joined(SeededBatches(len(dataset), batch_size, seed, start_step), per_message),
+        collate_fn=_as_message,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
     )
-    return iter(loader)
+    return _apart(iter(loader), batch_size)
 
 
 def in_order(dataset: ImageDataset, batch_size: int) -> Iterator[Tensor]:
@@ -92,5 +127,35 @@ def check_labels(highest: int, num_classes: int, source: object) -> None:
         raise InputError(f"{source} has labels 0..{highest}, the network takes num_classes={num_classes}")
 
 
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return tuple(torch.as_tensor(part) for part in batch)
+# From a worker to its parent. A message costs about a millisecond, more than a batch of small images that need no
+# decoding, so several of those travel as one; and a tensor in it half of that, so labels go as an array.
+
+MESSAGE_BYTES, MOST_BATCHES = 2**23, 4
+
+
+def _batches_per_message(dataset: ImageDataset, batch_size: int) -> int:
+    if dataset.needs_decoding:
+        return 1
+    return max(1, min(MOST_BATCHES, MESSAGE_BYTES // (batch_size * dataset.row_bytes)))
+
+
+class _Joined(Sampler[list[int]]):
+    """Endless batches of indices, several as one."""
+
+    def __init__(self, batches: SeededBatches, count: int):
+        self.batches, self.count = batches, count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = iter(self.batches)
+        while True:
+            yield list(itertools.chain.from_iterable(itertools.islice(batches, self.count)))
+
+
+def _as_message(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, np.ndarray]:
+    images, labels = batch
+    return images, labels.numpy()
+
+
+def _apart(messages: Iterator[tuple[Tensor, np.ndarray]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in messages:
+        yield from zip(images.split(batch_size), torch.from_numpy(labels).split(batch_size), strict=True)

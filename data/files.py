@@ -6,14 +6,16 @@ import hashlib
 import io
 import logging
 import os
+import struct
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import InputError
@@ -25,9 +27,16 @@ log = logging.getLogger(__name__)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # What Pillow and zipfile raise on files that are cut short, no image at all, or unreasonably large.
 BROKEN = (
-    *(OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile),
+    *(OSError, ValueError, SyntaxError, EOFError, struct.error, zipfile.BadZipFile, zlib.error),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
+
+
+def why_broken(error: Exception) -> str:
+    """What to say of a file that raised one of BROKEN; the same words every time."""
+    if isinstance(error, UnidentifiedImageError):  # its own words hold an address in memory
+        return "not readable as an image"
+    return f"the image is broken ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 class Source(ABC):
@@ -44,13 +53,38 @@ class Source(ABC):
         """Changes when a file is added, removed or replaced."""
 
 
+def image_names(folder: Path) -> Iterator[str]:
+    """What is named like an image below a folder, with / between folders, in no order; nothing hidden.
+
+    Links to folders are followed, to each folder once: they may lead in a circle.
+    """
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        about = Path(path).stat()
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        within = Path(path).relative_to(folder).as_posix()
+        prefix = "" if within == "." else f"{within}/"
+        for name in files:
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):  # noqa: PTH122
+                yield prefix + name
+
+
+def lands_outside(member: str) -> bool:
+    """Whether an archive's member, if it were extracted, would leave its folder."""
+    windows = PureWindowsPath(member)  # takes / and \\ for separators
+    return bool(windows.anchor) or ".." in windows.parts or PurePosixPath(member).is_absolute()
+
+
 class FolderSource(Source):
     """The images below a folder; hidden ones are left out."""
 
     def __init__(self, path: Path):
         self.path = path
-        found = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        self.names = sorted(name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts))
+        self.names = sorted(image_names(path))
 
     def open(self, name: str) -> io.BufferedIOBase:
         return (self.path / name).open("rb")
@@ -74,7 +108,9 @@ class ZipSource(Source):
             self.infos = {info.filename: info for info in self.archive.infolist()}
         except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
             raise InputError(f"{path}: not readable as a zip archive; cut short, or not one? ({error})") from None
-        self.names = sorted(name for name in self.infos if Path(name).suffix.lower() in SUFFIXES)
+        if outside := next(filter(lands_outside, self.infos), None):
+            raise InputError(f"{path}: holds {outside!r}, which would land outside its folder; get the archive anew")
+        self.names = sorted(name for name in self.infos if PurePosixPath(name).suffix.lower() in SUFFIXES)
 
     @property
     def archive(self) -> zipfile.ZipFile:
@@ -87,8 +123,10 @@ class ZipSource(Source):
         return self.__dict__ | {"_archive": None}
 
     def open(self, name: str) -> io.BufferedIOBase:
-        # All of it at once, so that the checksum is checked.
-        return io.BytesIO(self.archive.read(name))
+        try:  # all of it at once, so that the checksum is checked
+            return io.BytesIO(self.archive.read(name))
+        except RuntimeError as error:  # encrypted, or compressed in a way that is not known
+            raise zipfile.BadZipFile(str(error)) from None
 
     def fingerprint(self, names: Sequence[str]) -> str:
         digest = hashlib.sha256()
@@ -102,6 +140,10 @@ class ImageFiles(ImageDataset):
 
     A file that cannot be read is named in a warning, once, and the next readable one takes its place.
     """
+
+    needs_decoding = True
+
+    num_workers = min(8, os.cpu_count() or 1)  # decoding is work
 
     def __init__(
         self,
@@ -118,6 +160,7 @@ class ImageFiles(ImageDataset):
             raise InputError(f"in_chans={in_chans}: {dataset} gives 1 (grey) or 3 (RGB)")
         self.dataset, self.source, self.names, self.labels = dataset, source, list(names), labels
         self.crop, self.img_size, self.in_chans = crop, img_size, in_chans
+        self.row_shape = (in_chans, img_size, img_size)
         self._broken: set[int] = set()
 
     def __len__(self) -> int:
@@ -138,8 +181,20 @@ class ImageFiles(ImageDataset):
                 return i, self.decode(i)
             except BROKEN as error:
                 self._broken.add(i)
-                log.warning("skipped %s in %s: the image is broken (%s)", self.names[i], self.source.path, error)
+                log.warning("skipped %s in %s: %s", self.names[i], self.source.path, why_broken(error))
         raise InputError(f"{self.source.path}: no image can be read")
+
+    def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+        images = torch.zeros(len(indices), self.in_chans, self.img_size, self.img_size, dtype=torch.uint8)
+        broken = {}
+        for row, index in enumerate(indices):
+            try:
+                images[row] = self.decode(index)
+            except BROKEN as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the disk or the permissions fail, not the image
+                broken[index] = why_broken(error)
+        return images, broken
 
     def decode(self, index: int) -> Tensor:
         """uint8 (C, H, W). Raises one of BROKEN for a file that is no whole image."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.errors import InputError
 from data.dataset import check_labels
-from data.files import BROKEN, SUFFIXES, FolderSource, ImageFiles
+from data.files import BROKEN, SUFFIXES, FolderSource, ImageFiles, why_broken
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ class ImageFolder(ImageFiles):
         if not data_path.is_dir():
             raise InputError(f"--data_path {data_path}: no such folder")
         source = FolderSource(data_path)
-        names = [name for name in source.names if self._opens(data_path / name)]
+        self.left_out = {name: why for name in source.names if (why := self._unreadable(data_path / name))}
+        names = [name for name in source.names if name not in self.left_out]
         if not names:
             raise InputError(f"--data_path {data_path}: no readable images ({', '.join(sorted(SUFFIXES))})")
         self.classes, labels = [], None
@@ -43,11 +44,11 @@ class ImageFolder(ImageFiles):
         super().__init__("folder", source, names, labels, crop=crop, img_size=img_size, in_chans=in_chans)
 
     @staticmethod
-    def _opens(path: Path) -> bool:
-        """Whether the header is that of an image; the pixels are met when they are needed."""
+    def _unreadable(path: Path) -> str | None:
+        """Why the header is not that of an image; the pixels are met when they are needed."""
         try:
             with Image.open(path):
-                return True
+                return None
         except BROKEN as error:
-            log.warning("skipped %s: not readable as an image (%s)", path, error)
-            return False
+            log.warning("skipped %s: %s", path, why_broken(error))
+            return why_broken(error)

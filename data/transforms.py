@@ -12,6 +12,13 @@ from common.images import to_tensor
 Resampling = Image.Resampling
 
 
+def none(image: Image.Image, size: int) -> Image.Image:
+    """Images that have their size already. Raises ValueError for one that has not."""
+    if image.size != (size, size):
+        raise ValueError(f"it is {image.width} x {image.height}, wanted {size} x {size}")
+    return image
+
+
 def fit(image: Image.Image, size: int) -> Image.Image:
     """The largest square at the centre."""
     return ImageOps.fit(image, (size, size), Resampling.BICUBIC)
@@ -44,6 +51,7 @@ def halve(image: Image.Image, size: int) -> Image.Image:
 
 
 CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "none": none,
     "fit": fit,
     "center178": center178,
     "uvit128": uvit128,

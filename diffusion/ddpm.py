@@ -15,7 +15,7 @@ from common.config import PARAMETRIZATIONS, DiffusionConfig, check_choice
 class NoiseSchedule:
     """The tables of the forward process, each (T,) float64 on the CPU.
 
-    The arguments are the fields of `DiffusionConfig`, which checks them (InputError).
+    The arguments are fields of `DiffusionConfig`, which checks them (InputError).
 
     betas: variance added at t. alphas: 1 - betas. alphas_cumprod: products of alphas up to t, alpha bar.
     posterior_variance: beta tilde, DDPM Eq. 7; 0 at t = 0.

@@ -46,6 +46,20 @@ class SwitchingDenoiser:
         return self.denoisers[self.index(t)](x_t, t, y)
 
 
+def guided(denoiser: Denoiser, scale: float, no_class: int) -> Denoiser:
+    """Classifier-free guidance (Ho and Salimans 2022): cond + scale (cond - uncond), both in one call.
+
+    scale: 0 is no guidance. no_class: the class that stands for none.
+    """
+
+    def both(x_t: Tensor, t: int, y: Tensor) -> Tensor:
+        classes = torch.cat([y, torch.full_like(y, no_class)])
+        cond, uncond = denoiser(torch.cat([x_t, x_t]), t, classes).chunk(2)
+        return cond + scale * (cond - uncond)
+
+    return both
+
+
 class SeededNoise:
     """Standard normal noise; row i depends on seeds[i] alone, whatever batch it sits in."""
 
@@ -57,7 +71,7 @@ class SeededNoise:
         return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self.generators])
 
 
-def sample_classes(choices: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:
+def random_classes(choices: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:
     """A class for each sample, uniform over the choices; it depends on the seed and the index alone. (B,)."""
     picks = [np.random.default_rng([seed, index]).integers(len(choices)) for index in indices]
     return torch.tensor([choices[pick] for pick in picks])

@@ -102,7 +102,9 @@ def open_reference(args: argparse.Namespace, scored: Samples) -> Reference:
         if width != height:
             raise InputError(f"{samples.folder} holds images of {width} x {height}, datasets give squares")
         crop = args.crop or (scored.crop if scored.dataset == args.dataset else None)
-        dataset = open_dataset(args.dataset, args.data_path, img_size=width, in_chans=samples.in_chans, crop=crop)
+        dataset = open_dataset(
+            args.dataset, args.data_path, img_size=width, in_chans=samples.in_chans, crop=crop, download=args.download
+        )
         return DatasetReference(dataset, args.n_reference, args.cache_dir)
     if args.reference.is_file():
         return StatisticsFile(args.reference)

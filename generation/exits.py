@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from common.files import replacing
@@ -14,12 +15,15 @@ from models.early_exit import EarlyExitUViT
 
 
 class ExitRecorder:
-    """A denoiser that leaves early, and remembers where."""
+    """A denoiser that leaves early, and remembers where.
 
-    def __init__(self, model: EarlyExitUViT, threshold: float):
-        self.model, self.threshold = model, threshold
+    passes: 2 under guidance, where the images come twice in a batch, with their class and without.
+    """
+
+    def __init__(self, model: EarlyExitUViT, threshold: float, passes: int = 1):
+        self.model, self.threshold, self.passes = model, threshold, passes
         self._steps: list[tuple[Tensor, Tensor]] = []  # of the batch under way: exit layers, uncertainties
-        self._exit_layers: list[np.ndarray] = []  # a batch each: (S, B)
+        self._exit_layers: list[np.ndarray] = []  # a batch each: (passes, S, B)
         self._sums: np.ndarray | float = 0.0  # (S, L)
         self._counts: np.ndarray | float = 0.0  # (S, L)
 
@@ -32,21 +36,23 @@ class ExitRecorder:
         """Take the batch's steps off the device."""
         exit_layer, uncertainty = (torch.stack(part).cpu() for part in zip(*self._steps, strict=True))
         self._steps.clear()
-        self._exit_layers.append(exit_layer.numpy().astype(np.int16))
+        passes = rearrange(exit_layer.numpy().astype(np.int16), "s (p b) -> p s b", p=self.passes)
+        self._exit_layers.append(passes)
         self._sums += uncertainty.nansum(dim=-1).double().numpy()
         self._counts += (~uncertainty.isnan()).sum(dim=-1).numpy()
 
     def save(self, path: Path, timesteps: Sequence[int]) -> dict[str, np.ndarray]:
         """Write and return, for S timesteps, N images and L layers:
 
-        timesteps (S,); exit_layer (S, N); uncertainty (S, L), the mean over the images that reached the
-        layer, nan where none did; threshold ().
+        timesteps (S,); exit_layer (S, N), and under guidance exit_layer_uncond (S, N); uncertainty (S, L),
+        the mean over the images that reached the layer, nan where none did; threshold ().
         """
+        layers = np.concatenate(self._exit_layers, axis=2)
         with np.errstate(invalid="ignore"):
             mean = self._sums / self._counts
         exits = {
             "timesteps": np.asarray(timesteps),
-            "exit_layer": np.concatenate(self._exit_layers, axis=1),
+            **dict(zip(("exit_layer", "exit_layer_uncond"), layers, strict=False)),
             "uncertainty": mean.astype(np.float32),
             "threshold": np.asarray(self.threshold),
         }

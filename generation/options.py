@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from common.cli import SEED, Parser, add_common_options, existing_file, real, whole
+from common.cli import SEED, Parser, add_common_options, existing_file, existing_path, real, whole
 from common.config import PARAMETRIZATIONS, SOLVERS
 
 
@@ -19,6 +20,11 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights of a checkpoint")
     parser.add_argument("--parametrization", choices=PARAMETRIZATIONS, help="only for weights that do not say")
     parser.add_argument("--output_folder", type=Path, required=True, help="images go here, the rest to its report/")
+    parser.add_argument(
+        "--autoencoder_checkpoint_path",
+        type=existing_path,
+        help="of networks that make latents: autoencoder_kl.pth or a folder of diffusers; beats --config_path",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the samples that are there")
     parser.add_argument("--seed", type=SEED, default=0, help="sample i depends on this and i alone")
     parser.add_argument("--n_samples", type=whole(1, 10_000_000), help="as many as --batch_size if not said")
@@ -29,7 +35,18 @@ def add_sampling_options(parser: Parser) -> None:
     )
     parser.add_argument("--eta", type=real(0, 1), help="of ddim: 0 deterministic (if not said), 1 as random as ddpm")
     parser.add_argument("--clip_x0", action="store_true", help="hold the predicted clean image to [-1, 1]")
-    parser.add_argument("--class_id", default="random", help="class of all samples, or random (class-conditional only)")
+    parser.add_argument(
+        "--class_id",
+        nargs="+",
+        default=["random"],
+        help="random, or one class, or several that take turns (class-conditional networks only)",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=real(0, 1000),
+        default=0.0,
+        help="s in cond + s (cond - uncond); 0: off. Needs a network with a class for none",
+    )
     parser.add_argument(
         "--timesteps_save",
         type=whole(0),
@@ -48,6 +65,16 @@ def check_sampling_options(parser: Parser, args: argparse.Namespace) -> argparse
     args.n_samples = args.n_samples or args.batch_size
     if args.steps is None and args.solver == "ddim":
         args.steps = 50
-    if args.class_id != "random" and not args.class_id.isdecimal():
-        parser.error(f"--class_id {args.class_id}: give a whole number or random")
+    if args.class_id != ["random"]:
+        if wrong := [text for text in args.class_id if not text.isdecimal()]:
+            parser.error(f"--class_id {wrong[0]}: give random, or whole numbers")
+        args.class_id = [int(text) for text in args.class_id]
     return args
+
+
+def network_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of a network, see common.config; None where a flag was not given."""
+    settings: dict[str, Any] = {"parametrization": args.parametrization}
+    if args.autoencoder_checkpoint_path:
+        settings["autoencoder"] = {"checkpoint_path": str(args.autoencoder_checkpoint_path)}
+    return settings

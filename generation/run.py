@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common.config import Config, settings_of
+from common.config import Config
 from common.devices import Stopwatch
 from common.errors import InputError
 from common.files import writable_folder, write_json
 from common.images import enlarge, save_grid, save_png, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
-from diffusion.sampling import Denoiser, SeededNoise, sample, sample_classes
+from diffusion.sampling import Denoiser, SeededNoise, guided, random_classes, sample
 from diffusion.solvers import Solver, spaced_timesteps
+from models.autoencoder import image_maker
 
 SAMPLE_NAME = re.compile(r"\d{6,}\.png")
 GRID_SAMPLES = 100  # shown in report/grid_image.png
@@ -38,35 +39,58 @@ class SamplingRun:
 
     def __init__(self, args: argparse.Namespace, config: Config, device: torch.device):
         self.args, self.config, self.device = args, config, device
-        if config.model_params.in_chans not in (1, 3):
-            raise InputError(f"in_chans={config.model_params.in_chans}: only grey (1) and RGB (3) can be saved")
-        self.schedule = NoiseSchedule(**settings_of(config.diffusion_params))
+        self.to_images = image_maker(config, device)
+        if args.clip_x0 and config.autoencoder:
+            raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
+        self.schedule = NoiseSchedule(**config.diffusion_params.schedule)
         self.timesteps = spaced_timesteps(self.schedule.num_timesteps, args.steps)
         self.solver = Solver(args.solver, self.schedule, config.parametrization, args.eta, args.clip_x0)
         if unmet := sorted(set(args.timesteps_save) - set(self.timesteps)):
             raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(self.timesteps)}")
-        self.classes = self._class_choices()
+        self.class_ids = self._class_ids()
         self.folder: Path = args.output_folder
         check_output_folder(self.folder, args.overwrite)
 
-    def _class_choices(self) -> list[int] | None:
-        num_classes, class_id = self.config.model_params.num_classes, self.args.class_id
-        if class_id == "random":
-            return list(range(num_classes)) if num_classes > 0 else None
-        if num_classes <= 0:
-            raise InputError(f"--class_id {class_id}: the network is unconditional; leave it out")
-        if int(class_id) >= num_classes:
-            raise InputError(f"--class_id {class_id}: the network knows classes 0..{num_classes - 1}")
-        return [int(class_id)]
+    def _class_ids(self) -> list[int] | None:
+        """The classes that were asked for; None for random ones, or if the network has none."""
+        classes, asked = self.config.classes, self.args.class_id
+        if asked == ["random"]:
+            return None
+        if not classes:
+            raise InputError(f"--class_id {asked[0]}: the network is unconditional; leave it out")
+        if wrong := [class_id for class_id in asked if class_id not in classes]:
+            raise InputError(f"--class_id {wrong[0]}: the network knows classes 0..{classes[-1]}")
+        return asked
+
+    def _classes(self, indices: Sequence[int]) -> Tensor | None:
+        """The class of each sample, (B,)."""
+        if not self.config.classes:
+            return None
+        if self.class_ids is None:
+            classes = random_classes(self.config.classes, self.args.seed, indices)
+        else:
+            classes = torch.tensor([self.class_ids[i % len(self.class_ids)] for i in indices])
+        return classes.to(self.device)
+
+    def guide(self, denoiser: Denoiser, scale: float, option: str = "--guidance_scale") -> Denoiser:
+        """The denoiser under classifier-free guidance, or as it is for a scale of 0."""
+        if scale == 0:
+            return denoiser
+        if self.config.no_class is None:
+            params = self.config.model_params
+            raise InputError(
+                f'{option} {scale:g}: the network has no class that stands for "no class" '
+                f"(num_classes={params.num_classes}, {len(self.config.classes)} of them real); leave it out"
+            )
+        return guided(denoiser, scale, self.config.no_class)
 
     @torch.inference_mode()
     def warm_up(self, *denoisers: Denoiser) -> None:
         """Run each once, so that what only a first call costs is not in the timing."""
         size = min(self.args.batch_size, self.args.n_samples)
         x = torch.zeros(size, *self.config.model_params.image_shape, device=self.device)
-        y = torch.full((size,), self.classes[0], device=self.device) if self.classes else None
         for denoiser in denoisers:
-            denoiser(x, self.timesteps[-1], y)
+            denoiser(x, self.timesteps[-1], self._classes(range(size)))
 
     def run(self, denoiser: Denoiser, after_batch: Callable[[], None] | None = None) -> dict[str, Any]:
         """Make and save all samples. Returns the timing part of statistics.json.
@@ -77,7 +101,7 @@ class SamplingRun:
         clear_samples(self.folder)
         frames = dict.fromkeys(sorted(args.timesteps_save, reverse=True))
         first_images, first_frames = [], {t: [] for t in frames}
-        sampling, saving = Stopwatch(self.device), Stopwatch(self.device)
+        sampling, decoding, saving = (Stopwatch(self.device) for _ in range(3))
 
         total = -(-args.n_samples // args.batch_size) * len(self.timesteps)
         with tqdm(total=total, unit="step", disable=True if args.quiet else None) as bar:
@@ -85,12 +109,14 @@ class SamplingRun:
             def on_step(t: int, x_t: Tensor) -> None:
                 bar.update()
                 if t in frames:
-                    frames[t] = to_uint8(x_t)
+                    frames[t] = to_uint8(self.to_images(x_t))
 
             for start in range(0, args.n_samples, args.batch_size):
                 indices = range(start, min(start + args.batch_size, args.n_samples))
                 with sampling:
-                    images = to_uint8(self._sample(denoiser, indices, on_step))
+                    x0 = self._sample(denoiser, indices, on_step)
+                with decoding:
+                    images = to_uint8(self.to_images(x0))
                 if after_batch is not None:
                     after_batch()
                 with saving:
@@ -112,16 +138,14 @@ class SamplingRun:
             "seconds": sampling.seconds,
             "seconds_per_image": sampling.seconds / args.n_samples,
             "images_per_second": args.n_samples / sampling.seconds,
+            "seconds_decoding": decoding.seconds,
             "seconds_saving": saving.seconds,
         }
 
     def _sample(self, denoiser: Denoiser, indices: Sequence[int], on_step: Callable[[int, Tensor], None]) -> Tensor:
         noise = SeededNoise([nth_seed(self.args.seed, "samples", i) for i in indices], self.device)
-        y = None
-        if self.classes:
-            y = sample_classes(self.classes, self.args.seed, indices).to(self.device)
         shape = self.config.model_params.image_shape
-        return sample(denoiser, self.solver, self.timesteps, noise, shape, y, on_step)
+        return sample(denoiser, self.solver, self.timesteps, noise, shape, self._classes(indices), on_step)
 
     @staticmethod
     def _save(images: Tensor, indices: Sequence[int], folder: Path) -> None:

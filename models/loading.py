@@ -36,6 +36,7 @@ class Network(NamedTuple):
 def build_network(config: Config) -> UViT | EarlyExitUViT:
     """A network with fresh weights."""
     uvit = UViT(**settings_of(config.model_params))
+    uvit.time_scale, uvit.time_shift = config.diffusion_params.time_scale, config.diffusion_params.time_shift
     if config.model == "uvit":
         return uvit
     return EarlyExitUViT(uvit, config.classifier_type, config.diffusion_params.num_timesteps)
@@ -65,12 +66,12 @@ def load_network(
             raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
         settings = merge({"model": model}, stated)
     else:
-        settings = read.settings
-        if different := contradictions(settings, stated):
+        if different := contradictions(read.settings, stated):
             raise InputError(
                 f"{path} differs from --config_path or the flags in {', '.join(different)}; "
                 "it carries its own settings, so those can be left out"
             )
+        settings = merge(stated, read.settings)
     config = build_config(settings, str(path))
     if config.model != model:
         raise InputError(f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it")
@@ -87,10 +88,17 @@ def check_pair(early: Network, late: Network) -> None:
         for name, a, b in (
             ("image shape", early.config.model_params.image_shape, late.config.model_params.image_shape),
             ("num_classes", early.config.model_params.num_classes, late.config.model_params.num_classes),
+            ("autoencoder", _scale_factor(early), _scale_factor(late)),
             ("parametrization", early.config.parametrization, late.config.parametrization),
-            ("noise schedule", early.config.diffusion_params, late.config.diffusion_params),
+            ("noise schedule", early.config.diffusion_params.schedule, late.config.diffusion_params.schedule),
+            ("real_classes", len(early.config.classes), len(late.config.classes)),
         )
         if a != b
     ]
     if different:
         raise InputError(f"{early.path} and {late.path} cannot take turns: they differ in {', '.join(different)}")
+
+
+def _scale_factor(network: Network) -> float | None:
+    autoencoder = network.config.autoencoder
+    return None if autoencoder is None else autoencoder.scale_factor

@@ -99,6 +99,7 @@ class UViT(nn.Module):
         self.config = config = UViTConfig(**model_params)
         dim, half = config.embed_dim, config.depth // 2
         self.grad_checkpointing = False  # trade time for memory while training
+        self.time_scale, self.time_shift = 1.0, 0.0  # of the time input, see DiffusionConfig
 
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
         self.time_embed = nn.Identity()
@@ -142,8 +143,9 @@ class UViT(nn.Module):
             raise InputError(f"classes y {'missing' if y is None else 'given'}, num_classes={config.num_classes}")
         if not isinstance(timesteps, Tensor):
             timesteps = torch.full((len(x),), float(timesteps), device=x.device)
+        timesteps = self.time_scale * (timesteps.float() + self.time_shift)
         if config.normalize_timesteps:
-            timesteps = timesteps.float() / 1000
+            timesteps = timesteps / 1000
         patches = self.patch_embed(x)
         time = timestep_embedding(timesteps, config.embed_dim).to(patches.dtype)
         tokens = [self.time_embed(time)[:, None], patches]

@@ -25,19 +25,21 @@ def _plain_randomness():
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A log folder with trained runs: full (5 blocks), shallow (1), ee (on the full one), classes (10)."""
+    """A log folder with trained runs.
+
+    full (5 blocks), shallow (1), ee (on the full one); classes (10), no_class (and one for none), ee_no_class.
+    """
     logs = tmp_path_factory.mktemp("logs")
     flags = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", "4", "--log_path", str(logs)]
     train_script.main([*flags, "--depth", "5", "--exp_name", "full"])
     train_script.main([*flags, "--depth", "3", "--exp_name", "classes", "--num_classes", "10"])
+    no_class = [*flags, "--depth", "3", "--num_classes", "11"]
+    train_script.main([*no_class, "--exp_name", "no_class", "--label_dropout", "0.2"])
     main_script.main([*flags, "--model", "uvit", "--depth", "1", "--exp_name", "shallow"])
-    main_script.main(
-        [
-            *(*flags, "--model", "deediff_uvit", "--depth", "5", "--exp_name", "ee", "--freeze_backbone"),
-            *("--load_backbone", str(logs / "full" / "digits_uvit_last.pth")),
-            *("--classifier_type", "mlp_probe_per_layer"),
-        ]
-    )
+    heads = ["--model", "deediff_uvit", "--freeze_backbone", "--classifier_type", "mlp_probe_per_layer"]
+    for backbone, depth, classes, name in (("full", "5", "-1", "ee"), ("no_class", "3", "11", "ee_no_class")):
+        argv = [*flags, *heads, "--depth", depth, "--num_classes", classes, "--exp_name", name]
+        main_script.main([*argv, "--load_backbone", str(logs / backbone / "digits_uvit_last.pth")])
     return logs
 
 

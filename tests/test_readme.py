@@ -119,14 +119,14 @@ def test_configs_describe_networks(path):
     model = "deediff_uvit" if path.stem.startswith("deediff") else "uvit"
     config = build_config(settings | {"model": model}, str(path))
     params = config.model_params
-    name, _, blocks = path.stem.partition("_")[2].partition("_")
+    name, _, blocks = path.stem.removesuffix("_public").partition("_")[2].partition("_")
     full = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21, "digits": 7}[name]
     assert params.num_blocks == int(blocks or full)
     assert (params.mlp_ratio, params.qkv_bias) == (4, False)
     if name != "digits":
         width, heads = {"imagenet64": (768, 12), "imagenet256": (1024, 16)}.get(name, (512, 8))
         assert (params.embed_dim, params.num_heads, params.mlp_time_embed) == (width, heads, False)
-        assert params.normalize_timesteps == (name in ("celeba", "cifar10"))
+        assert params.normalize_timesteps == (name in ("celeba", "cifar10") and "public" not in path.stem)
         assert params.num_classes == {"imagenet64": 1000, "imagenet256": 1001}.get(name, -1)
         shapes = {"celeba": (64, 4, 3), "cifar10": (32, 2, 3), "imagenet64": (64, 4, 3), "imagenet256": (32, 2, 4)}
         assert (params.img_size, params.patch_size, params.in_chans) == shapes[name]

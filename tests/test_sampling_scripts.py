@@ -154,6 +154,33 @@ def test_classes(runs, tmp_path, run_quietly, fails, full):
     fails(sampler.main, argv, "unconditional")
 
 
+def test_guidance(runs, duo, early_exit, tmp_path, run_quietly, fails):
+    network = runs / "no_class" / "digits_uvit_last.pth"
+    argv = ["--checkpoint_path", network, "--n_samples", 4, "--quiet", "--class_id", 3, 5]
+    for scale in (0, 2):
+        run_quietly(sampler.main, [*argv, "--guidance_scale", scale, "--output_folder", tmp_path / f"s{scale}"])
+    plain, guided = samples(tmp_path / "s0"), samples(tmp_path / "s2")
+    assert not np.array_equal(plain["000000.png"], guided["000000.png"])
+    flops = [statistics(tmp_path / f"s{scale}")["network_flops_per_image"] for scale in (0, 2)]
+    assert flops[1] == 2 * flops[0]
+    fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", 10], "--class_id 10", "0..9")
+    both = ["--checkpoint_path_late", network, "--t_switch", 9, "--guidance_scale_late", 1]
+    run_quietly(sampler.main, [*argv, *both, "--output_folder", tmp_path / "both"])
+    flops = [b["flops_per_image_call"] for b in statistics(tmp_path / "both")["backbones"]]
+    assert flops[1] == 2 * flops[0]
+    unguidable = ["--output_folder", tmp_path / "x", "--guidance_scale", 1]
+    fails(sampler.main, [*duo, "--t_switch", 3, *unguidable], "--guidance_scale 1", "no class")
+    fails(sampler.main, ["--checkpoint_path", runs / "classes" / "digits_uvit_last.pth", *unguidable], "no class")
+
+
+def test_guidance_with_early_exit(runs, tmp_path, run_quietly):
+    argv = ["--checkpoint_path", runs / "ee_no_class" / "digits_deediff_uvit_last.pth", "--threshold", 0.45]
+    argv += ["--n_samples", 5, "--batch_size", 2, "--guidance_scale", 1, "--output_folder", tmp_path / "s", "--quiet"]
+    run_quietly(eesampler.main, argv)
+    exits = np.load(tmp_path / "s" / "report" / "exits.npz")
+    assert exits["exit_layer"].shape == exits["exit_layer_uncond"].shape == (20, 5)
+
+
 class TestBadInput:
     def test_samples_are_not_overwritten(self, full, tmp_path, run_quietly, fails):
         argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--quiet"]

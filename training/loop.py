@@ -7,6 +7,7 @@ that goes on from a checkpoint is the run that was never interrupted.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,18 +18,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.config import Config, settings_of
+from common.config import Config, carried_settings
 from common.errors import InputError
-from common.images import from_uint8, save_grid, to_uint8
+from common.images import save_grid, to_uint8
 from common.seeds import nth_seed
 from data.dataset import ImageDataset, training_batches
 from diffusion import NoiseSchedule
 from diffusion.ddpm import training_target
-from diffusion.sampling import Denoiser, SeededNoise, sample, sample_classes
+from diffusion.sampling import Denoiser, SeededNoise, random_classes, sample
 from diffusion.solvers import Solver, spaced_timesteps
+from models.autoencoder import image_maker
 from training.checkpoints import CheckpointFolder, write_checkpoint
 from training.ema import Ema
 from training.logs import MetricsLog
+
+log = logging.getLogger(__name__)
 
 # Called with (x_t, t, y, target); returns what to log, of which "loss" is minimised.
 Objective = Callable[[Tensor, Tensor, Tensor | None, Tensor], dict[str, Tensor]]
@@ -72,7 +76,8 @@ class Trainer:
         self.objective, self.preview, self.dataset = objective, preview, dataset
         self.checkpoints, self.device = checkpoints, device
         self.step = 0
-        self.schedule = NoiseSchedule(**settings_of(config.diffusion_params))
+        self.schedule = NoiseSchedule(**config.diffusion_params.schedule)
+        self.to_images = preview_decoder(config, device) if args.preview_steps else None
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained,
@@ -90,7 +95,7 @@ class Trainer:
 
     def train(self) -> None:
         args = self.args
-        log = MetricsLog(self.checkpoints.folder, self.step)
+        metrics = MetricsLog(self.checkpoints.folder, self.step)
         batches = training_batches(
             self.dataset, args.batch_size, args.seed, self.step, args.num_workers, self.device.type == "cuda"
         )
@@ -106,7 +111,7 @@ class Trainer:
                 if self.step % args.log_every_n_steps == 0:  # the end alone is no such step: see what goes on from it
                     self.sums, self.summed_steps = {}, 0
                 steps_per_second = (self.step - since_step) / (time.perf_counter() - since)
-                log.write(self.step, scalars | {"steps_per_second": steps_per_second})
+                metrics.write(self.step, scalars | {"steps_per_second": steps_per_second})
                 tqdm.write(f"step {self.step}: loss {scalars['loss']:.4f}, {steps_per_second:.2f} steps/s")
                 self._save_preview()
                 since, since_step = time.perf_counter(), self.step
@@ -115,20 +120,23 @@ class Trainer:
             if finished or self.step % args.save_every_n_steps == 0 or self.step % args.save_new_every_n_steps == 0:
                 self._save(self.checkpoints.last)
         bar.close()
-        log.close()
+        metrics.close()
 
     def _make_batch(self, images: Tensor, labels: Tensor) -> Batch:
         """Noise the images of the step to come."""
         generator = torch.Generator(self.device)
         generator.manual_seed(nth_seed(self.args.seed, "training steps", self.step))
-        x0 = from_uint8(images.to(self.device, non_blocking=True))
+        mirrored = None
+        if self.random_flip:
+            mirrored = torch.rand(len(images), generator=generator, device=self.device) < 0.5
+        x0 = self.dataset.to_x0(images.to(self.device, non_blocking=True), mirrored, generator)
         t = torch.randint(self.schedule.num_timesteps, (len(x0),), generator=generator, device=self.device)
         eps = torch.randn(x0.shape, generator=generator, device=self.device)
-        if self.random_flip:
-            mirrored = torch.rand(len(x0), 1, 1, 1, generator=generator, device=self.device) < 0.5
-            x0 = torch.where(mirrored, x0.flip(-1), x0)
         x_t = self.schedule.q_sample(x0, t, eps)
-        y = labels.to(self.device, non_blocking=True) if self.config.model_params.num_classes > 0 else None
+        y = labels.to(self.device, non_blocking=True) if self.config.classes else None
+        if self.args.label_dropout:
+            dropped = torch.rand(len(x0), generator=generator, device=self.device) < self.args.label_dropout
+            y = torch.where(dropped, self.config.no_class, y)
         target = training_target(self.schedule, x0, x_t, t, eps, self.config.parametrization)
         return Batch(x_t, t, y, target)
 
@@ -171,13 +179,12 @@ class Trainer:
 
     def _save_preview(self) -> None:
         args = self.args
-        if not args.preview_steps:
+        if self.to_images is None:
             return
         noise = SeededNoise([nth_seed(args.sample_seed, "samples", i) for i in range(args.n_samples)], self.device)
-        num_classes = self.config.model_params.num_classes
         y = None
-        if num_classes > 0:
-            y = sample_classes(range(num_classes), args.sample_seed, range(args.n_samples)).to(self.device)
+        if self.config.classes:
+            y = random_classes(self.config.classes, args.sample_seed, range(args.n_samples)).to(self.device)
         solver = Solver("ddim", self.schedule, self.config.parametrization)
         timesteps = spaced_timesteps(self.schedule.num_timesteps, args.preview_steps)
         self.network.eval()
@@ -189,14 +196,14 @@ class Trainer:
         self.network.train()
         folder = self.checkpoints.folder / "previews"
         folder.mkdir(exist_ok=True)
-        save_grid(folder / f"step-{self.step}.png", to_uint8(images), args.n_samples)
+        save_grid(folder / f"step-{self.step}.png", to_uint8(self.to_images(images)), args.n_samples)
 
     def _save(self, path: Path) -> None:
         write_checkpoint(
             path,
             {
                 "step": self.step,
-                "config": settings_of(self.config),
+                "config": carried_settings(self.config),
                 "options": training_options(self.args),
                 "model": self.network.state_dict(),
                 "ema": self.ema.averages if self.ema else None,
@@ -225,6 +232,15 @@ class Trainer:
             )
 
 
+def preview_decoder(config: Config, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """See `image_maker`; None, with a note, where there is no autoencoder to decode latents with."""
+    path = config.autoencoder and config.autoencoder.checkpoint_path
+    if config.autoencoder and not (path and Path(path).exists()):
+        log.warning("no previews: they need the autoencoder, %s", path or "--autoencoder_checkpoint_path")
+        return None
+    return image_maker(config, device)
+
+
 # Options that decide what a step computes; a run goes on only under the same.
 DECISIVE = (
     "dataset",
@@ -242,6 +258,7 @@ DECISIVE = (
     "use_amp",
     "amp_dtype",
     "random_flip",
+    "label_dropout",
     "freeze_backbone",
     "use_unweighted_loss",
 )

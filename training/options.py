@@ -29,10 +29,16 @@ def add_training_options(parser: Parser) -> None:
         help="mirror half of the images; the dataset's own choice if not said",
     )
     group.add_argument(
+        "--label_dropout",
+        type=real(0, 1),
+        default=0.0,
+        help='train with "no class" instead of the label this often, for guidance; the network must have such a class',
+    )
+    group.add_argument("--download", action="store_true", help="fetch the dataset first, if it is not there")
+    group.add_argument(
         "--num_workers",
         type=whole(0, 1024),
-        default=0,
-        help="processes that load images; 0: none of their own",
+        help="processes that load images; if not said, none for what is in memory or packed, else one a core",
     )
 
     group = parser.add_argument_group("run")
@@ -77,6 +83,9 @@ def add_training_options(parser: Parser) -> None:
     group.add_argument("--n_samples", type=whole(1, 1024), default=16, help="images in a preview")
     group.add_argument("--preview_steps", type=whole(0), default=20, help="DDIM steps of a preview; 0: no previews")
     group.add_argument("--sample_seed", type=SEED, default=0, help="of the previews")
+    group.add_argument(
+        "--autoencoder_checkpoint_path", type=existing_path, help="decodes the previews of a network of latents"
+    )
     group.add_argument("--sample_height", type=whole(1), help="height of the images; checked against the network")
     group.add_argument("--sample_width", type=whole(1), help="width of the images; checked against the network")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.cli import model_settings
-from common.config import Config, build_config, contradictions, settings_of
+from common.config import AutoencoderConfig, Config, build_config, contradictions, settings_of
 from common.devices import pick_device
 from common.errors import InputError
 from common.files import writable_folder
-from data import crop_of, open_dataset
+from data import DATASETS, crop_of, open_dataset
+from data.dataset import ImageDataset
 from diffusion.sampling import Denoiser
 from models.early_exit import EarlyExitUViT, ExitOutputs
 from models.loading import build_network, load_network, stated_settings
@@ -84,6 +86,8 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
         "dataset": args.dataset,
         "crop": crop_of(args.dataset, args.crop),
     }
+    if args.autoencoder_checkpoint_path:
+        given["autoencoder"] = {"checkpoint_path": str(args.autoencoder_checkpoint_path)}
     return stated_settings(args.config_path, given)
 
 
@@ -108,7 +112,16 @@ def _trainer(
         in_chans=params.in_chans,
         num_classes=params.num_classes,
         crop=config.crop,
+        download=args.download,
     )
+    config = match_latents(count_real_classes(config, dataset), dataset)
+    if args.label_dropout and config.no_class is None:
+        raise InputError(
+            f'--label_dropout {args.label_dropout:g}: the network has no class that stands for "no class"; '
+            f"num_classes must be one more than the classes of {args.dataset}"
+        )
+    if args.num_workers is None:
+        args.num_workers = dataset.num_workers
     if args.batch_size > len(dataset):
         raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}")
 
@@ -124,6 +137,28 @@ def _trainer(
     return trainer
 
 
+def count_real_classes(config: Config, dataset: ImageDataset) -> Config:
+    """A network may have more classes than the dataset: what it learns of is written into its description."""
+    num_classes = config.model_params.num_classes
+    if num_classes <= 0 or config.real_classes is not None:
+        return config
+    real = DATASETS[config.dataset].num_classes or len(getattr(dataset, "classes", ())) or num_classes
+    return dataclasses.replace(config, real_classes=min(real, num_classes))
+
+
+def match_latents(config: Config, dataset: ImageDataset) -> Config:
+    """Latents know the factor they are scaled by; the network's description must have the same."""
+    scale_factor = getattr(dataset, "scale_factor", None)
+    if scale_factor is None:
+        if config.autoencoder is not None:
+            raise InputError(f"{config.dataset} gives pixels, but the network is described with an autoencoder")
+        return config
+    stated = config.autoencoder or AutoencoderConfig(scale_factor=scale_factor)
+    if stated.scale_factor != scale_factor:
+        raise InputError(f"the latents were packed with scale_factor {scale_factor}, not {stated.scale_factor}")
+    return dataclasses.replace(config, autoencoder=stated)
+
+
 def find_start(args: argparse.Namespace, checkpoints: CheckpointFolder) -> tuple[Path, Mapping[str, Any]] | None:
     """The checkpoint or weights to go on from; None for a new run. Never in another run's folder."""
     there = checkpoints.newest_first()
@@ -134,7 +169,7 @@ def find_start(args: argparse.Namespace, checkpoints: CheckpointFolder) -> tuple
         start = path, {} if path.suffix == ".safetensors" else read_pth(path)
         if there and path.samefile(there[0]):
             return start
-    if there or (checkpoints.folder / "metrics.jsonl").exists():
+    if there:
         raise InputError(
             f"{checkpoints.folder} holds a run already; go on with --resume, or choose another --exp_name or --log_path"
         )

@@ -8,7 +8,7 @@ import torch
 from common.errors import InputError
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
-from diffusion.sampling import SeededNoise, SwitchingDenoiser, sample, sample_classes
+from diffusion.sampling import SeededNoise, SwitchingDenoiser, guided, random_classes, sample
 from diffusion.solvers import Solver, spaced_timesteps
 
 SHAPE = (1, 2, 2)
@@ -120,10 +120,10 @@ def test_seeds_of_a_run_are_its_own():
 
 
 def test_classes_follow_from_seed_and_index():
-    together = sample_classes(range(10), 1, range(200))
-    assert torch.equal(together[50:60], sample_classes(range(10), 1, range(50, 60)))
+    together = random_classes(range(10), 1, range(200))
+    assert torch.equal(together[50:60], random_classes(range(10), 1, range(50, 60)))
     assert set(together.tolist()) == set(range(10))
-    assert set(sample_classes([4], 1, range(5)).tolist()) == {4}
+    assert set(random_classes([4], 1, range(5)).tolist()) == {4}
 
 
 def test_on_step_sees_x_t_before_each_step():
@@ -132,3 +132,16 @@ def test_on_step_sees_x_t_before_each_step():
     sample(Recorder(), solver, [999, 499], SeededNoise([1]), SHAPE, on_step=lambda t, x: seen.append((t, x)))
     assert [t for t, _ in seen] == [999, 499]
     assert torch.equal(seen[0][1], SeededNoise([1])(*SHAPE))
+
+
+def test_guidance_is_one_call_with_and_without_the_class():
+    calls = []
+
+    def denoiser(x_t, t, y):
+        calls.append((len(x_t), t, y.tolist()))
+        return y.float().view(-1, 1, 1, 1).expand(-1, *SHAPE)
+
+    x, y = torch.zeros(2, *SHAPE), torch.tensor([1, 2])
+    got = guided(denoiser, 0.5, no_class=9)(x, 7, y)
+    assert calls == [(4, 7, [1, 2, 9, 9])]
+    assert got[:, 0, 0, 0].tolist() == [1 + 0.5 * (1 - 9), 2 + 0.5 * (2 - 9)]

@@ -153,6 +153,16 @@ def test_a_folder_of_images_trains_with_classes_and_flips(tmp_path):
     assert (tmp_path / "folder_uvit_1" / "folder_uvit_last.pth").exists()
 
 
+def test_label_dropout_is_as_often_as_asked(tmp_path, monkeypatch):
+    seen = []
+    forward = UViT.forward
+    monkeypatch.setattr(UViT, "forward", lambda self, x, t, y=None: seen.append(y) or forward(self, x, t, y))
+    train(tmp_path, "--num_classes", 11, "--label_dropout", 0.3, "--batch_size", 100, steps=10)
+    labels = torch.cat(seen)
+    assert 0.25 < (labels == 10).float().mean() < 0.35
+    assert set(labels.tolist()) == set(range(11))
+
+
 def test_learning_rate():
     class Args:
         lr, num_warmup_steps, n_steps, lr_schedule = 2.0, 10, 110, "cosine"
@@ -221,6 +231,11 @@ class TestBadInput:
         fails(main_script.main, [*ee, "--load_backbone", full], "classifier_type")
         kind = ["--classifier_type", "attention_probe"]
         fails(main_script.main, [*ee, *kind, "--load_backbone", full, "--depth", 7], "model_params.depth (5 and 7)")
+
+    def test_label_dropout_needs_a_class_for_none(self, tmp_path, fails):
+        argv = [*FLAGS, "--n_steps", 2, "--log_path", tmp_path, "--label_dropout", 0.1]
+        fails(train_script.main, argv, "--label_dropout 0.1")
+        fails(train_script.main, [*argv, "--num_classes", 10], "--label_dropout 0.1", "one more")
 
     def test_no_permission(self, tmp_path, fails):
         (tmp_path / "file").write_text("")

@@ -1,0 +1,73 @@
+"""ImageNet (ILSVRC 2012) as a folder per class, for all sizes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from common.errors import InputError
+from data import DEFAULT_PATH, missing
+from data.dataset import check_labels
+from data.files import SUFFIXES, FolderSource, ImageFiles
+
+log = logging.getLogger(__name__)
+
+SYNSETS = Path(__file__).with_name("imagenet_synsets.txt")  # the 1000 WordNet ids, sorted: line k has label k
+WORDNET_ID = re.compile(r"n\d{8}")
+PLACES = ("ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "train", ".")  # of the class folders
+
+
+class ImageNet(ImageFiles):
+    """Training images of ImageNet, labelled by the folder they lie in.
+
+    Folders named by WordNet ids have labels 0..999, their places among all 1000 sorted ids, even where some are
+    missing. Other names have labels 0..K-1 in their sorted order.
+    """
+
+    def __init__(self, dataset: str, folder: Path, *, img_size: int, in_chans: int, num_classes: int, crop: str):
+        source = FolderSource(folder)
+        names = [name for name in source.names if "/" in name]
+        if len(names) < len(source.names):
+            log.warning("%s: %d images lie in no class folder, left out", folder, len(source.names) - len(names))
+        classes = [name.split("/")[0] for name in names]
+        folders = class_folders(folder)
+        if empty := sorted(set(folders).difference(classes)):
+            raise InputError(f"{folder / empty[0]}: a class folder without images; fill it or remove it")
+        label_of = labels_of(folders)
+        check_labels(max(label_of.values()), num_classes, folder)
+        labels = [label_of[name] for name in classes]
+        super().__init__(dataset, source, names, labels, crop=crop, img_size=img_size, in_chans=in_chans)
+
+
+def find_classes(dataset: str, root: Path) -> Path:
+    """The folder whose sub-folders are the classes. Raises InputError where there is none under root."""
+    named = [root / name / place for name in (dataset, "imagenet") for place in PLACES]
+    here = [root / place for place in PLACES]
+    for folder in (*named, *here):
+        if any(WORDNET_ID.fullmatch(name) for name in class_folders(folder)):
+            return folder
+    # Folders of other names can be anything: not where all kinds of datasets lie.
+    for folder in named if root == DEFAULT_PATH else (*named, *here):
+        if any(file.suffix.lower() in SUFFIXES for name in class_folders(folder) for file in (folder / name).iterdir()):
+            return folder
+    raise missing(dataset, root)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the sub-folders; `packed` holds packed datasets."""
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name != "packed")
+
+
+def labels_of(folders: list[str]) -> dict[str, int]:
+    known = {synset: label for label, synset in enumerate(SYNSETS.read_text(encoding="ascii").split())}
+    if known.keys() >= set(folders):
+        return {name: known[name] for name in folders}
+    if some := [name for name in folders if name in known]:
+        other = next(name for name in folders if name not in known)
+        log.warning(
+            "%s is no WordNet id of ImageNet, %s is: labels are 0..%d in sorted order", other, some[0], len(folders) - 1
+        )
+    return {name: label for label, name in enumerate(sorted(folders))}

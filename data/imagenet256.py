@@ -1,0 +1,17 @@
+"""ImageNet (ILSVRC 2012) at 256 x 256 pixels.
+
+Networks of this size work on latents of an autoencoder: those are a packed dataset of another kind.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data import DEFAULT_PATH
+from data.imagenet import ImageNet, find_classes
+
+
+def open_imagenet256(data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str) -> ImageNet:
+    """The folder of class folders: data_path, or imagenet256/ or imagenet/ in it, or train/ in one of these."""
+    folder = find_classes("imagenet256", data_path or DEFAULT_PATH)
+    return ImageNet("imagenet256", folder, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)

@@ -1,0 +1,151 @@
+"""ImageNet at 64 x 64 pixels: the downsampled batches (Chrabaszcz et al. 2017), or the full images made small."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from data import DEFAULT_PATH
+from data.dataset import ImageDataset, check_labels
+from data.imagenet import ImageNet, find_classes
+from data.rows import RowsFile
+
+log = logging.getLogger(__name__)
+
+BATCHES = tuple(f"train_data_batch_{k}.npz" for k in range(1, 11))
+
+
+def open_imagenet64(
+    data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str
+) -> Downsampled | ImageNet:
+    """The downsampled batches, or else a folder of class folders; in data_path or in imagenet64/ in it."""
+    root = data_path or DEFAULT_PATH
+    for folder in (root, root / "imagenet64"):
+        if any((folder / name).is_file() for name in BATCHES):
+            if (img_size, in_chans) != (64, 3):
+                raise InputError(
+                    f"{folder}: the downsampled images are 64 x 64 in colour: wanted img_size 64 and in_chans 3, got "
+                    f"{img_size} and {in_chans}"
+                )
+            return Downsampled(folder, num_classes, crop)
+    folder = find_classes("imagenet64", root)
+    return ImageNet("imagenet64", folder, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)
+
+
+class Downsampled(ImageDataset):
+    """train_data_batch_1.npz .. _10.npz: `data` (N, 12288) uint8, channels first, and `labels` 1..1000.
+
+    Batches that are stored are read in place. Compressed ones are loaded when they are needed, and kept.
+    """
+
+    def __init__(self, folder: Path, num_classes: int, crop: str):
+        self.folder, self.crop = folder, crop
+        if lacking := [name for name in BATCHES if not (folder / name).is_file()]:
+            raise InputError(f"{folder}: {', '.join(lacking)} not there; all of {BATCHES[0]} to _10.npz are needed")
+        self.batches = [_Batch(folder / name) for name in BATCHES]
+        if any(batch.stored is None for batch in self.batches):
+            log.warning("%s: compressed batches are held in memory; python -m data.pack avoids that", folder)
+        self.starts = np.cumsum([0, *map(len, self.batches)])  # the number of each batch's first image, and the end
+        self.labels = torch.from_numpy(np.concatenate([batch.labels for batch in self.batches]))
+        check_labels(int(self.labels.max()), num_classes, folder)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = np.arange(len(self))[np.asarray(indices)] if min(indices) < 0 else np.asarray(indices)
+        of_batch = np.searchsorted(self.starts, chosen, side="right") - 1
+        images = np.empty((len(chosen), 3, 64, 64), np.uint8)
+        for k in np.unique(of_batch):
+            rows = of_batch == k
+            images[rows] = self.batches[k].read(chosen[rows] - self.starts[k])
+        return torch.from_numpy(images), self.labels[torch.from_numpy(chosen)]
+
+    def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+        images = super().whole_and_broken(indices)
+        for batch, end in zip(self.batches, self.starts[1:], strict=True):
+            if end <= max(indices):
+                batch.loaded = None  # packing goes in order and does not come back
+        return images
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256("".join(batch.fingerprint for batch in self.batches).encode())
+        return {
+            "dataset": "imagenet64",
+            "source": str(self.folder.resolve()),
+            "files_sha256": digest.hexdigest(),
+            "images": len(self),
+            "img_size": 64,
+            "in_chans": 3,
+            "crop": self.crop,  # of images that have their size it leaves everything
+        }
+
+
+class _Batch:
+    """One file: labels (N,) int64 in 0..999, and the images where they lie. Raises InputError where it does not fit."""
+
+    def __init__(self, path: Path):
+        self.path, self.loaded = path, None
+        try:
+            with zipfile.ZipFile(path) as archive:
+                info = archive.getinfo("data.npy")
+                self.fingerprint = f"{path.name}\0{info.CRC}\0{archive.getinfo('labels.npy').CRC}\n"
+                with archive.open(info) as member:
+                    self.shape, fortran, dtype = _READ_HEADER[np.lib.format.read_magic(member)](member)
+                    header = member.tell()
+            with np.load(path, allow_pickle=False) as arrays:
+                labels = arrays["labels"]
+            self.stored = None
+            if info.compress_type == zipfile.ZIP_STORED:
+                offset = _content_offset(path, info) + header
+                self.stored = RowsFile(path, offset, self.shape, dtype)
+        except (zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, EOFError, OSError) as error:
+            raise InputError(f"{path}: not readable as .npz with data and labels, or cut short ({error})") from None
+        if len(self.shape) != 2 or self.shape[1] != 12288 or dtype != np.uint8 or fortran:
+            raise InputError(f"{path}: wanted data of shape (N, 12288) uint8 in C order, got {self.shape} {dtype}")
+        if labels.shape != self.shape[:1] or labels.dtype.kind not in "iu":
+            raise InputError(f"{path}: wanted a label for each of the {len(self)} images")
+        if len(labels) and not 1 <= labels.min() <= labels.max() <= 1000:
+            raise InputError(f"{path}: labels are {labels.min()}..{labels.max()}, wanted 1..1000")
+        self.labels = labels.astype(np.int64) - 1
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"loaded": None}
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 (B, 3, 64, 64)."""
+        if self.stored is not None:
+            return self.stored.read(indices).reshape(-1, 3, 64, 64)
+        if self.loaded is None:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                self.loaded = arrays["data"]
+        return self.loaded[indices].reshape(-1, 3, 64, 64)
+
+
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _content_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes begin in the archive: after its local header and two fields of any length."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(30)
+    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+    return info.header_offset + 30 + name_bytes + extra_bytes

@@ -1,0 +1,116 @@
+"""Latents of an autoencoder, in the place of pixels: made once by data.pack, sampled afresh in training.
+
+A row is float16 (2, 2, C, h, w): the image and its mirror image, of each the mean and the standard deviation
+of its unscaled latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from common.images import from_uint8
+from data.dataset import ImageDataset
+from data.files import ImageFiles
+from data.packed import KINDS, Manifest, PackedDataset
+
+if TYPE_CHECKING:
+    from models.autoencoder import Autoencoder
+
+STD_RANGE = (0.2, 4.0)  # of scaled latents; it should be about 1, and is 5.5 for the public ones unscaled
+
+
+class LatentSource(ImageDataset):
+    """The images of a dataset as latents, encoded when they are asked for.
+
+    images: pixels of a size the autoencoder can take. checkpoint: the autoencoder's file, named in the
+    description.
+    """
+
+    kind, dtype = "latents", np.float16
+
+    def __init__(self, images: ImageFiles, autoencoder: Autoencoder, checkpoint: Path, device: torch.device):
+        about = images.describe()
+        if about["in_chans"] != 3 or about["img_size"] % autoencoder.downsampling:
+            raise InputError(
+                f"the autoencoder takes RGB images whose side is a multiple of {autoencoder.downsampling}, not "
+                f"{about['in_chans']} channels of {about['img_size']} x {about['img_size']}"
+            )
+        self.images, self.autoencoder, self.device = images, autoencoder, device
+        self.names, self.labels, self.left_out = images.names, images.labels, images.left_out
+        channels, side = autoencoder.network.config.latent_channels, about["img_size"] // autoencoder.downsampling
+        self.row_shape = (2, 2, channels, side, side)
+        self.about = about | {
+            "img_size": side,
+            "in_chans": channels,
+            "pixels": about["img_size"],
+            "scale_factor": autoencoder.scale_factor,
+            "autoencoder_sha256": _sha256_of(checkpoint),
+        }
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        pixels, labels = self.images.__getitems__(indices)
+        return self._encode(pixels), labels
+
+    def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+        pixels, broken = self.images.whole_and_broken(indices)
+        return self._encode(pixels), broken
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> (B, 2, 2, C, h, w)."""
+        images = from_uint8(pixels.to(self.device))
+        views = [torch.stack(self.autoencoder.encode(view), dim=1) for view in (images, images.flip(-1))]
+        return torch.stack(views, dim=1).half().cpu()
+
+    def describe(self) -> dict[str, Any]:
+        return self.about
+
+
+class PackedLatents(PackedDataset):
+    """Latents that lie packed on disk. Raises InputError also where they do not look like scaled ones."""
+
+    dtype = np.float16
+
+    def __init__(self, folder: Path, manifest: Manifest, num_classes: int = -1):
+        super().__init__(folder, manifest, num_classes)
+        self.scale_factor = manifest.source.get("scale_factor")
+        if type(self.scale_factor) is not float:
+            raise InputError(
+                f"{folder}: the manifest names no scale_factor, so the latents cannot be scaled; pack again"
+            )
+        some = self.images.read(np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int))
+        std = float(some[:, 0, 0].astype(np.float32).std()) * self.scale_factor
+        if not STD_RANGE[0] < std < STD_RANGE[1]:
+            raise InputError(
+                f"{folder}: the standard deviation of the latents is {std:.2f} after scaling by {self.scale_factor}, "
+                "wanted about 1; give the right --scale_factor and pack again"
+            )
+
+    def to_x0(self, rows: Tensor, mirrored: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Draw latents (B, C, h, w), scaled, from rows (B, 2, 2, C, h, w)."""
+        view = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if mirrored is None else mirrored.long()
+        mean, std = rows[torch.arange(len(rows), device=rows.device), view].float().unbind(1)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return (mean + std * noise) * self.scale_factor
+
+
+KINDS["latents"] = PackedLatents
+
+
+def _sha256_of(checkpoint: Path) -> str:
+    """Of a file, or of the weights in a folder."""
+    files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""Packed datasets: every image decoded once, in one array on disk. Made by data.pack.
+
+A folder of
+    images.npy      (N, C, H, W) uint8
+    labels.npy      (N,) int64, where the dataset has labels
+    manifest.json   what it was made from and how: see Manifest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import check_types
+from common.errors import InputError
+from common.files import read_json
+from data import DEFAULT_PATH
+from data.dataset import ImageDataset, check_labels
+from data.files import image_names
+from data.rows import RowsFile
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+IMAGES, LABELS, MANIFEST = "images.npy", "labels.npy", "manifest.json"
+NUM_BLOCKS, BLOCK_BYTES = 64, 2**16  # of images.npy, checked whenever it is opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """manifest.json: the fields are its keys."""
+
+    format: int  # FORMAT
+    kind: str  # of KINDS
+    source: dict  # what the source's `describe()` said: its files, their hash, and the transform
+    source_state: dict | None  # see `state_of`; None: the source was not where it said
+    shape: list  # of images.npy
+    random_flip: bool  # whether the dataset is mirrored in training unless told otherwise
+    left_out: dict  # broken images by name, and why
+    images_sha256: str
+    labels_sha256: str | None  # None: no labels
+    blocks_crc32: list  # of NUM_BLOCKS blocks of images.npy, see `block_checksums`
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        return {key: self.source.get(key) for key in ("dataset", "img_size", "in_chans", "crop")}
+
+
+class PackedDataset(ImageDataset):
+    """The images of a packed dataset, read from disk as they are asked for: its size does not matter to memory.
+
+    Raises InputError where manifest and files disagree, or labels do not fit num_classes.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, num_classes: int = -1):
+        self.folder, self.manifest = folder, manifest
+        self.random_flip, self.left_out = manifest.random_flip, manifest.left_out
+        self.row_shape = tuple(manifest.shape[1:])
+        self.images = RowsFile.of_npy(folder / IMAGES)
+        if self.images.shape != tuple(manifest.shape) or self.images.dtype != self.dtype:
+            raise _disagree(folder / IMAGES, f"it holds {self.images.shape} {self.images.dtype}, not {manifest.shape}")
+        if block_checksums(folder / IMAGES) != manifest.blocks_crc32:
+            raise _disagree(folder / IMAGES, "its bytes were changed")
+        if manifest.labels_sha256 is not None:
+            self.labels = _read_labels(folder / LABELS, manifest)
+            check_labels(int(self.labels.max()), num_classes, folder)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        indices = np.asarray(indices, dtype=np.int64)
+        labels = np.zeros(len(indices), np.int64) if self.labels is None else self.labels[indices]
+        return torch.from_numpy(self.images.read(indices)), torch.from_numpy(labels)
+
+    def describe(self) -> dict[str, Any]:
+        """That of the source, so that what was computed from it holds; fewer images where some were broken."""
+        return self.manifest.source | {"images": len(self)}
+
+
+# To add a kind: a class like PackedDataset, and a name.
+KINDS = {"pixels": PackedDataset}
+
+
+def default_folder(name: str, data_path: Path | None, *, img_size: int, in_chans: int, crop: str) -> Path:
+    """Where a dataset is packed to and looked for: packed/celeba_64_center178/ beside or in data_path."""
+    root = data_path or DEFAULT_PATH
+    colour = "" if in_chans == 3 else f"_{in_chans}ch"
+    return (root.parent if root.is_file() else root) / "packed" / f"{name}_{img_size}_{crop}{colour}"
+
+
+def find_packed(
+    name: str, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str
+) -> ImageDataset | None:
+    """The packed dataset that fits, at its default place or as data_path itself.
+
+    Raises InputError for one whose files are damaged, or that was asked for by data_path and does not fit.
+    """
+    given = data_path is not None and (data_path / MANIFEST).is_file()
+    wanted = {"img_size": img_size, "in_chans": in_chans, "crop": crop}
+    folder = data_path if given else default_folder(name, data_path, **wanted)
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    if problem := _misfit(manifest, {"dataset": name, **wanted}, num_classes, look_at_source=not given):
+        if given:
+            raise InputError(f"{folder}: the packed dataset does not fit: {problem}")
+        log.warning("%s is not used: %s", folder, problem)
+        return None
+    log.info("using the packed dataset %s", folder)
+    return KINDS[manifest.kind](folder, manifest, num_classes)
+
+
+def _misfit(manifest: Manifest, wanted: dict[str, Any], num_classes: int, look_at_source: bool) -> str | None:
+    """What keeps a packed dataset from serving a run; None if nothing does."""
+    if different := differences(manifest.transform, wanted):
+        return f"it has {different}"
+    if num_classes > 0 and manifest.labels_sha256 is None:
+        return "it has no labels; remove it and pack again with --num_classes"
+    now = state_of(manifest.source)
+    if look_at_source and None not in (now, manifest.source_state) and now != manifest.source_state:
+        return f"{manifest.source['source']} changed since it was packed; remove it and pack again"
+    return None
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """ "crop uvit128, not center178": what differs between two transforms or sources; empty if nothing."""
+    keys = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in keys)
+
+
+def state_of(source: dict[str, Any]) -> dict[str, int] | None:
+    """What shows at little cost whether a source has changed: of a described source, None if it is not there."""
+    path = Path(source.get("source") or "")
+    if path.is_file():
+        return {"bytes": path.stat().st_size}
+    if source.get("source") and path.is_dir():
+        return {"images": sum(1 for _ in image_names(path))}
+    return None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises InputError for a manifest that is incomplete, or of a format or kind that is not known."""
+    path = folder / MANIFEST
+    given = read_json(path)
+    if not isinstance(given, dict) or given.get("format") != FORMAT or given.get("kind") not in KINDS:
+        raise InputError(f"{path}: wanted a packed dataset of format {FORMAT}, kind {' or '.join(KINDS)}; pack again")
+    given = check_types(Manifest, given, str(path))
+    if lacking := [f.name for f in fields(Manifest) if f.name not in given and f.default is MISSING]:
+        raise InputError(f"{path}: {', '.join(lacking)} not given; pack again")
+    return Manifest(**given)
+
+
+def block_checksums(path: Path) -> list[int]:
+    """CRC-32 of blocks spread evenly over a file, its first and last bytes among them."""
+    size = path.stat().st_size
+    offsets = np.linspace(0, max(0, size - BLOCK_BYTES), NUM_BLOCKS).astype(np.int64)
+    with path.open("rb", buffering=0) as file:
+        checksums = []
+        for offset in offsets.tolist():
+            file.seek(offset)
+            checksums.append(zlib.crc32(file.read(BLOCK_BYTES)))
+    return checksums
+
+
+def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
+    if labels.shape != tuple(manifest.shape[:1]) or labels.dtype != np.int64:
+        raise _disagree(path, f"it holds {labels.shape} {labels.dtype}, not a label for each image")
+    if hashlib.sha256(labels).hexdigest() != manifest.labels_sha256:
+        raise _disagree(path, "its bytes were changed")
+    return labels
+
+
+def _disagree(path: Path, why: str) -> InputError:
+    return InputError(f"{path} and {MANIFEST} disagree: {why}; remove the folder and pack again")

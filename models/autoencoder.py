@@ -1,0 +1,131 @@
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022): images of 256 x 256 <-> latents of 4 x 32 x 32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.config import Config
+from common.errors import InputError
+from models.weights import read_pth
+
+# f8-ft-mse and autoencoder_kl.pth: the architecture is not in the file.
+ARCHITECTURE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
+DECODE_AT_ONCE = 8  # images; the decoder takes far more memory than the U-ViT
+
+
+class Autoencoder(nn.Module):
+    """diffusers' AutoencoderKL in float32, between pixels in [-1, 1] and scaled latents.
+
+    scale_factor: latents are multiplied by it, so that their standard deviation is about 1.
+    """
+
+    def __init__(self, network: nn.Module, scale_factor: float):
+        super().__init__()
+        self.network = network.float().eval().requires_grad_(False)
+        self.scale_factor = scale_factor
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side of a latent cell."""
+        return 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of the unscaled latents, (B, 4, h, w) each."""
+        distribution = self.network.encode(images).latent_dist
+        return distribution.mean, distribution.std
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> images (B, 3, H, W), nominally in [-1, 1]; a few at a time."""
+        parts = (latents / self.scale_factor).split(DECODE_AT_ONCE)
+        return torch.cat([self.network.decode(part).sample for part in parts])
+
+
+def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From what the network makes to images in [-1, 1]: the decoder of latents, or nothing to do for pixels.
+
+    Raises InputError where it takes an autoencoder and none is given, or the network's channels fit neither.
+    """
+    params, autoencoder = config.model_params, config.autoencoder
+    if autoencoder is None:
+        if params.in_chans in (1, 3):
+            return lambda x0: x0
+        raise InputError(
+            f"in_chans={params.in_chans}: neither grey (1) nor RGB (3), so the network makes latents; give the "
+            "autoencoder they are of with --autoencoder_checkpoint_path"
+        )
+    if autoencoder.checkpoint_path is None:
+        raise InputError("the network makes latents: give the autoencoder with --autoencoder_checkpoint_path")
+    network = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale_factor, device)
+    if network.network.config.latent_channels != params.in_chans:
+        raise InputError(
+            f"{autoencoder.checkpoint_path} has {network.network.config.latent_channels} latent channels, the "
+            f"network in_chans={params.in_chans}: they do not belong together"
+        )
+    return network.decode
+
+
+def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str = "cpu") -> Autoencoder:
+    """path: the public autoencoder_kl.pth, or a folder as diffusers saves it. Raises InputError for others."""
+    from diffusers import AutoencoderKL
+
+    if not path.exists():
+        raise InputError(f"{path}: no such autoencoder; get autoencoder_kl.pth, or give --autoencoder_checkpoint_path")
+    if path.is_dir():
+        network = _from_folder(path)
+    else:
+        network = AutoencoderKL(**ARCHITECTURE)
+        _fill_from_ldm(network, path)
+    return Autoencoder(network, scale_factor).to(device)
+
+
+def _from_folder(path: Path) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path}: no config.json in it, so it is no autoencoder as diffusers saves it")
+    try:
+        network, report = AutoencoderKL.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not readable as an autoencoder ({str(error).strip().splitlines()[0]:.160})"
+        ) from None
+    if wrong := [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]:
+        raise InputError(f"{path}: {len(wrong)} weights missing or too many ({', '.join(sorted(wrong)[:3])}, ...)")
+    return network
+
+
+def _fill_from_ldm(network: nn.Module, path: Path) -> None:
+    """Weights under the names of the latent diffusion code, which diffusers knows how to translate."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    content = read_pth(path)
+    weights = content.get("state_dict", content)
+    weights = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+    try:
+        translated = convert_ldm_vae_checkpoint(weights, dict(network.config))
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: holds no KL autoencoder under its public names ({error!s:.80})") from None
+    wanted = network.state_dict()
+    wrong = sorted(wanted.keys() - translated.keys())
+    wrong += [key for key in wanted if key in translated and translated[key].shape != wanted[key].shape]
+    if wrong:
+        names = f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+        raise InputError(f"{path}: {len(wrong)} weights of the autoencoder are missing or of another shape ({names})")
+    network.load_state_dict(translated)

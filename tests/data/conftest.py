@@ -1,0 +1,99 @@
+"""Datasets in their true formats, small."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def picture(size, seed=0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def picture_of():
+    """(width, height), seed -> a picture of noise."""
+    return picture
+
+
+@pytest.fixture
+def celeba_folder(tmp_path):
+    """img_align_celeba/ with pictures 1, 2, 162770 of the training split and 162771 of the next."""
+    folder = tmp_path / "img_align_celeba"
+    folder.mkdir()
+    for number in (1, 2, 162770, 162771):
+        picture((178, 218), number).save(folder / f"{number:06d}.jpg")
+    return folder
+
+
+@pytest.fixture
+def synset_folders(tmp_path):
+    """Three classes of ImageNet, two pictures each, in imagenet/train/."""
+    folder = tmp_path / "imagenet" / "train"
+    for k, synset in enumerate(("n15075141", "n01440764", "n01443537")):
+        (folder / synset).mkdir(parents=True)
+        for i in range(2):
+            picture((90 + k, 70), 10 * k + i).save(folder / synset / f"{synset}_{i}.JPEG")
+    return folder
+
+
+def python2_pickle(data: np.ndarray, labels: list[int]) -> bytes:
+    """A batch as Python 2 and numpy 1 wrote it: str keys and str pixels, which are bytes now."""
+
+    def text(content: bytes) -> bytes:
+        if len(content) < 256:
+            return pickle.SHORT_BINSTRING + bytes([len(content)]) + content
+        return pickle.BINSTRING + len(content).to_bytes(4, "little") + content
+
+    def number(value: int) -> bytes:
+        return pickle.BININT + value.to_bytes(4, "little", signed=True)
+
+    dtype = (
+        b"cnumpy\ndtype\n(" + text(b"u1") + number(0) + number(1) + b"tR"
+        b"(" + number(3) + text(b"|") + b"NNN" + number(-1) * 2 + number(0) + b"tb"
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + number(0) + b"t" + text(b"b") + b"tR"
+        b"(" + number(1) + b"(" + number(data.shape[0]) + number(data.shape[1]) + b"t" + dtype
+    )
+    array += pickle.NEWFALSE + text(data.tobytes()) + b"tb"
+    listed = b"](" + b"".join(map(number, labels)) + b"e"
+    entries = text(b"data") + array + text(b"labels") + listed + text(b"batch_label") + text(b"training batch")
+    return pickle.PROTO + b"\x02}(" + entries + b"u."
+
+
+@pytest.fixture
+def cifar10():
+    """Five training batches of four images: pickled as they are distributed, the pixels and the labels."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+    labels = [k % 10 for k in range(20)]
+    pickled = {
+        f"data_batch_{k + 1}": python2_pickle(pixels[4 * k : 4 * k + 4].reshape(4, 3072), labels[4 * k : 4 * k + 4])
+        for k in range(5)
+    }
+    return pickled, pixels, labels
+
+
+@pytest.fixture
+def make_tar():
+    """(path, {name: content} or TarInfo objects) -> the archive, gzipped."""
+
+    def make(path, files, members=()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w:gz") as archive:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            for member in members:
+                archive.addfile(member)
+        return path
+
+    return make

@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import InputError
+from data import open_dataset, open_source
+from data import pack as packing
+from data.benchmark import resident_bytes
+from data.files import ImageFiles
+from data.pack import main, pack
+from data.packed import PackedDataset
+from data.rows import RowsFile
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def folder(path, num_classes=-1, img_size=16, **kwargs):
+    return open_source("folder", path, img_size=img_size, in_chans=3, num_classes=num_classes, **kwargs)
+
+
+def all_of(dataset):
+    images, labels = dataset.__getitems__(range(len(dataset)))
+    return images, labels.tolist()
+
+
+@pytest.fixture
+def pictures(tmp_path, picture_of):
+    """150 pictures, more than a chunk; half in a, half in b."""
+    path = tmp_path / "pictures"
+    for i in range(150):
+        (path / "ab"[i // 75]).mkdir(parents=True, exist_ok=True)
+        picture_of((20, 24), i).save(path / "ab"[i // 75] / f"{i:03d}.png")
+    return path
+
+
+@pytest.fixture
+def packed(pictures, tmp_path):
+    """They, packed with labels."""
+    pack(folder(pictures, 2), tmp_path / "packed_pictures")
+    return tmp_path / "packed_pictures"
+
+
+def check_packed(name, path, **shape):
+    """Packing changes nothing but the place that pixels and labels come from."""
+    unpacked = open_dataset(name, path, **shape)
+    assert not isinstance(unpacked, PackedDataset)
+    flags = [f"--{key}={value}" for key, value in shape.items() if value is not None]
+    main([f"--dataset={name}", f"--data_path={path}", *flags, "--num_workers=0", "--quiet"])
+    dataset = open_dataset(name, path, **shape)
+    assert isinstance(dataset, PackedDataset)
+    assert torch.equal(all_of(dataset)[0], all_of(unpacked)[0]) and all_of(dataset)[1] == all_of(unpacked)[1]
+    assert dataset.describe() == unpacked.describe() and dataset.random_flip == unpacked.random_flip
+    return dataset
+
+
+@pytest.mark.parametrize("crop", ["center178", "uvit128"])
+def test_celeba(crop, celeba_folder, capsys):
+    dataset = check_packed("celeba", celeba_folder.parent, img_size=64, in_chans=3, crop=crop)
+    assert dataset.labels is None
+    assert f"3 images -> {celeba_folder.parent}/packed/celeba_64_{crop} " in capsys.readouterr().out
+
+
+def test_cifar10(cifar10, make_tar, tmp_path):
+    """Labels come along, so that one packed dataset serves with classes and without."""
+    make_tar(tmp_path / "cifar-10-python.tar.gz", {f"cifar-10-batches-py/{n}": c for n, c in cifar10[0].items()})
+    check_packed("cifar10", tmp_path, img_size=32, in_chans=3)
+    dataset = open_dataset("cifar10", tmp_path, img_size=32, in_chans=3, num_classes=10)
+    assert isinstance(dataset, PackedDataset) and all_of(dataset)[1] == cifar10[2]
+    with pytest.raises(InputError, match="num_classes=5"):
+        open_dataset("cifar10", tmp_path, img_size=32, in_chans=3, num_classes=5)
+
+
+@pytest.mark.parametrize("name, img_size", [("imagenet64", 64), ("imagenet256", 48)])
+def test_imagenet(name, img_size, synset_folders):
+    path = synset_folders.parent.parent
+    dataset = check_packed(name, path, img_size=img_size, in_chans=3, num_classes=1000)
+    assert sorted(set(dataset.labels)) == [0, 1, 999]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_downsampled_imagenet(save, tmp_path):
+    for k in range(10):
+        data = np.random.default_rng(k).integers(0, 256, (9, 12288), dtype=np.uint8)
+        save(tmp_path / f"train_data_batch_{k + 1}.npz", data=data, labels=np.arange(1, 10) + k)
+    check_packed("imagenet64", tmp_path, img_size=64, in_chans=3, num_classes=1000)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_however_many_processes(num_workers, pictures, packed, tmp_path):
+    pack(folder(pictures, 2), tmp_path / "again", num_workers)
+    for name in ("images.npy", "labels.npy", "manifest.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (packed / name).read_bytes()
+
+
+def test_any_order(pictures, packed):
+    images, labels = all_of(folder(pictures, 2))
+    dataset = open_dataset("folder", packed, img_size=16, in_chans=3, num_classes=2)
+    for indices in ([149, 0, 7, 7, -1], [5], range(3, 9), []):
+        got = dataset.__getitems__(indices)
+        assert torch.equal(got[0], images[list(indices)])
+        assert got[1].tolist() == [labels[i] for i in indices]
+    for outside in (150, -151):
+        with pytest.raises(IndexError):
+            dataset.__getitems__([0, outside])
+    assert len(pickle.dumps(dataset)) < 20_000  # no pixels, no open file
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[3][0], images[3])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate(2**29)
+    rows = RowsFile(tmp_path / "x", 0, (2**17, 2**12))
+    order = np.random.default_rng(0).permutation(2**17).reshape(-1, 128)
+    before = resident_bytes()
+    for batch in order:
+        rows.read(batch)
+    assert resident_bytes() - before < 2**26
+
+
+def test_one_file_serves_processes_at_once(pictures, packed):
+    """Forked workers share what was opened before; a position they shared would mix up their images."""
+    from data.dataset import training_batches
+
+    dataset = open_dataset("folder", packed, img_size=16, in_chans=3, num_classes=2)
+    assert len(dataset[0][0])
+    here = training_batches(dataset, 7, 0, 0, 0, pin_memory=False)
+    there = training_batches(dataset, 7, 0, 0, 2, pin_memory=False)
+    for _ in range(60):
+        assert torch.equal(next(here)[0], next(there)[0])
+
+
+def test_broken_images_are_left_out_and_listed(pictures, tmp_path):
+    (pictures / "a" / "000.png").write_text("<html>")  # seen when the folder is opened
+    for name in ("a/003.png", "b/149.png"):  # seen when the pixels are needed
+        content = (pictures / name).read_bytes()
+        (pictures / name).write_bytes(content[:300])
+    manifest = pack(folder(pictures, 2), tmp_path / "p")
+    assert sorted(manifest.left_out) == ["a/000.png", "a/003.png", "b/149.png"]
+    dataset = open_dataset("folder", tmp_path / "p", img_size=16, in_chans=3, num_classes=2)
+    assert len(dataset) == dataset.describe()["images"] == 147
+    whole = [i for i in range(149) if i not in (2, 148)]
+    images, labels = folder(pictures, 2).__getitems__(whole)
+    assert torch.equal(all_of(dataset)[0], images) and all_of(dataset)[1] == labels.tolist()
+    assert sorted(f.name for f in (tmp_path / "p").iterdir()) == ["images.npy", "labels.npy", "manifest.json"]
+
+
+def test_nothing_but_broken_images(pictures, tmp_path):
+    for file in pictures.rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(InputError, match="no image can be read"):
+        pack(folder(pictures), tmp_path / "p")
+    assert not list(tmp_path.glob("p*.partial"))
+
+
+@pytest.fixture
+def many(tmp_path, picture_of):
+    """512 pictures that take a while, two of them broken."""
+    path = tmp_path / "many"
+    path.mkdir()
+    for i in range(4):
+        picture_of((400, 400), i).save(path / f"{i:03d}.jpg")
+    for i in range(4, 512):
+        os.link(path / f"{i % 4:03d}.jpg", path / f"{i:03d}.jpg")
+    for i in (10, 500):
+        (path / f"{i:03d}.jpg").unlink()  # a link
+        (path / f"{i:03d}.jpg").write_bytes((path / "000.jpg").read_bytes()[:5000])
+    return path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_what_was_killed_goes_on(many, tmp_path, monkeypatch):
+    """The result is that of an unbroken run, bit for bit, and what was done is not done again."""
+    journal, output = tmp_path / "killed.partial" / "journal.jsonl", tmp_path / "killed"
+    flags = ["--dataset", "folder", "--data_path", str(many), "--img_size", "16", "--num_workers", "2"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "data.pack", *flags, "--output", str(output)], cwd=ROOT, start_new_session=True
+    )
+    while not (journal.exists() and journal.read_bytes().count(b"}\n") >= 2):
+        assert started.poll() is None
+        time.sleep(0.005)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert not output.exists()
+    for _ in range(500):  # its workers end with it
+        try:
+            os.killpg(started.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the workers outlive their parent")
+
+    done = journal.read_bytes().count(b"}\n")
+    with journal.open("ab") as file:
+        file.write(b'{"number": 5, "crc')  # a line that was being written
+    decoded, decode = [], ImageFiles.decode
+
+    def counting(self, index):
+        decoded.append(index)
+        return decode(self, index)
+
+    monkeypatch.setattr(ImageFiles, "decode", counting)
+    pack(folder(many), output)
+    assert len(decoded) == 512 - 64 * done and 2 <= done < 8
+    assert not journal.parent.exists()
+    pack(folder(many), tmp_path / "unbroken")
+    for name in ("images.npy", "manifest.json"):
+        assert (output / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Let the n-th call of a function of data.pack, and all after it, raise; () takes it back."""
+
+    def stop(name=None, n=0):
+        monkeypatch.undo()
+        if name is None:
+            return
+        function, calls = getattr(packing, name), []
+
+        def stopping(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > n:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(packing, name, stopping)
+
+    return stop
+
+
+@pytest.mark.parametrize("name, n", [("write_json", 0), ("_decode", 1), ("_sha256", 0), ("_settle", 0)])
+def test_wherever_it_stops_it_goes_on(name, n, pictures, packed, stop_at, tmp_path):
+    stop_at(name, n)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder(pictures, 2), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    stop_at()
+    pack(folder(pictures, 2), tmp_path / "p")
+    for file in ("images.npy", "labels.npy", "manifest.json"):
+        assert (tmp_path / "p" / file).read_bytes() == (packed / file).read_bytes()
+
+
+def test_chunks_that_never_reached_the_disk_are_made_again(pictures, packed, stop_at, tmp_path):
+    """After a power cut the journal may know more than the disk."""
+    stop_at("_sha256")
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder(pictures, 2), tmp_path / "p")
+    stop_at()
+    images = np.load(tmp_path / "p.partial" / "images.npy", mmap_mode="r+")
+    images[70] = 0
+    images.flush()
+    pack(folder(pictures, 2), tmp_path / "p")
+    assert (tmp_path / "p" / "images.npy").read_bytes() == (packed / "images.npy").read_bytes()
+
+
+def test_sources_and_transforms_are_not_mixed(pictures, packed, picture_of, stop_at, tmp_path):
+    stop_at("_decode", 1)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder(pictures, 2), tmp_path / "p")
+    stop_at()
+    for output in (packed, tmp_path / "p"):  # a finished one and a begun one
+        with pytest.raises(InputError, match="crop fit, not halve"):
+            pack(folder(pictures, 2, crop="halve"), output)
+        with pytest.raises(InputError, match="img_size 16, not 8"):
+            pack(folder(pictures, 2, img_size=8), output)
+    picture_of((20, 20), 0).save(pictures / "a" / "new.png")
+    for output in (packed, tmp_path / "p"):
+        with pytest.raises(InputError, match="files_sha256"):
+            pack(folder(pictures, 2), output)
+
+
+def test_packing_twice_changes_nothing(pictures, packed):
+    before = (packed / "images.npy").stat()
+    pack(folder(pictures, 2), packed)
+    assert (packed / "images.npy").stat() == before
+
+
+def test_another_folder_is_left_alone(pictures):
+    with pytest.raises(InputError, match="something else"):
+        pack(folder(pictures), pictures)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_one_process_at_a_time(pictures, tmp_path):
+    (tmp_path / "p.partial").mkdir()
+    lock = (
+        "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", lock, str(tmp_path / "p.partial" / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another process"):
+            pack(folder(pictures), tmp_path / "p")
+        other.stdin.close()
+
+
+def test_too_little_room(pictures, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(InputError, match="are needed"):
+        pack(folder(pictures), tmp_path / "p")
+    assert not list(tmp_path.glob("p*.partial"))
+
+
+def edited(path, **changes):
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def flip_byte(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda p: flip_byte(p / "images.npy", -1), "changed"),
+        (lambda p: flip_byte(p / "images.npy", 70_000), "changed"),
+        (lambda p: flip_byte(p / "labels.npy", -8), "changed"),
+        (lambda p: (p / "images.npy").write_bytes((p / "images.npy").read_bytes()[:-5]), "cut short"),
+        (lambda p: np.save(p / "images.npy", np.zeros((149, 3, 16, 16), np.uint8)), "disagree"),
+        (lambda p: np.save(p / "images.npy", np.zeros((150, 3, 16, 16), np.int8)), "disagree"),
+        (lambda p: np.save(p / "images.npy", np.array([{}]), allow_pickle=True), "not readable"),
+        (lambda p: np.save(p / "labels.npy", np.array([{}]), allow_pickle=True), "not readable"),
+        (lambda p: np.save(p / "labels.npy", np.zeros(3, np.int64)), "a label for each"),
+        (lambda p: (p / "images.npy").unlink(), "images.npy"),
+        (lambda p: (p / "labels.npy").unlink(), "labels.npy"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json: not readable as JSON"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "wanted a packed dataset"),
+        (lambda p: (p / "manifest.json").write_text('{"format": 1, "kind": "pixels"}'), "shape.* not given"),
+        (lambda p: edited(p, format=2), "format 1"),
+        (lambda p: edited(p, kind="sounds"), "kind pixels"),
+        (lambda p: edited(p, shape=[151, 3, 16, 16]), "disagree"),
+        (lambda p: edited(p, shape="all"), "shape"),
+        (lambda p: edited(p, more=1), "unknown key more"),
+    ],
+)
+def test_damage_is_refused(damage, said, packed):
+    damage(packed)
+    with pytest.raises(InputError, match=said):
+        open_dataset("folder", packed, img_size=16, in_chans=3, num_classes=2)
+
+
+def test_used_only_where_it_fits(pictures, caplog):
+    """At its default place another one is passed over; given by name it is refused."""
+    caplog.set_level(logging.INFO)
+    shape = {"img_size": 16, "in_chans": 3}
+    main(["--dataset=folder", f"--data_path={pictures}", "--img_size=16", "--quiet"])
+    place = pictures / "packed" / "folder_16_fit"
+    assert isinstance(open_dataset("folder", pictures, **shape), PackedDataset)
+    assert isinstance(open_dataset("folder", place, **shape), PackedDataset)
+    assert not isinstance(open_dataset("folder", pictures, **shape, crop="halve"), PackedDataset)
+    assert not isinstance(open_dataset("folder", pictures, **shape, num_classes=2), PackedDataset)
+    assert "no labels" in caplog.text
+    for wanted in ({"crop": "halve"}, {"num_classes": 2}, {"img_size": 8}, {"in_chans": 1}):
+        with pytest.raises(InputError, match="does not fit"):
+            open_dataset("folder", place, **shape | wanted)
+    with pytest.raises(InputError, match="dataset folder, not celeba"):
+        open_dataset("celeba", place, **shape, crop="center178")
+
+    place.rename(place.with_name("folder_16_halve"))
+    assert not isinstance(open_dataset("folder", pictures, **shape, crop="halve"), PackedDataset)
+    assert "crop fit, not halve" in caplog.text
+
+
+def test_a_source_that_changed_is_read_again(celeba_folder, picture_of, caplog):
+    root = celeba_folder.parent
+    main(["--dataset=celeba", f"--data_path={root}", "--img_size=16", "--quiet"])
+    shape = {"img_size": 16, "in_chans": 3}
+    picture_of((178, 218)).save(celeba_folder / "000003.jpg")
+    dataset = open_dataset("celeba", root, **shape)
+    assert len(dataset) == 4 and not isinstance(dataset, PackedDataset) and "changed since" in caplog.text
+    shutil.rmtree(celeba_folder)  # gone: the packed images are all there is
+    assert isinstance(open_dataset("celeba", root, **shape), PackedDataset)
+
+
+def test_grey_and_colour_lie_side_by_side(pictures):
+    for in_chans in (1, 3):
+        flags = ["--img_size=16", f"--in_chans={in_chans}", "--quiet"]
+        main(["--dataset=folder", f"--data_path={pictures}", *flags])
+    for in_chans in (1, 3):
+        dataset = open_dataset("folder", pictures, img_size=16, in_chans=in_chans)
+        assert isinstance(dataset, PackedDataset) and dataset[0][0].shape == (in_chans, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--dataset", "folder"], "--img_size"),
+        (["--dataset", "celeba", "--img_size", "64", "--download"], "cannot be downloaded"),
+        (["--dataset", "celeba", "--img_size", "64", "--crop", "halve"], "crop of celeba=halve"),
+        (["--dataset", "cifar10", "--img_size", "64"], "32 x 32"),
+        (["--dataset", "imagenet64", "--img_size", "64"], "imagenet64 is not under"),
+    ],
+)
+def test_errors_of_the_command(flags, said, fails, tmp_path):
+    fails(main, [*flags, "--data_path", tmp_path], said)
+    assert not list(tmp_path.iterdir())

@@ -105,11 +105,13 @@ class DiffusionConfig:
 class AutoencoderConfig:
     """The autoencoder between the network's latents and images: the keys of `autoencoder`."""
 
-    scale_factor: float = 0.18215  # latents are multiplied by it, so that their standard deviation is about 1
+    # Latents are multiplied by it, so that their standard deviation is about 1. If not said: that of packed
+    # latents in training, and of the public autoencoder in sampling.
+    scale_factor: float | None = None
     checkpoint_path: str | None = None  # not carried by checkpoints: it is another on every machine
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale_factor <= 1000:
+        if self.scale_factor is not None and not 0 < self.scale_factor <= 1000:
             raise InputError(f"scale_factor={self.scale_factor} is outside (0, 1000]")
 
 

@@ -34,10 +34,15 @@ def synchronize(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Seconds of finished work on a device: `with stopwatch: ...` adds to `stopwatch.seconds`."""
+    """Seconds of finished work on a device: `with stopwatch: ...` takes a lap."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, 0.0
+        self.device = device
+        self.laps: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.laps)
 
     def __enter__(self) -> Stopwatch:
         synchronize(self.device)
@@ -46,4 +51,4 @@ class Stopwatch:
 
     def __exit__(self, *exc_info: object) -> None:
         synchronize(self.device)
-        self.seconds += time.perf_counter() - self._start
+        self.laps.append(time.perf_counter() - self._start)

@@ -23,7 +23,6 @@ class ImageDataset(Dataset, ABC):
     """Images as uint8 tensors, with labels 0..K-1 (0 where it has none)."""
 
     random_flip = True  # whether training mirrors images unless told otherwise
-    num_workers = 0  # processes that load images unless told otherwise
     needs_decoding = False  # whether its images are files that take time
     kind, dtype = "pixels", np.uint8  # of its rows in a packed dataset, see data.packed
     labels: Sequence[int] | None = None  # of all images, 0..K-1; None: it has none
@@ -113,12 +112,6 @@ def training_batches(
         persistent_workers=num_workers > 0,
     )
     return _apart(iter(loader), batch_size)
-
-
-def in_order(dataset: ImageDataset, batch_size: int) -> Iterator[Tensor]:
-    """All images once: uint8 (B, C, H, W) with B <= batch_size."""
-    for start in range(0, len(dataset), batch_size):
-        yield dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))[0]
 
 
 def check_labels(highest: int, num_classes: int, source: object) -> None:

@@ -19,11 +19,12 @@ from common.errors import InputError
 from common.images import from_uint8
 from data.dataset import ImageDataset
 from data.files import ImageFiles
-from data.packed import KINDS, Manifest, PackedDataset
+from data.packed import Manifest, PackedDataset
 
 if TYPE_CHECKING:
     from models.autoencoder import Autoencoder
 
+ENCODE_AT_ONCE = 8  # images; the encoder takes far more memory than the pixels
 STD_RANGE = (0.2, 4.0)  # of scaled latents; it should be about 1, and is 5.5 for the public ones unscaled
 
 
@@ -46,7 +47,6 @@ class LatentSource(ImageDataset):
         self.images, self.autoencoder, self.device = images, autoencoder, device
         self.names, self.labels, self.left_out = images.names, images.labels, images.left_out
         channels, side = autoencoder.network.config.latent_channels, about["img_size"] // autoencoder.downsampling
-        self.row_shape = (2, 2, channels, side, side)
         self.about = about | {
             "img_size": side,
             "in_chans": channels,
@@ -68,9 +68,12 @@ class LatentSource(ImageDataset):
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> (B, 2, 2, C, h, w)."""
-        images = from_uint8(pixels.to(self.device))
-        views = [torch.stack(self.autoencoder.encode(view), dim=1) for view in (images, images.flip(-1))]
-        return torch.stack(views, dim=1).half().cpu()
+        parts = []
+        for part in pixels.split(ENCODE_AT_ONCE):
+            images = from_uint8(part.to(self.device))
+            views = [torch.stack(self.autoencoder.encode(view), dim=1) for view in (images, images.flip(-1))]
+            parts.append(torch.stack(views, dim=1).half().cpu())
+        return torch.cat(parts)
 
     def describe(self) -> dict[str, Any]:
         return self.about
@@ -102,9 +105,6 @@ class PackedLatents(PackedDataset):
         mean, std = rows[torch.arange(len(rows), device=rows.device), view].float().unbind(1)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return (mean + std * noise) * self.scale_factor
-
-
-KINDS["latents"] = PackedLatents
 
 
 def _sha256_of(checkpoint: Path) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import Parser, existing_path, whole
+from common.cli import Parser, add_common_options, existing_path, real, whole
 from common.errors import InputError, command
 from common.files import read_json, replacing, writable_folder, write_json
 from data import CROPS, DATASETS, crop_of, open_source
@@ -64,7 +64,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "with --benchmark: where there is room for 3 GB for a while",
     )
     parser.add_argument("--num_workers", type=whole(0, 1024), default=num_cores(), help="processes that decode")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--autoencoder_checkpoint_path",
+        type=existing_path,
+        help="pack latents of this autoencoder: autoencoder_kl.pth or a folder of diffusers",
+    )
+    parser.add_argument(
+        "--scale_factor", type=real(0, 1000, above=True), default=0.18215, help="that latents are multiplied by"
+    )
+    add_common_options(parser)
     parser.add_argument("--benchmark", action="store_true", help="measure packing and loading on images it makes")
     args = parser.parse_args(argv)
     if not args.benchmark and (args.dataset is None or args.img_size is None):
@@ -82,11 +90,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     crop = crop_of(args.dataset, args.crop)
     shape = {"img_size": args.img_size, "in_chans": args.in_chans, "crop": crop}
     dataset = open_source(args.dataset, args.data_path, **shape, num_classes=args.num_classes, download=args.download)
+    if args.autoencoder_checkpoint_path:
+        dataset = encoded(dataset, args)
+        shape |= {name: dataset.describe()[name] for name in ("img_size", "in_chans")}
     output = args.output or default_folder(args.dataset, args.data_path, **shape)
     manifest = pack(dataset, output, args.num_workers, args.quiet)
     size = (output / IMAGES).stat().st_size
     broken = f" ({len(manifest.left_out)} broken, left out)" if manifest.left_out else ""
     print(f"{manifest.shape[0]:,} images{broken} -> {output} ({size / 1e6:,.0f} MB)")
+
+
+def encoded(images: ImageDataset, args: argparse.Namespace) -> ImageDataset:
+    """The images as latents."""
+    from common.devices import pick_device
+    from data.latents import LatentSource
+    from models.autoencoder import load_autoencoder
+
+    device = pick_device(args.device)
+    autoencoder = load_autoencoder(args.autoencoder_checkpoint_path, args.scale_factor, device)
+    return LatentSource(images, autoencoder, args.autoencoder_checkpoint_path, device)
 
 
 def num_cores() -> int:

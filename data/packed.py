@@ -9,6 +9,7 @@ A folder of
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import zlib
 from collections.abc import Sequence
@@ -87,8 +88,8 @@ class PackedDataset(ImageDataset):
         return self.manifest.source | {"images": len(self)}
 
 
-# To add a kind: a class like PackedDataset, and a name.
-KINDS = {"pixels": PackedDataset}
+# To add a kind: a class like PackedDataset, and where it is.
+KINDS = {"pixels": ("data.packed", "PackedDataset"), "latents": ("data.latents", "PackedLatents")}
 
 
 def default_folder(name: str, data_path: Path | None, *, img_size: int, in_chans: int, crop: str) -> Path:
@@ -117,7 +118,8 @@ def find_packed(
         log.warning("%s is not used: %s", folder, problem)
         return None
     log.info("using the packed dataset %s", folder)
-    return KINDS[manifest.kind](folder, manifest, num_classes)
+    module, cls = KINDS[manifest.kind]
+    return getattr(importlib.import_module(module), cls)(folder, manifest, num_classes)
 
 
 def _misfit(manifest: Manifest, wanted: dict[str, Any], num_classes: int, look_at_source: bool) -> str | None:

@@ -21,6 +21,9 @@ import fid
 import main
 import sampler
 import train
+from common.config import build_config, read_yaml
+from data import pack
+from models.loading import build_network
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {module.__name__ + ".py": module for module in (train, main, sampler, eesampler, fid, compare)}
@@ -84,10 +87,11 @@ def place(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_walk(place, capsys):
-    walk = commands()
-    assert [words[1] for words in walk] == [
+    assert [words[1] for words in commands()] == [
         *("train.py", "main.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py"),
+        *("-m", "-m", "sampler.py", "main.py", "sampler.py"),
     ]
+    walk = commands()[:7]
     values = {
         "log_path": "logs",
         "load_backbone": "logs/celeba_uvit_5/celeba_uvit_last.pth",
@@ -111,10 +115,28 @@ def test_the_walk(place, capsys):
         assert (place / path).exists(), path
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_from_the_public_weights_to_duodiff(place, capsys):
+    """A tiny network in the public layout stands for the public file; CelebA is packed on the way."""
+    _, pack_latents, *walk = commands()[7:]
+    packing = commands()[7]
+    assert packing[1:3] == pack_latents[1:3] == ["-m", "data.pack"]
+    pack.main([*packing[3:], "--num_workers", "0"])
+    settings = read_yaml(place / "configs" / "uvit_celeba_public.yaml") | {"model": "uvit"}
+    (place / "checkpoints").mkdir()
+    weights = build_network(build_config(settings, "public")).state_dict()
+    torch.save(weights, place / "checkpoints" / "celeba_uvit_small.pth")
+    for number, (_, script, *words) in enumerate(walk):
+        values = {"log_path": "logs", "output_folder": f"out{number}"}
+        argv = [string.Template(word).substitute(values) for word in words]
+        SCRIPTS[script].main([*argv, *QUICK[script]])
+    assert "shallow ran 2 timesteps, full ran 2 timesteps" in capsys.readouterr().out  # 999, 749; 499, 249
+    carried = torch.load(place / "logs" / "shallow_public" / "celeba_uvit_last.pth", weights_only=True)["config"]
+    assert carried["crop"] == "uvit128" and carried["diffusion_params"]["time_scale"] == 0.999
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_describe_networks(path):
-    from common.config import build_config, read_yaml
-
     settings = read_yaml(path)
     model = "deediff_uvit" if path.stem.startswith("deediff") else "uvit"
     config = build_config(settings | {"model": model}, str(path))

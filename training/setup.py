@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ def early_exit_trainer(args: argparse.Namespace) -> Trainer:
     classifier_type = args.classifier_type or settings.pop("classifier_type", None)
     settings.pop("classifier_type", None)
     if args.load_backbone:
-        backbone = load_network(args.load_backbone, settings, model="uvit")
-        settings = settings_of(backbone.config)
+        # Heads may learn from other data than the backbone did.
+        backbone = load_network(args.load_backbone, settings | {"dataset": None}, model="uvit")
+        settings = settings_of(backbone.config) | {"dataset": args.dataset}
     config = build_config(settings | {"model": "deediff_uvit", "classifier_type": classifier_type}, described(args))
     torch.manual_seed(args.seed)
     network = build_network(config)
@@ -84,7 +86,7 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
     given = model_settings(args) | {
         "diffusion_params": {"num_timesteps": args.num_timesteps},
         "dataset": args.dataset,
-        "crop": crop_of(args.dataset, args.crop),
+        "crop": args.crop,
     }
     if args.autoencoder_checkpoint_path:
         given["autoencoder"] = {"checkpoint_path": str(args.autoencoder_checkpoint_path)}
@@ -99,6 +101,7 @@ def _trainer(
     args: argparse.Namespace, config: Config, network: nn.Module, objective: Objective, preview: Denoiser
 ) -> Trainer:
     device = pick_device(args.device)
+    config = dataclasses.replace(config, crop=crop_of(args.dataset, config.crop))
     params = config.model_params
     for name in ("sample_height", "sample_width"):
         if getattr(args, name) not in (None, params.img_size):
@@ -121,7 +124,7 @@ def _trainer(
             f"num_classes must be one more than the classes of {args.dataset}"
         )
     if args.num_workers is None:
-        args.num_workers = dataset.num_workers
+        args.num_workers = min(8, os.cpu_count() or 1) if dataset.needs_decoding else 0
     if args.batch_size > len(dataset):
         raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}")
 
@@ -153,10 +156,10 @@ def match_latents(config: Config, dataset: ImageDataset) -> Config:
         if config.autoencoder is not None:
             raise InputError(f"{config.dataset} gives pixels, but the network is described with an autoencoder")
         return config
-    stated = config.autoencoder or AutoencoderConfig(scale_factor=scale_factor)
-    if stated.scale_factor != scale_factor:
+    stated = config.autoencoder or AutoencoderConfig()
+    if stated.scale_factor not in (None, scale_factor):
         raise InputError(f"the latents were packed with scale_factor {scale_factor}, not {stated.scale_factor}")
-    return dataclasses.replace(config, autoencoder=stated)
+    return dataclasses.replace(config, autoencoder=dataclasses.replace(stated, scale_factor=scale_factor))
 
 
 def find_start(args: argparse.Namespace, checkpoints: CheckpointFolder) -> tuple[Path, Mapping[str, Any]] | None:

@@ -100,6 +100,8 @@ class Trainer:
             self.dataset, args.batch_size, args.seed, self.step, args.num_workers, self.device.type == "cuda"
         )
         self.network.train()
+        trained = sum(p.numel() for p in self.trained) / 1e6
+        print(f"{trained:.2f} M parameters learn from {len(self.dataset):,} images -> {self.checkpoints.folder}")
         bar = tqdm(total=args.n_steps, initial=self.step, unit="step", disable=True if args.quiet else None)
         since, since_step = time.perf_counter(), self.step
         while self.step < args.n_steps:
@@ -203,8 +205,9 @@ class Trainer:
             path,
             {
                 "step": self.step,
+                "n_steps": self.args.n_steps,
                 "config": carried_settings(self.config),
-                "options": training_options(self.args),
+                "options": self.options(),
                 "model": self.network.state_dict(),
                 "ema": self.ema.averages if self.ema else None,
                 "optimizer": self.optimizer.state_dict(),
@@ -213,6 +216,11 @@ class Trainer:
                 "summed_steps": self.summed_steps,
             },
         )
+
+    def options(self) -> dict[str, Any]:
+        """What decides what a step computes, beside the network; a run goes on only under the same."""
+        chosen = {name: getattr(self.args, name) for name in DECISIVE if hasattr(self.args, name)}
+        return chosen | {"images": len(self.dataset)}
 
     def restore(self, path: Path, content: dict[str, Any]) -> None:
         """Take up the state of a checkpoint; raises InputError where it does not fit this run."""
@@ -226,6 +234,8 @@ class Trainer:
         self.step = content["step"]
         self.sums = {name: total.to(self.device) for name, total in content["sums"].items()}
         self.summed_steps = content["summed_steps"]
+        if self.args.lr_schedule == "cosine" and content["n_steps"] != self.args.n_steps:
+            log.warning("the learning rate now falls to 0 at step %d, not %d", self.args.n_steps, content["n_steps"])
         if self.step >= self.args.n_steps:
             raise InputError(
                 f"{path} is at step {self.step} already; --n_steps {self.args.n_steps} leaves nothing to do"
@@ -241,7 +251,7 @@ def preview_decoder(config: Config, device: torch.device) -> Callable[[Tensor], 
     return image_maker(config, device)
 
 
-# Options that decide what a step computes; a run goes on only under the same.
+# Options that decide what a step computes.
 DECISIVE = (
     "dataset",
     "batch_size",
@@ -262,7 +272,3 @@ DECISIVE = (
     "freeze_backbone",
     "use_unweighted_loss",
 )
-
-
-def training_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in DECISIVE if hasattr(args, name)}

@@ -26,7 +26,7 @@ from models.loading import build_network, load_network, stated_settings
 from models.uvit import UViT
 from models.weights import FORMAT, fill, read_pth, read_weights
 from training.checkpoints import CheckpointFolder
-from training.loop import Objective, Trainer, training_options
+from training.loop import Objective, Trainer
 from training.losses import early_exit_losses, total_early_exit_loss
 
 
@@ -188,7 +188,7 @@ def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:
         return
     different = contradictions(content["config"], settings_of(trainer.config))
     if trainer.args.resume:
-        different += contradictions(content["options"], training_options(trainer.args))
+        different += contradictions(content["options"], trainer.options())
     if different:
         raise InputError(f"{path} was made with other settings: {', '.join(different)}; go on with the same")
     trainer.restore(path, content)

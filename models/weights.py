@@ -6,6 +6,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
     content = read_pth(path)
     if content.get("format") == FORMAT:
         state_dict, kind = content["model"], "raw"
-        if weights == "ema" and content.get("ema") is not None:
+        if weights == "ema" and content["ema"] is not None:
             state_dict, kind = state_dict | content["ema"], "ema"
         return Weights(state_dict, content["config"], kind, content["step"])
     state_dict = content.get("model_state_dict", content)
@@ -68,25 +69,41 @@ def read_pth(path: Path) -> dict[str, Any]:
         content = _load_pth(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        if isinstance(error, (PermissionError, IsADirectoryError)):
-            raise InputError(f"{path}: {error.strerror}") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler meets any bytes there are, and fails in any way there is
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not readable as a checkpoint; cut short, or not one? ({reason:.120})") from None
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds no state dict but a {type(content).__name__}")
-    return dict(content)
+    content = dict(content)
+    if content.get("format") == FORMAT and not _whole(content):
+        raise InputError(f"{path}: a checkpoint of this project, but parts of it are missing")
+    return content
+
+
+def _whole(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of this project has what everyone reads of it."""
+    model, ema, config, step = (content.get(key) for key in ("model", "ema", "config", "step"))
+    averaged = ema is None or (isinstance(ema, dict) and _all_tensors(ema))
+    return (
+        isinstance(model, dict) and _all_tensors(model) and averaged and isinstance(config, dict) and type(step) is int
+    )
 
 
 def _load_pth(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "argparse.Namespace" not in str(error):
-            raise
-    # The original authors' checkpoints carry their options; a Namespace holds values and runs nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch, about bytes that are no pickle at all
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if "argparse.Namespace" not in str(error):
+                raise
+        # The original authors' checkpoints carry their options; a Namespace holds values and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_safetensors(path: Path) -> Weights:

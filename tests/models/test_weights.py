@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from common.errors import InputError
 from models import EarlyExitUViT, UViT, load_weights
+from models.weights import read_weights
 from tests.conftest import TINY, perturbed
 
 
@@ -103,6 +106,26 @@ def test_a_file_cut_short_is_named(keep, suffix, tmp_path):
         load_weights(uvit(), path)
 
 
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_bytes_load_or_are_named(data, tmp_path):
+    """Noise, and checkpoints of both formats with a stretch of bytes changed."""
+    kind = data.draw(st.sampled_from(["noise", "zip", "legacy"]))
+    path = tmp_path / "any.pth"
+    if kind == "noise":
+        path.write_bytes(data.draw(st.binary(max_size=200)))
+    else:
+        torch.save({"a": torch.zeros(2)}, path, _use_new_zipfile_serialization=kind == "zip")
+        content = bytearray(path.read_bytes())
+        start = data.draw(st.integers(0, len(content) - 1))
+        content[start : start + 8] = data.draw(st.binary(max_size=8))
+        path.write_bytes(content)
+    try:
+        read_weights(path)
+    except InputError as error:
+        assert "any.pth" in str(error)
+
+
 class Trap:
     def __init__(self, mark: Path):
         self.mark = mark
@@ -131,6 +154,9 @@ def test_other_files_are_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="list"):
         load_weights(uvit(), tmp_path / "list.pth")
+    torch.save({"format": "duodiff-1", "model": {}}, tmp_path / "part.pth")
+    with pytest.raises(InputError, match="parts of it are missing"):
+        load_weights(uvit(), tmp_path / "part.pth")
     torch.save({"a": 1}, tmp_path / "numbers.pth")
     with pytest.raises(InputError, match="no state dict"):
         load_weights(uvit(), tmp_path / "numbers.pth")

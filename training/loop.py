@@ -226,14 +226,17 @@ class Trainer:
         """Take up the state of a checkpoint; raises InputError where it does not fit this run."""
         if (content["ema"] is None) != (self.ema is None):
             raise InputError(f"{path} was made {'without' if self.ema else 'with'} --ema_decay; give the same")
-        self.network.load_state_dict(content["model"])
-        if self.ema is not None:
-            self.ema.load(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.step = content["step"]
-        self.sums = {name: total.to(self.device) for name, total in content["sums"].items()}
-        self.summed_steps = content["summed_steps"]
+        try:
+            self.network.load_state_dict(content["model"])
+            if self.ema is not None:
+                self.ema.load(content["ema"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            self.step = content["step"]
+            self.sums = {name: total.to(self.device) for name, total in content["sums"].items()}
+            self.summed_steps = content["summed_steps"]
+        except (KeyError, ValueError, RuntimeError) as error:  # a backbone that was frozen and now is not, for one
+            raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
         if self.args.lr_schedule == "cosine" and content["n_steps"] != self.args.n_steps:
             log.warning("the learning rate now falls to 0 at step %d, not %d", self.args.n_steps, content["n_steps"])
         if self.step >= self.args.n_steps:

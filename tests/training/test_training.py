@@ -237,6 +237,13 @@ class TestBadInput:
         fails(train_script.main, argv, "--label_dropout 0.1")
         fails(train_script.main, [*argv, "--num_classes", 10], "--label_dropout 0.1", "one more")
 
+    def test_a_state_of_other_parameters(self, runs, tmp_path, fails):
+        """The heads were trained alone; here the backbone would be trained along."""
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 8, "--log_path", tmp_path, "--model", "deediff_uvit"]
+        argv += ["--depth", 5, "--classifier_type", "mlp_probe_per_layer"]
+        start = runs / "ee" / "digits_deediff_uvit_last.pth"
+        fails(main_script.main, [*argv, "--load_checkpoint_path", start], "does not fit this run")
+
     def test_no_permission(self, tmp_path, fails):
         (tmp_path / "file").write_text("")
         argv = [*FLAGS, "--n_steps", 2, "--log_path", tmp_path / "file"]

@@ -19,7 +19,7 @@ from common.errors import InputError
 
 MODELS = ("uvit", "deediff_uvit")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
-SOLVERS = ("ddpm", "ddim")
+SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 BETA_SCHEDULES = ("linear", "scaled_linear")
 CLASSIFIER_TYPES = (
     "attention_probe",

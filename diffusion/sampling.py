@@ -93,9 +93,14 @@ def sample(
     gives (B, C, H, W); it makes the start and what the solver draws. on_step: called before each step
     with t and x_t.
     """
-    x_t = noise(*image_shape)
+    which = denoiser.index if isinstance(denoiser, SwitchingDenoiser) else lambda t: 0
+    solver.begin(timesteps)
+    x_t, network = noise(*image_shape), which(timesteps[0])
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
         if on_step is not None:
             on_step(t, x_t)
+        if which(t) != network:
+            network = which(t)
+            solver.forget()
         x_t = solver.step(denoiser(x_t, t, y), x_t, t, s, lambda: noise(*image_shape))
     return x_t

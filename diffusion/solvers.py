@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from common.config import SOLVERS, check_choice
 from common.errors import InputError
 from diffusion.ddpm import NoiseSchedule, ddim_step, ddpm_step, to_eps, to_x0
 
@@ -23,7 +25,21 @@ def spaced_timesteps(num_timesteps: int, steps: int | None) -> list[int]:
     return [round(num_timesteps * k / steps) - 1 for k in range(steps, 0, -1)]
 
 
-@dataclass(frozen=True)
+def make_solver(
+    name: str, schedule: NoiseSchedule, parametrization: str, eta: float = 0.0, clip_x0: bool = False
+) -> Solver:
+    """name: one of SOLVERS; eta belongs to ddim. Raises InputError for a combination that makes no sense."""
+    check_choice("solver", name, SOLVERS)
+    if name in ("ddpm", "ddim"):
+        return Solver(name, schedule, parametrization, eta, clip_x0)
+    if parametrization == "predict_previous":
+        raise InputError(
+            f"--solver {name} skips timesteps, {parametrization} knows but the next one; take ddpm or ddim"
+        )
+    return MultistepSolver(name, schedule, parametrization, clip_x0=clip_x0)
+
+
+@dataclass
 class Solver:
     """DDPM's ancestral sampling, or DDIM with any eta.
 
@@ -39,6 +55,12 @@ class Solver:
     parametrization: str = "predict_noise"
     eta: float = 0.0
     clip_x0: bool = False
+
+    def begin(self, timesteps: Sequence[int]) -> None:
+        """Called before each batch with the timesteps that are to come."""
+
+    def forget(self) -> None:
+        """Called where another network takes over: its outputs do not continue those of the one before."""
 
     def step(self, model_output: Tensor, x_t: Tensor, t: int, s: int, draw_noise: Callable[[], Tensor]) -> Tensor:
         """x_s from x_t, both (B, C, H, W). s < t; s = -1 is the clean image.
@@ -56,3 +78,38 @@ class Solver:
         eps = to_eps(self.schedule, model_output, x_t, t, parametrization)
         noise = draw_noise() if eta > 0 and s >= 0 else None
         return ddim_step(x_t, eps, self.schedule.alpha_bar(t), self.schedule.alpha_bar(s), eta, noise)
+
+
+@dataclass
+class MultistepSolver(Solver):
+    """DPM-Solver++(2M) (Lu et al. 2022) and UniPC (Zhao et al. 2023) of diffusers, on this project's schedule.
+
+    Both work on predictions of the clean image and remember the one before, so they take a first-order step
+    at the beginning, at the end, and wherever another network takes over.
+    """
+
+    def __post_init__(self) -> None:
+        from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # slow to import
+
+        cls = DPMSolverMultistepScheduler if self.name == "dpmsolver++" else UniPCMultistepScheduler
+        self.scheduler = cls(
+            trained_betas=self.schedule.betas.tolist(), prediction_type="sample", solver_order=2, lower_order_final=True
+        )
+
+    def begin(self, timesteps: Sequence[int]) -> None:
+        self.scheduler.set_timesteps(len(timesteps))  # forgets the batch before
+        # Ours instead of its own: every list of timesteps is possible, and the last leads to the clean image.
+        alpha_bars = self.schedule.alphas_cumprod[list(timesteps)]
+        sigmas = ((1 - alpha_bars) / alpha_bars).sqrt().float()
+        self.scheduler.timesteps = torch.tensor(timesteps)
+        self.scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)])
+        self.scheduler.set_begin_index(0)
+
+    def forget(self) -> None:
+        self.scheduler.lower_order_nums = 0
+        self.scheduler.last_sample = None  # of UniPC's corrector
+
+    def step(self, model_output: Tensor, x_t: Tensor, t: int, s: int, draw_noise: Callable[[], Tensor]) -> Tensor:
+        x0 = to_x0(self.schedule, model_output, x_t, t, self.parametrization)
+        x0 = x0.clamp(-1, 1) if self.clip_x0 else x0
+        return self.scheduler.step(x0, t, x_t, return_dict=False)[0]

@@ -9,6 +9,8 @@ from typing import Any
 from common.cli import SEED, Parser, add_common_options, existing_file, existing_path, real, whole
 from common.config import PARAMETRIZATIONS, SOLVERS
 
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmsolver++": 20, "unipc": 20}  # None: every timestep
+
 
 def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--checkpoint_path", type=existing_file, required=True, help="weights: .pth or .safetensors")
@@ -31,7 +33,7 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--batch_size", type=whole(1), default=128, help="samples made at a time")
     parser.add_argument("--solver", choices=SOLVERS, default="ddpm")
     parser.add_argument(
-        "--steps", type=whole(1), help="network calls per image; if not said, every t for ddpm, 50 for ddim"
+        "--steps", type=whole(1), help="network calls per image; if not said, every t for ddpm, 50 for ddim, else 20"
     )
     parser.add_argument("--eta", type=real(0, 1), help="of ddim: 0 deterministic (if not said), 1 as random as ddpm")
     parser.add_argument("--clip_x0", action="store_true", help="hold the predicted clean image to [-1, 1]")
@@ -63,8 +65,7 @@ def check_sampling_options(parser: Parser, args: argparse.Namespace) -> argparse
         parser.error(f"--eta belongs to --solver ddim, not {args.solver}")
     args.eta = args.eta or 0.0
     args.n_samples = args.n_samples or args.batch_size
-    if args.steps is None and args.solver == "ddim":
-        args.steps = 50
+    args.steps = args.steps or DEFAULT_STEPS[args.solver]
     if args.class_id != ["random"]:
         if wrong := [text for text in args.class_id if not text.isdecimal()]:
             parser.error(f"--class_id {wrong[0]}: give random, or whole numbers")

@@ -24,7 +24,7 @@ from common.images import enlarge, save_grid, save_png, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, guided, random_classes, sample
-from diffusion.solvers import Solver, spaced_timesteps
+from diffusion.solvers import make_solver, spaced_timesteps
 from models.autoencoder import image_maker
 
 SAMPLE_NAME = re.compile(r"\d{6,}\.png")
@@ -45,7 +45,7 @@ class SamplingRun:
             raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
         self.schedule = NoiseSchedule(**config.diffusion_params.schedule)
         self.timesteps = spaced_timesteps(self.schedule.num_timesteps, args.steps)
-        self.solver = Solver(args.solver, self.schedule, config.parametrization, args.eta, args.clip_x0)
+        self.solver = make_solver(args.solver, self.schedule, config.parametrization, args.eta, args.clip_x0)
         if unmet := sorted(set(args.timesteps_save) - set(self.timesteps)):
             raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(self.timesteps)}")
         self.class_ids = self._class_ids()

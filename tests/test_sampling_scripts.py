@@ -49,7 +49,10 @@ def test_two_backbones(duo, tmp_path, run_quietly):
     assert (tmp_path / "s" / "report" / "grid_image.png").exists()
 
 
-@pytest.mark.parametrize("solver", [["--solver", "ddpm"], ["--solver", "ddim", "--steps", "5", "--eta", "0.5"]])
+@pytest.mark.parametrize(
+    "solver",
+    [["--solver", "ddpm"], ["--solver", "ddim", "--steps", "5", "--eta", "0.5"], ["--solver", "unipc", "--steps", "6"]],
+)
 @pytest.mark.parametrize("script", ["duo", "ee"])
 def test_sample_i_is_the_same_whatever_the_batch_size(script, solver, duo, ee, tmp_path, run_quietly):
     main, flags = (sampler.main, [*duo, "--t_switch", 9]) if script == "duo" else (eesampler.main, ee)

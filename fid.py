@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
 
     from common.devices import pick_device
+    from common.files import writable_folder
     from evaluation.features import load_extractor
     from evaluation.references import open_reference
     from evaluation.samples import Samples
@@ -92,15 +93,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     from evaluation.statistics import save_statistics
 
     samples = Samples(args.samples_path)
+    reference = open_reference(args, samples) if args.dataset or args.reference else None
+    for folder in (
+        samples.report,
+        args.cache_dir if args.dataset else None,
+        args.save_stats and args.save_stats.parent,
+    ):
+        if folder is not None:
+            writable_folder(folder)
     extractor = load_extractor(args.feature_extractor, args.feature_extractor_weights, pick_device(args.device))
     if args.save_stats:
         save_statistics(args.save_stats, samples.statistics(extractor, args.batch_size, args.quiet))
         print(f"statistics of {len(samples.images)} images -> {args.save_stats}")
-    if args.dataset or args.reference:
-        reference = open_reference(args, samples)
+    if reference is not None:
         scores = score(samples, reference, extractor, args.metrics, args.batch_size, args.quiet)
-        path = write_scores(samples, reference, extractor, scores)
-        print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()), f"-> {path}")
+        print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        print(f"-> {write_scores(samples, reference, extractor, scores)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from generation.options import add_sampling_options, check_sampling_options, net
 if TYPE_CHECKING:
     import torch
 
+    from common.config import Config
     from models.loading import Network
 
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = pick_device(args.device)
     networks = load_networks(args, device)
-    run = SamplingRun(args, networks[0].config, device)
+    run = SamplingRun(args, shared_config(networks), device)
     denoisers = [run.guide(networks[0].module, args.guidance_scale)]
     switches = []
     if len(networks) == 2:
@@ -90,6 +92,13 @@ def load_networks(args: argparse.Namespace, device: torch.device) -> list[Networ
         if args.t_switch > last:
             raise InputError(f"--t_switch {args.t_switch} is out of range, wanted -1..{last}")
     return networks
+
+
+def shared_config(networks: Sequence[Network]) -> Config:
+    """What the run goes by: the first network's, with the autoencoder that either names."""
+    config = networks[0].config
+    named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
+    return dataclasses.replace(config, autoencoder=named[0]) if named else config
 
 
 def describe_work(args: argparse.Namespace, networks: Sequence[Network], steps: Sequence[int]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ that reading options stays quick.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ from common.errors import InputError
 MODELS = ("uvit", "deediff_uvit")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
 SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 BETA_SCHEDULES = ("linear", "scaled_linear")
 CLASSIFIER_TYPES = (
     "attention_probe",
@@ -109,6 +111,10 @@ class AutoencoderConfig:
     # latents in training, and of the public autoencoder in sampling.
     scale_factor: float | None = None
     checkpoint_path: str | None = None  # not carried by checkpoints: it is another on every machine
+
+    @property
+    def scale(self) -> float:
+        return self.scale_factor or PUBLIC_SCALE_FACTOR
 
     def __post_init__(self) -> None:
         if self.scale_factor is not None and not 0 < self.scale_factor <= 1000:
@@ -220,6 +226,7 @@ def contradictions(carried: Mapping[str, Any], given: Mapping[str, Any], prefix:
 
 
 T = TypeVar("T")
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 
 
 def check_types(cls: type, given: Mapping[Any, Any], where: str) -> dict[str, Any]:
@@ -240,6 +247,8 @@ def _check_type(value: Any, wanted: Any, where: str) -> Any:
             return float(value)
         if type(value) is option:
             return value
+        if option is float and isinstance(value, str) and EXPONENT.fullmatch(value):
+            return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
     names = "a mapping" if any(map(dataclasses.is_dataclass, options)) else names
     raise InputError(f"{where} is {value!r:.80}, wanted {names}")

@@ -24,16 +24,20 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
         try:
             main(argv)
         except InputError as error:
-            fail(script, str(error))
+            # One that a loading process met comes with that process's traceback before it.
+            fail(script, str(error).rpartition("InputError: ")[2])
         except OSError as error:  # no permission, disk full, a file that went away
             fail(script, f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except KeyboardInterrupt:
             print(f"\n{script}: interrupted", file=sys.stderr)
             raise SystemExit(130) from None
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's; not worth importing torch for
+        except (MemoryError, RuntimeError) as error:
+            # torch's own error has a type on accelerators, but only a text on the CPU.
+            texts = ("can't allocate memory", "not enough memory", "DataLoader worker (pid")
+            out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            if not out_of_memory and not any(text in str(error) for text in texts):
                 raise
-            fail(script, "the device ran out of memory; try a smaller --batch_size")
+            fail(script, "out of memory; try a smaller --batch_size, or fewer --num_workers")
 
     return run
 

@@ -38,6 +38,9 @@ class ImageFolder(ImageFiles):
                     "give every class a folder, or train without classes (--num_classes -1)"
                 )
             self.classes = sorted({name.split("/")[0] for name in names})
+            folders = {path.name for path in data_path.iterdir() if path.is_dir() and not path.name.startswith(".")}
+            if empty := sorted(folders - set(self.classes) - {"packed"}):
+                raise InputError(f"--data_path {data_path}: {empty[0]}/ has no readable images; fill or remove it")
             number = {name: k for k, name in enumerate(self.classes)}
             labels = [number[name.split("/")[0]] for name in names]
             check_labels(len(self.classes) - 1, num_classes, data_path)

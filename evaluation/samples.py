@@ -22,8 +22,11 @@ class Samples:
 
     def __init__(self, folder: Path):
         self.images = FinishedImages(folder)
-        path = folder / "report" / "statistics.json"
+        self.report = folder / "report"
+        path = self.report / "statistics.json"
         self.run: dict[str, Any] = read_json(path) if path.exists() else {}
+        if not isinstance(self.run, dict):
+            raise InputError(f"{path}: not as sampler.py writes it")
         wanted = self.run.get("n_samples")
         if wanted is not None and wanted != len(self.images):
             raise InputError(

@@ -102,7 +102,7 @@ def precision_recall(samples: Tensor, real: Tensor) -> dict[str, float]:
 
 def write_scores(samples: Samples, reference: Reference, extractor: FeatureExtractor, scores: dict[str, float]) -> Path:
     """Write <samples_path>/report/metrics.json: the scores, and what they depend on."""
-    path = writable_folder(samples.images.folder / "report") / "metrics.json"
+    path = writable_folder(samples.report) / "metrics.json"
     content = scores | {
         "n_samples": len(samples.images),
         "samples": str(samples.images.folder),

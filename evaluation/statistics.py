@@ -46,6 +46,8 @@ class RunningStatistics:
         if self.n < 2:
             raise InputError(f"{self.n} images are too few for a score, at least 2 are needed")
         mean = self._sum / self.n
+        if not self._outer.isfinite().all():
+            raise InputError("the feature extractor gave values that are not finite; it does not suit these images")
         sigma = (self._outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
         return Statistics((mean + self._shift).numpy(), sigma.numpy(), self.n)
 

@@ -28,6 +28,10 @@ from diffusion.solvers import make_solver, spaced_timesteps
 from models.autoencoder import image_maker
 
 SAMPLE_NAME = re.compile(r"\d{6,}\.png")
+# What this project writes into report/; anything else there is the user's.
+REPORT_NAMES = {
+    *("grid_image.png", "frames.png", "frames", "statistics.json", "metrics.json", "exits.npz", "exit_layer.png"),
+}
 GRID_SAMPLES = 100  # shown in report/grid_image.png
 FRAME_SAMPLES = 8  # shown in report/frames.png
 
@@ -100,6 +104,8 @@ class SamplingRun:
         """
         args = self.args
         clear_samples(self.folder)
+        # Known before the first image is: a run that was stopped is not taken for a whole one.
+        write_json(self.folder / "report" / "statistics.json", {"n_samples": args.n_samples})
         frames = dict.fromkeys(sorted(args.timesteps_save, reverse=True))
         first_images, first_frames = [], {t: [] for t in frames}
         sampling, decoding, saving = (Stopwatch(self.device) for _ in range(3))
@@ -192,7 +198,10 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         raise InputError(
             f"{folder} holds {len(samples)} samples already; choose another --output_folder or give --overwrite"
         )
-    (folder / "report").mkdir(exist_ok=True)
+    report = folder / "report"
+    report.mkdir(exist_ok=True)
+    if foreign := sorted(path.name for path in report.iterdir() if path.name not in REPORT_NAMES):
+        raise InputError(f"{report} holds {foreign[0]}, which is of no sampling run; choose a folder of its own")
 
 
 def clear_samples(folder: Path) -> None:
@@ -200,7 +209,7 @@ def clear_samples(folder: Path) -> None:
     for path in folder.iterdir():
         if SAMPLE_NAME.fullmatch(path.name):
             path.unlink()
-    shutil.rmtree(folder / "report", ignore_errors=True)
+    shutil.rmtree(folder / "report")
     (folder / "report").mkdir()
 
 

@@ -23,7 +23,6 @@ ARCHITECTURE = {
     "latent_channels": 4,
     "sample_size": 256,
 }
-PUBLIC_SCALE_FACTOR = 0.18215
 DECODE_AT_ONCE = 8  # images; the decoder takes far more memory than the U-ViT
 
 
@@ -71,9 +70,7 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
         )
     if autoencoder.checkpoint_path is None:
         raise InputError("the network makes latents: give the autoencoder with --autoencoder_checkpoint_path")
-    network = load_autoencoder(
-        Path(autoencoder.checkpoint_path), autoencoder.scale_factor or PUBLIC_SCALE_FACTOR, device
-    )
+    network = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale, device)
     if network.network.config.latent_channels != params.in_chans:
         raise InputError(
             f"{autoencoder.checkpoint_path} has {network.network.config.latent_channels} latent channels, the "

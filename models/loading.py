@@ -88,7 +88,8 @@ def check_pair(early: Network, late: Network) -> None:
         for name, a, b in (
             ("image shape", early.config.model_params.image_shape, late.config.model_params.image_shape),
             ("num_classes", early.config.model_params.num_classes, late.config.model_params.num_classes),
-            ("autoencoder", _scale_factor(early), _scale_factor(late)),
+            ("scale of latents", _scale(early), _scale(late)),
+            ("crop", early.config.crop or late.config.crop, late.config.crop or early.config.crop),
             ("parametrization", early.config.parametrization, late.config.parametrization),
             ("noise schedule", early.config.diffusion_params.schedule, late.config.diffusion_params.schedule),
             ("real_classes", len(early.config.classes), len(late.config.classes)),
@@ -99,6 +100,5 @@ def check_pair(early: Network, late: Network) -> None:
         raise InputError(f"{early.path} and {late.path} cannot take turns: they differ in {', '.join(different)}")
 
 
-def _scale_factor(network: Network) -> float | None:
-    autoencoder = network.config.autoencoder
-    return None if autoencoder is None else autoencoder.scale_factor
+def _scale(network: Network) -> float | None:
+    return None if network.config.autoencoder is None else network.config.autoencoder.scale

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from common.config import Config, check_types
 from common.errors import InputError
 from models.early_exit import EarlyExitUViT, MlpProbes
 
@@ -56,7 +57,7 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
         state_dict, kind = content["model"], "raw"
         if weights == "ema" and content["ema"] is not None:
             state_dict, kind = state_dict | content["ema"], "ema"
-        return Weights(state_dict, content["config"], kind, content["step"])
+        return Weights(state_dict, check_types(Config, content["config"], str(path)), kind, content["step"])
     state_dict = content.get("model_state_dict", content)
     if not isinstance(state_dict, Mapping) or not _all_tensors(state_dict):
         raise InputError(f"{path}: holds no state dict of tensors")
@@ -112,11 +113,14 @@ def _read_safetensors(path: Path) -> Weights:
             about = file.metadata() or {}
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
         settings = json.loads(about["config"]) if "config" in about else None
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError("its config is no mapping")
         step = int(about["step"]) if "step" in about else None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as safetensors; cut short? ({error!s:.120})") from None
+    settings = settings and check_types(Config, settings, str(path))
     return Weights(state_dict, settings, about.get("weights", "unknown"), step)
 
 

@@ -11,7 +11,9 @@ import yaml
 from PIL import Image
 
 import eesampler
+import fid
 import sampler
+from generation.run import SamplingRun
 from models import UViT, load_weights
 from tests.conftest import TINY
 
@@ -202,6 +204,55 @@ class TestBadInput:
         argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--overwrite"]
         fails(sampler.main, argv, "cat.png")
         assert (tmp_path / "s" / "cat.png").read_bytes() == b"a cat"
+
+    def test_a_report_of_something_else_is_left_alone(self, full, tmp_path, fails):
+        (tmp_path / "paper" / "report").mkdir(parents=True)
+        (tmp_path / "paper" / "report" / "thesis.tex").write_text("x")
+        for flags in ([], ["--overwrite"]):
+            fails(
+                sampler.main, ["--checkpoint_path", full, "--output_folder", tmp_path / "paper", *flags], "thesis.tex"
+            )
+        assert (tmp_path / "paper" / "report" / "thesis.tex").exists()
+
+    def test_a_run_that_was_stopped_is_not_scored_as_whole(self, full, tmp_path, fails, monkeypatch):
+        saved = []
+
+        def stop_after_two(self, images, indices, folder):
+            if len(saved) == 2:
+                raise KeyboardInterrupt
+            saved.append(indices)
+            save(images, indices, folder)
+
+        save = SamplingRun._save
+        monkeypatch.setattr(SamplingRun, "_save", stop_after_two)
+        argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--n_samples", 9, "--batch_size", 2]
+        with pytest.raises(SystemExit) as ended:
+            sampler.main([str(arg) for arg in [*argv, "--quiet"]])
+        assert ended.value.code == 130 and len(samples(tmp_path / "s")) == 4
+        fails(fid.main, ["--samples_path", tmp_path / "s", "--dataset", "digits"], "4 images", "counts 9")
+
+    def test_settings_of_another_type_in_a_checkpoint(self, full, tmp_path, fails):
+        content = torch.load(full, weights_only=True)
+        for config in ({"model_params": 3}, {"model_params": {"img_size": "8"}}, {"nonsense": 1}):
+            torch.save(content | {"config": config}, tmp_path / "odd.pth")
+            fails(
+                sampler.main, ["--checkpoint_path", tmp_path / "odd.pth", "--output_folder", tmp_path / "s"], "odd.pth"
+            )
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000000000 bytes"),
+            MemoryError(),
+        ],
+    )
+    def test_out_of_memory(self, error, full, tmp_path, fails, monkeypatch):
+        def too_large(*_):
+            raise error
+
+        monkeypatch.setattr(UViT, "forward", too_large)
+        fails(sampler.main, ["--checkpoint_path", full, "--output_folder", tmp_path / "s"], "out of memory")
 
     def test_a_failure_to_load_keeps_the_samples(self, full, tmp_path, run_quietly, fails):
         argv = ["--output_folder", tmp_path / "s", "--quiet", "--n_samples", 1]

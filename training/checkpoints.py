@@ -18,6 +18,9 @@ from models.weights import FORMAT, read_pth
 log = logging.getLogger(__name__)
 
 
+TRAINING_STATE = {"step", "n_steps", "config", "options", "model", "ema", "optimizer", "scaler", "sums", "summed_steps"}
+
+
 class CheckpointFolder:
     """The checkpoints of a run: `<prefix>_last.pth`, and `<prefix>_step-<N>.pth` that stay."""
 
@@ -51,6 +54,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     content = read_pth(path)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: holds weights but no training state of this project")
+    if lacking := TRAINING_STATE - content.keys():
+        raise InputError(f"{path}: its training state lacks {', '.join(sorted(lacking))}")
     return content
 
 

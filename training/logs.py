@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from common.files import replacing
@@ -32,8 +33,9 @@ class MetricsLog:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            file.write(json.dumps(line) + "\n")
         for name, value in scalars.items():
             self.tensorboard.add_scalar(name, value, step)
         self.tensorboard.flush()

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,9 @@ class Trainer:
         self.step = 0
         self.schedule = NoiseSchedule(**config.diffusion_params.schedule)
         self.to_images = preview_decoder(config, device) if args.preview_steps else None
+        self.preview_timesteps = spaced_timesteps(
+            self.schedule.num_timesteps, max(1, min(args.preview_steps, self.schedule.num_timesteps))
+        )
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained,
@@ -115,12 +119,13 @@ class Trainer:
                 steps_per_second = (self.step - since_step) / (time.perf_counter() - since)
                 metrics.write(self.step, scalars | {"steps_per_second": steps_per_second})
                 tqdm.write(f"step {self.step}: loss {scalars['loss']:.4f}, {steps_per_second:.2f} steps/s")
-                self._save_preview()
-                since, since_step = time.perf_counter(), self.step
             if self.step % args.save_new_every_n_steps == 0:
                 self._save(self.checkpoints.at_step(self.step))
             if finished or self.step % args.save_every_n_steps == 0 or self.step % args.save_new_every_n_steps == 0:
                 self._save(self.checkpoints.last)
+            if finished or self.step % args.log_every_n_steps == 0:
+                self._save_preview()  # after the checkpoint: whatever happens to it, the training is not lost
+                since, since_step = time.perf_counter(), self.step
         bar.close()
         metrics.close()
 
@@ -188,13 +193,10 @@ class Trainer:
         if self.config.classes:
             y = random_classes(self.config.classes, args.sample_seed, range(args.n_samples)).to(self.device)
         solver = Solver("ddim", self.schedule, self.config.parametrization)
-        timesteps = spaced_timesteps(self.schedule.num_timesteps, args.preview_steps)
         self.network.eval()
-        if self.ema is None:
-            images = sample(self.preview, solver, timesteps, noise, self.config.model_params.image_shape, y)
-        else:
-            with self.ema.in_place():
-                images = sample(self.preview, solver, timesteps, noise, self.config.model_params.image_shape, y)
+        shape = self.config.model_params.image_shape
+        with nullcontext() if self.ema is None else self.ema.in_place():
+            images = sample(self.preview, solver, self.preview_timesteps, noise, shape, y)
         self.network.train()
         folder = self.checkpoints.folder / "previews"
         folder.mkdir(exist_ok=True)
@@ -220,7 +222,7 @@ class Trainer:
     def options(self) -> dict[str, Any]:
         """What decides what a step computes, beside the network; a run goes on only under the same."""
         chosen = {name: getattr(self.args, name) for name in DECISIVE if hasattr(self.args, name)}
-        return chosen | {"images": len(self.dataset)}
+        return chosen | {"images": len(self.dataset), "random_flip": self.random_flip}
 
     def restore(self, path: Path, content: dict[str, Any]) -> None:
         """Take up the state of a checkpoint; raises InputError where it does not fit this run."""
@@ -230,7 +232,11 @@ class Trainer:
             self.network.load_state_dict(content["model"])
             if self.ema is not None:
                 self.ema.load(content["ema"])
+            fused = self.optimizer.defaults["fused"]
             self.optimizer.load_state_dict(content["optimizer"])
+            for group in self.optimizer.param_groups:  # the state is the checkpoint's, the options are this run's
+                betas = (self.args.beta1, self.args.beta2)
+                group.update(betas=betas, weight_decay=self.args.weight_decay, fused=fused)
             self.scaler.load_state_dict(content["scaler"])
             self.step = content["step"]
             self.sums = {name: total.to(self.device) for name, total in content["sums"].items()}

@@ -44,9 +44,11 @@ def early_exit_trainer(args: argparse.Namespace) -> Trainer:
     classifier_type = args.classifier_type or settings.pop("classifier_type", None)
     settings.pop("classifier_type", None)
     if args.load_backbone:
-        # Heads may learn from other data than the backbone did.
-        backbone = load_network(args.load_backbone, settings | {"dataset": None}, model="uvit")
-        settings = settings_of(backbone.config) | {"dataset": args.dataset}
+        # Heads may learn from other data than the backbone did, with a crop of its own.
+        backbone = load_network(args.load_backbone, settings | {"dataset": None, "crop": None}, model="uvit")
+        same_data = backbone.config.dataset in (None, args.dataset)
+        crop = args.crop or (backbone.config.crop if same_data else None)
+        settings = settings_of(backbone.config) | {"dataset": args.dataset, "crop": crop}
     config = build_config(settings | {"model": "deediff_uvit", "classifier_type": classifier_type}, described(args))
     torch.manual_seed(args.seed)
     network = build_network(config)
@@ -145,8 +147,8 @@ def count_real_classes(config: Config, dataset: ImageDataset) -> Config:
     num_classes = config.model_params.num_classes
     if num_classes <= 0 or config.real_classes is not None:
         return config
-    real = DATASETS[config.dataset].num_classes or len(getattr(dataset, "classes", ())) or num_classes
-    return dataclasses.replace(config, real_classes=min(real, num_classes))
+    real = DATASETS[config.dataset].num_classes or (num_classes if dataset.labels is None else max(dataset.labels) + 1)
+    return dataclasses.replace(config, real_classes=min(int(real), num_classes))
 
 
 def match_latents(config: Config, dataset: ImageDataset) -> Config:
@@ -187,7 +189,7 @@ def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:
             trainer.ema.load(dict(trainer.network.named_parameters()))
         return
     different = contradictions(content["config"], settings_of(trainer.config))
-    if trainer.args.resume:
+    if trainer.args.resume or path.parent.samefile(trainer.checkpoints.folder):
         different += contradictions(content["options"], trainer.options())
     if different:
         raise InputError(f"{path} was made with other settings: {', '.join(different)}; go on with the same")

@@ -12,6 +12,7 @@ from PIL import Image
 
 import main as main_script
 import train as train_script
+from data import pack
 from models import UViT
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 from training.loop import learning_rate
@@ -77,6 +78,42 @@ def test_load_checkpoint_path_goes_on_in_a_new_run(tmp_path):
     start = unbroken / "digits_uvit_step-4.pth"
     moved = train(tmp_path, "--load_checkpoint_path", start, name="moved", steps=8)
     assert same_state(checkpoint(unbroken), checkpoint(moved))
+
+
+def test_options_of_the_optimiser_are_this_runs(tmp_path):
+    start = train(tmp_path, name="start", steps=4) / "digits_uvit_last.pth"
+    flags = ["--load_checkpoint_path", start, "--weight_decay", 0, "--beta1", 0.5, "--beta2", 0.7]
+    (group,) = checkpoint(train(tmp_path, *flags, name="other", steps=5))["optimizer"]["param_groups"]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0, (0.5, 0.7))
+
+
+def test_previews_have_no_more_steps_than_there_are_timesteps(tmp_path):
+    run = train(tmp_path, "--num_timesteps", 3, "--preview_steps", 20, "--n_samples", 2, steps=1)
+    assert (run / "previews" / "step-1.png").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_classes_of_a_folder_leave_one_for_none(packed, tmp_path):
+    images = tmp_path / "images"
+    for name in ("cats", "dogs"):
+        (images / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (8, 8), 10 * i).save(images / name / f"{i}.png")
+    where = ["--dataset", "folder", "--data_path", images, "--num_classes", 3]
+    if packed:
+        pack.main([str(arg) for arg in [*where, "--img_size", 8, "--in_chans", 1, "--quiet", "--num_workers", 0]])
+    run = train(tmp_path, *where, "--batch_size", 2, "--label_dropout", 0.5, steps=2)
+    assert checkpoint(run, "folder_uvit_last.pth")["config"]["real_classes"] == 2
+
+
+def test_heads_may_learn_from_other_data(full, tmp_path):
+    for i in range(3):
+        Image.new("L", (8, 8), 10 * i).save(tmp_path / f"{i}.png")
+    flags = ["--dataset", "folder", "--data_path", tmp_path, "--batch_size", 2, "--n_steps", 1, "--num_timesteps", 20]
+    flags += ["--model", "deediff_uvit", "--load_backbone", full, "--freeze_backbone", "--log_path", tmp_path / "logs"]
+    main_script.main([str(arg) for arg in [*flags, "--classifier_type", "attention_probe", "--preview_steps", 0]])
+    (path,) = (tmp_path / "logs").rglob("*_last.pth")
+    assert torch.load(path, weights_only=True)["config"]["crop"] == "fit"
 
 
 def test_load_checkpoint_path_starts_from_bare_weights(tmp_path, full):
@@ -243,6 +280,25 @@ class TestBadInput:
         argv += ["--depth", 5, "--classifier_type", "mlp_probe_per_layer"]
         start = runs / "ee" / "digits_deediff_uvit_last.pth"
         fails(main_script.main, [*argv, "--load_checkpoint_path", start], "does not fit this run")
+
+    def test_going_on_in_place_under_another_seed(self, runs, fails):
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 8, "--log_path", runs, "--exp_name", "full", "--depth", 5]
+        start = runs / "full" / "digits_uvit_last.pth"
+        fails(train_script.main, [*argv, "--load_checkpoint_path", start, "--seed", 9], "seed (0 and 9)")
+        fails(train_script.main, [*argv, "--resume", "--random_flip"], "random_flip (False and True)")
+
+    def test_a_class_folder_without_images(self, tmp_path, fails):
+        for name in ("cats", "dogs"):
+            (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "images" / "dogs" / "1.png")
+        argv = [*FLAGS, "--dataset", "folder", "--data_path", tmp_path / "images", "--num_classes", 2, "--n_steps", 1]
+        fails(train_script.main, [*argv, "--log_path", tmp_path], "cats/", "no readable images")
+
+    def test_broken_images_met_by_a_loading_process(self, tmp_path, fails):
+        Image.effect_noise((64, 64), 50).save(tmp_path / "1.png")
+        (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:900])
+        argv = [*FLAGS, "--dataset", "folder", "--data_path", tmp_path, "--n_steps", 1, "--batch_size", 1]
+        fails(train_script.main, [*argv, "--num_workers", 1, "--log_path", tmp_path / "l"], "no image can be read")
 
     def test_no_permission(self, tmp_path, fails):
         (tmp_path / "file").write_text("")

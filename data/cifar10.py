@@ -11,7 +11,6 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.files import writable_folder
 from data import DEFAULT_PATH, missing
-from data.dataset import ImageDataset, check_labels
+from data.dataset import InMemoryDataset, check_labels
 from data.files import FolderSource, ImageFiles, lands_outside
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -60,7 +59,7 @@ def open_cifar10(
     raise missing("cifar10", root)
 
 
-class CIFAR10(ImageDataset):
+class CIFAR10(InMemoryDataset):
     """The images of the five pickled batches, held in memory (150 MB).
 
     path: cifar-10-python.tar.gz, which is read where it is, or the folder of the extracted batches.
@@ -72,13 +71,6 @@ class CIFAR10(ImageDataset):
         images, labels = zip(*(_parse(f"{path}: {name}", content) for name, content in pieces.items()), strict=True)
         self.images, self.labels = torch.cat(images), torch.cat(labels)
         check_labels(int(self.labels.max()), num_classes, path)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
-        return self.images[chosen], self.labels[chosen]
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.images.numpy())

@@ -68,6 +68,20 @@ class ImageDataset(Dataset, ABC):
         return self.__getitems__(indices)[0], {}
 
 
+class InMemoryDataset(ImageDataset):
+    """All images (N, C, H, W) uint8 and labels (N,) int64 as tensors."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+
 class SeededBatches(Sampler[list[int]]):
     """Batches of indices from `start_step` on, for ever; each epoch is a permutation of its own.
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from common.errors import InputError
-from data.dataset import ImageDataset, check_labels
+from data.dataset import InMemoryDataset, check_labels
 
 FILE = Path(__file__).with_name("digits.npz")
 
 
-class Digits(ImageDataset):
+class Digits(InMemoryDataset):
     random_flip = False  # a mirrored 3 is no digit
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
@@ -32,13 +30,6 @@ class Digits(ImageDataset):
         self.images = torch.from_numpy(np.rint(levels * (255 / 16)).astype(np.uint8))[:, None]
         self.labels = torch.from_numpy(labels.astype(np.int64))
         check_labels(9, num_classes, "digits")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
-        return self.images[chosen], self.labels[chosen]
 
     def describe(self) -> dict[str, Any]:
         return {"dataset": "digits", "images": len(self), "img_size": 8, "in_chans": 1, "crop": "none"}

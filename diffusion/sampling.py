@@ -99,8 +99,8 @@ def sample(
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
         if on_step is not None:
             on_step(t, x_t)
-        if which(t) != network:
-            network = which(t)
+        if (chosen := which(t)) != network:
+            network = chosen
             solver.forget()
         x_t = solver.step(denoiser(x_t, t, y), x_t, t, s, lambda: noise(*image_shape))
     return x_t

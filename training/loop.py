@@ -276,7 +276,6 @@ DECISIVE = (
     "ema_decay",
     "use_amp",
     "amp_dtype",
-    "random_flip",
     "label_dropout",
     "freeze_backbone",
     "use_unweighted_loss",

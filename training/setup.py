@@ -47,7 +47,7 @@ def early_exit_trainer(args: argparse.Namespace) -> Trainer:
         # Heads may learn from other data than the backbone did, with a crop of its own.
         backbone = load_network(args.load_backbone, settings | {"dataset": None, "crop": None}, model="uvit")
         same_data = backbone.config.dataset in (None, args.dataset)
-        crop = args.crop or (backbone.config.crop if same_data else None)
+        crop = settings.get("crop") or (backbone.config.crop if same_data else None)
         settings = settings_of(backbone.config) | {"dataset": args.dataset, "crop": crop}
     config = build_config(settings | {"model": "deediff_uvit", "classifier_type": classifier_type}, described(args))
     torch.manual_seed(args.seed)

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import main as main_script
@@ -114,6 +115,26 @@ def test_heads_may_learn_from_other_data(full, tmp_path):
     main_script.main([str(arg) for arg in [*flags, "--classifier_type", "attention_probe", "--preview_steps", 0]])
     (path,) = (tmp_path / "logs").rglob("*_last.pth")
     assert torch.load(path, weights_only=True)["config"]["crop"] == "fit"
+
+
+def test_heads_on_bare_weights_take_the_crop_of_their_config(full, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "1.png")
+    settings = torch.load(full, weights_only=True)["config"]
+    torch.save(UViT(**settings["model_params"]).state_dict(), tmp_path / "bare.pth")
+    stated = {"model_params": settings["model_params"], "crop": "halve", "classifier_type": "attention_probe"}
+    (tmp_path / "net.yaml").write_text(yaml.safe_dump(stated))
+    flags = ["--dataset", "folder", "--data_path", tmp_path, "--batch_size", 1, "--n_steps", 1, "--preview_steps", 0]
+    flags += [
+        "--model",
+        "deediff_uvit",
+        "--load_backbone",
+        tmp_path / "bare.pth",
+        "--config_path",
+        tmp_path / "net.yaml",
+    ]
+    main_script.main([str(arg) for arg in [*flags, "--freeze_backbone", "--log_path", tmp_path / "logs"]])
+    (path,) = (tmp_path / "logs").rglob("*_last.pth")
+    assert torch.load(path, weights_only=True)["config"]["crop"] == "halve"
 
 
 def test_load_checkpoint_path_starts_from_bare_weights(tmp_path, full):

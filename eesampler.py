@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common.cli import Parser, real
+from common.cli import Parser, real, whole
 from common.errors import command
 from generation.options import add_sampling_options, check_sampling_options, network_settings
 
@@ -19,6 +19,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         help="an image leaves at the first layer whose predicted uncertainty is at or below this",
     )
+    parser.add_argument(
+        "--min_group",
+        type=whole(1),
+        default=1,
+        help="images that left stay in the batch until so many wait; changes the time alone",
+    )
     return check_sampling_options(parser, parser.parse_args(argv))
 
 
@@ -28,18 +34,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import numpy as np
 
-    from common.devices import pick_device
     from common.plots import plot_exit_layers
     from generation.exits import ExitRecorder
-    from generation.run import SamplingRun
+    from generation.run import SamplingRun, pick_working_device
     from models.flops import early_exit_flops
+    from models.inference import EarlyExitTracer
     from models.loading import load_network, stated_settings
 
-    device = pick_device(args.device)
+    device = pick_working_device(args)
     stated = stated_settings(args.config_path, network_settings(args))
     network = load_network(args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device)
     run = SamplingRun(args, network.config, device)
-    recorder = ExitRecorder(network.module, args.threshold, passes=2 if args.guidance_scale else 1)
+    limits = {"threshold": args.threshold, "min_group": args.min_group}
+    trace = EarlyExitTracer(network.module, run.timesteps, run.dtype, device, compiled=args.compile, **limits)
+    recorder = ExitRecorder(trace, args.threshold, passes=2 if args.guidance_scale else 1)
     denoiser = run.guide(recorder, args.guidance_scale)
     run.warm_up(network.module)
     timing = run.run(denoiser, after_batch=recorder.end_batch)

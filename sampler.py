@@ -37,12 +37,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance_scale_late", type=real(0, 1000), help="of the full backbone; --guidance_scale if not said"
     )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the idle one of two networks in host memory (CUDA); saves its memory",
+    )
     args = check_sampling_options(parser, parser.parse_args(argv))
     if (args.checkpoint_path_late is None) != (args.t_switch is None):
         parser.error("--checkpoint_path_late and --t_switch go together")
-    for name in ("config_path_late", "guidance_scale_late"):
-        if getattr(args, name) is not None and not args.checkpoint_path_late:
+    for name in ("config_path_late", "guidance_scale_late", "offload"):
+        if getattr(args, name) not in (None, False) and not args.checkpoint_path_late:
             parser.error(f"--{name} needs --checkpoint_path_late")
+    if args.offload and args.compile:
+        parser.error("--offload moves the weights that --compile records the places of; give one of them")
     if args.guidance_scale_late is None:
         args.guidance_scale_late = args.guidance_scale
     return args
@@ -52,29 +59,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
 
-    from common.devices import pick_device
     from diffusion.sampling import SwitchingDenoiser
-    from generation.run import SamplingRun
+    from generation.run import SamplingRun, pick_working_device
+    from models.inference import BackboneDenoiser, Offloader
 
-    device = pick_device(args.device)
-    networks = load_networks(args, device)
+    device = pick_working_device(args)
+    networks = load_networks(args, "cpu" if args.offload else device)
     run = SamplingRun(args, shared_config(networks), device)
-    denoisers = [run.guide(networks[0].module, args.guidance_scale)]
+    backbones = [BackboneDenoiser(n.module, run.timesteps, run.dtype, device, compiled=args.compile) for n in networks]
+    denoisers = [run.guide(backbones[0], args.guidance_scale)]
     switches = []
     if len(networks) == 2:
-        denoisers.append(run.guide(networks[1].module, args.guidance_scale_late, "--guidance_scale_late"))
+        denoisers.append(run.guide(backbones[1], args.guidance_scale_late, "--guidance_scale_late"))
         switches.append(args.t_switch)
-    denoiser = SwitchingDenoiser(denoisers, switches)
+    offloader = Offloader([n.module for n in networks], device) if args.offload else None
+    denoiser = SwitchingDenoiser(denoisers, switches, on_switch=offloader)
 
-    run.warm_up(*denoisers)
+    run.warm_up(denoiser)
     timing = run.run(denoiser)
-    backbones = describe_work(args, networks, denoiser.steps_of_each(run.timesteps))
-    run.write_statistics(timing, backbones, sum(b["timesteps"] * b["flops_per_image_call"] for b in backbones))
-    print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in backbones))
+    work = describe_work(args, networks, denoiser.steps_of_each(run.timesteps))
+    run.write_statistics(timing, work, sum(b["timesteps"] * b["flops_per_image_call"] for b in work))
+    print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
     print(run.summary(timing))
 
 
-def load_networks(args: argparse.Namespace, device: torch.device) -> list[Network]:
+def load_networks(args: argparse.Namespace, device: torch.device | str) -> list[Network]:
     """The backbone, or the shallow and the full one, which fit each other and t_switch."""
     from models.loading import check_pair, load_network, stated_settings
 

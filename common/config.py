@@ -21,6 +21,7 @@ from common.errors import InputError
 MODELS = ("uvit", "deediff_uvit")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
 SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
+PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 BETA_SCHEDULES = ("linear", "scaled_linear")
 CLASSIFIER_TYPES = (

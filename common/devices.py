@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import platform
+import shutil
 import time
 
 import torch
@@ -10,10 +14,13 @@ from common.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not there."""
+    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not there.
+
+    On CUDA, fp32 products may round their factors to TF32 from here on.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        name = next(kind for kind, there in available.items() if there)
     kind, _, index = name.partition(":")
     if kind not in available or (index and not index.isdecimal()):
         raise InputError(f"--device {name}: choose auto, cpu, cuda, cuda:N or mps")
@@ -22,7 +29,54 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if index and int(index) >= count:
         raise InputError(f"--device {name}: there are {count} such devices, counted from 0")
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     return torch.device(name)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(name: str | None, device: torch.device) -> str:
+    """A key of DTYPES; None takes bf16 where the device calculates in it, else fp32.
+
+    Raises InputError for fp16 on a CPU that does not calculate in it. bf16 works everywhere, if slowly.
+    """
+    if name is None:
+        return "bf16" if in_hardware("bf16", device) else "fp32"
+    if name == "fp16" and device.type == "cpu" and not in_hardware("fp16", device):
+        raise InputError("--precision fp16: this CPU does not calculate in fp16; take bf16 or fp32")
+    return name
+
+
+def in_hardware(precision: str, device: torch.device) -> bool:
+    """Whether the device has instructions for products in this precision, rather than an emulation of them."""
+    if precision == "fp32":
+        return True
+    if device.type == "cuda":
+        return (
+            precision == "fp16" or torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
+        )
+    if device.type == "mps":
+        return precision == "fp16"  # which chips have bf16, torch does not tell
+    if platform.machine() in ("aarch64", "arm64"):
+        # False also where torch was built without the library that would use them.
+        return getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")()
+    # Asked of torch by names that differ between its releases; an answer it does not know is no.
+    names = {"bf16": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), "fp16": ("_is_amx_fp16_supported",)}
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names[precision])
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises InputError where torch.compile has nothing to compile with."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise InputError("--compile: torch.compile needs triton on CUDA; install it, or leave --compile out")
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise InputError(
+            "--compile: torch.compile needs a C++ compiler, such as g++; install one, or leave --compile out"
+        )
 
 
 def synchronize(device: torch.device) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.files import replacing
@@ -68,6 +69,49 @@ def plot_comparison(
         axis.set_title(label, loc="left", fontsize=9, color=f"C{i % 10}")
         axis.set_axis_off()
     _save(figure, path)
+
+
+Measured = tuple[float, float, float]  # x, seconds measured, seconds predicted
+
+
+def plot_benchmark(
+    path: Path,
+    switches: Sequence[tuple[str, Sequence[Measured]]],
+    depths: Sequence[tuple[str, Sequence[Measured], Sequence[tuple[float, float]]]],
+) -> None:
+    """Time per image and network call, against t_switch and against the exit layer.
+
+    switches: label and points by t_switch. depths: label, points by exit layer, and points of batches whose
+    images left at different layers, by the mean layer. One of the two may be empty.
+    """
+    panels = bool(switches) + bool(depths)
+    figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    if switches:
+        axis = axes.pop(0)
+        for i, (label, points) in enumerate(switches):
+            _measured_and_predicted(axis, i, label, points)
+        axis.set(xlabel="t_switch (T - 1: the full network alone)", title="DuoDiff")
+    if depths:
+        axis = axes.pop(0)
+        for i, (label, points, spread) in enumerate(depths):
+            _measured_and_predicted(axis, i, label, points)
+            if spread:
+                x, y = np.asarray(spread).T
+                axis.scatter(x, 1000 * y, s=90, marker="*", color=f"C{i}", label="spread over all layers", zorder=3)
+        axis.set(xlabel="exit layer (blocks run)", title="Early exit")
+    for axis in figure.axes:
+        axis.set_ylabel("ms per image and timestep")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    _save(figure, path)
+
+
+def _measured_and_predicted(axis: Axes, i: int, label: str, points: Sequence[Measured]) -> None:
+    x, measured, predicted = np.asarray(points).T
+    axis.plot(x, 1000 * predicted, color=f"C{i}", linewidth=1, linestyle="--", label=f"{label}: predicted")
+    axis.scatter(x, 1000 * measured, s=40, marker=MARKERS[i % len(MARKERS)], color=f"C{i}", label=f"{label}: measured")
 
 
 def _save(figure: Figure, path: Path) -> None:

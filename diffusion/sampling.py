@@ -7,6 +7,7 @@ denoisers alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,14 +25,21 @@ class SwitchingDenoiser:
 
     switches: one timestep between each two neighbours, falling. The first denoiser runs at every
     t > switches[0], the second at the t down to switches[1], ..., the last at every t <= switches[-1].
+    on_switch: called with the number of a denoiser before it runs where another did, and at the very first.
     """
 
-    def __init__(self, denoisers: Sequence[Denoiser], switches: Sequence[int] = ()):
+    def __init__(
+        self,
+        denoisers: Sequence[Denoiser],
+        switches: Sequence[int] = (),
+        on_switch: Callable[[int], None] | None = None,
+    ):
         if len(switches) != len(denoisers) - 1:
             raise InputError(f"{len(denoisers)} networks need {len(denoisers) - 1} switches, not {len(switches)}")
         if list(switches) != sorted(switches, reverse=True):
             raise InputError(f"switches {list(switches)} must not rise")
-        self.denoisers, self.switches = list(denoisers), list(switches)
+        self.denoisers, self.switches, self.on_switch = list(denoisers), list(switches), on_switch
+        self.active: int | None = None
 
     def index(self, t: int) -> int:
         """Which denoiser runs at t: the one place where this is decided."""
@@ -43,7 +51,11 @@ class SwitchingDenoiser:
         return [chosen.count(k) for k in range(len(self.denoisers))]
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
-        return self.denoisers[self.index(t)](x_t, t, y)
+        if (chosen := self.index(t)) != self.active:
+            self.active = chosen
+            if self.on_switch is not None:
+                self.on_switch(chosen)
+        return self.denoisers[chosen](x_t, t, y)
 
 
 def guided(denoiser: Denoiser, scale: float, no_class: int) -> Denoiser:
@@ -61,14 +73,25 @@ def guided(denoiser: Denoiser, scale: float, no_class: int) -> Denoiser:
 
 
 class SeededNoise:
-    """Standard normal noise; row i depends on seeds[i] alone, whatever batch it sits in."""
+    """Standard normal noise; row i depends on seeds[i] alone, whatever batch it sits in.
+
+    Each generator draws for several calls at once: on an accelerator a draw per image and step would take as
+    long as a small network.
+    """
+
+    MOST_CALLS, MOST_NUMBERS = 16, 2**18  # in one draw; they decide the noise, as the batch size must not
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._drawn: list[Tensor] = []  # for the calls to come, (B, C, H, W) each
 
     def __call__(self, *shape: int) -> Tensor:
-        """shape: (C, H, W). Returns (B, C, H, W)."""
-        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self.generators])
+        """shape: (C, H, W), the same at every call. Returns (B, C, H, W)."""
+        if not self._drawn:
+            calls = max(1, min(self.MOST_CALLS, self.MOST_NUMBERS // math.prod(shape)))
+            draws = [torch.randn(calls, *shape, generator=g, device=g.device) for g in self.generators]
+            self._drawn = list(torch.stack(draws, dim=1).flip(0))
+        return self._drawn.pop()
 
 
 def random_classes(choices: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +11,25 @@ from einops import rearrange
 from torch import Tensor
 
 from common.files import replacing
-from models.early_exit import EarlyExitUViT
+from models.early_exit import ExitTrace
 
 
 class ExitRecorder:
     """A denoiser that leaves early, and remembers where.
 
-    passes: 2 under guidance, where the images come twice in a batch, with their class and without.
+    trace: (x_t, t, y) -> ExitTrace. passes: 2 under guidance, where the images come twice in a batch, with their
+    class and without.
     """
 
-    def __init__(self, model: EarlyExitUViT, threshold: float, passes: int = 1):
-        self.model, self.threshold, self.passes = model, threshold, passes
+    def __init__(self, trace: Callable[[Tensor, int, Tensor | None], ExitTrace], threshold: float, passes: int = 1):
+        self.trace, self.threshold, self.passes = trace, threshold, passes
         self._steps: list[tuple[Tensor, Tensor]] = []  # of the batch under way: exit layers, uncertainties
         self._exit_layers: list[np.ndarray] = []  # a batch each: (passes, S, B)
         self._sums: np.ndarray | float = 0.0  # (S, L)
         self._counts: np.ndarray | float = 0.0  # (S, L)
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
-        output, exit_layer, uncertainty = self.model.trace_early_exit(x_t, t, y, threshold=self.threshold)
+        output, exit_layer, uncertainty = self.trace(x_t, t, y)
         self._steps.append((exit_layer, uncertainty))
         return output
 

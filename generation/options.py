@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import SEED, Parser, add_common_options, existing_file, existing_path, real, whole
-from common.config import PARAMETRIZATIONS, SOLVERS
+from common.config import PARAMETRIZATIONS, PRECISIONS, SOLVERS
 
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmsolver++": 20, "unipc": 20}  # None: every timestep
 
@@ -56,7 +56,17 @@ def add_sampling_options(parser: Parser) -> None:
         default=[],
         help="also save x_t at these t, to report/frames",
     )
+    add_speed_options(parser)
     add_common_options(parser)
+
+
+def add_speed_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the networks; bf16 if not said where the device calculates in it, else fp32",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the networks first (torch.compile): a minute")
 
 
 def check_sampling_options(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:

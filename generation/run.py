@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.config import Config
-from common.devices import Stopwatch
+from common.devices import DTYPES, Stopwatch, check_compiler, pick_device, pick_precision
 from common.errors import InputError
 from common.files import writable_folder, write_json
 from common.images import enlarge, save_grid, save_png, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
-from diffusion.sampling import Denoiser, SeededNoise, guided, random_classes, sample
+from diffusion.sampling import Denoiser, SeededNoise, SwitchingDenoiser, guided, random_classes, sample
 from diffusion.solvers import make_solver, spaced_timesteps
 from models.autoencoder import image_maker
 
@@ -36,6 +36,17 @@ GRID_SAMPLES = 100  # shown in report/grid_image.png
 FRAME_SAMPLES = 8  # shown in report/frames.png
 
 
+def pick_working_device(args: argparse.Namespace) -> torch.device:
+    """The device of a run; settles --precision, and raises InputError for options that the device has no use for."""
+    device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, device)
+    if getattr(args, "offload", False) and device.type != "cuda":
+        raise InputError(f"--offload is for CUDA: on {device.type} the networks are in the host's memory anyway")
+    if args.compile:
+        check_compiler(device)
+    return device
+
+
 class SamplingRun:
     """Checks everything that can be checked at once, then makes the samples.
 
@@ -44,6 +55,7 @@ class SamplingRun:
 
     def __init__(self, args: argparse.Namespace, config: Config, device: torch.device):
         self.args, self.config, self.device = args, config, device
+        self.dtype = DTYPES[args.precision]
         self.to_images = image_maker(config, device)
         if args.clip_x0 and config.autoencoder:
             raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
@@ -90,12 +102,14 @@ class SamplingRun:
         return guided(denoiser, scale, self.config.no_class)
 
     @torch.inference_mode()
-    def warm_up(self, *denoisers: Denoiser) -> None:
-        """Run each once, so that what only a first call costs is not in the timing."""
+    def warm_up(self, denoiser: Denoiser) -> None:
+        """Run each network once, so that what only first calls cost is not in the timing."""
         size = min(self.args.batch_size, self.args.n_samples)
         x = torch.zeros(size, *self.config.model_params.image_shape, device=self.device)
-        for denoiser in denoisers:
-            denoiser(x, self.timesteps[-1], self._classes(range(size)))
+        which = denoiser.index if isinstance(denoiser, SwitchingDenoiser) else lambda t: 0
+        for t in {which(t): t for t in self.timesteps}.values():
+            for _ in range(3 if self.args.compile else 1):  # CUDA graphs are recorded on the second call
+                denoiser(x, t, self._classes(range(size)))
 
     def run(self, denoiser: Denoiser, after_batch: Callable[[], None] | None = None) -> dict[str, Any]:
         """Make and save all samples. Returns the timing part of statistics.json.

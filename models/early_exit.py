@@ -6,6 +6,7 @@ head, which makes the image if one does.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import CLASSIFIER_TYPES, check_choice
-from models.uvit import UViT, init_linear, patches_to_image
+from models.uvit import UViT, init_linear, patches_to_image, per_image
 
 
 class ExitOutputs(NamedTuple):
@@ -69,21 +70,26 @@ class MlpProbes(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_layers, num_timesteps))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward(self, tokens: Tensor, layer: int, timesteps: Tensor) -> Tensor:
-        """tokens: (B, N, D). timesteps: (B,). Returns (B,) in [0, 1]."""
+    def forward(self, tokens: Tensor, layer: int, timesteps: Tensor | float) -> Tensor:
+        """tokens: (B, N, D). timesteps: (B,), or one for all. Returns (B,) in [0, 1]."""
         num_layers, num_timesteps = self.bias.shape
         layer = layer if num_layers > 1 else 0
-        if num_timesteps == 1:
-            scores = F.linear(tokens, self.weight[layer], self.bias[layer])[..., 0]
+        if num_timesteps == 1 or not isinstance(timesteps, Tensor):
+            t = int(timesteps) if num_timesteps > 1 else 0
+            scores = F.linear(tokens, self.weight[layer, t, None], self.bias[layer, t, None])[..., 0]
         else:
             t = timesteps.long()
             weight, bias = self.weight[layer, t], self.bias[layer, t]  # (B, D), (B,)
             scores = torch.einsum("bnd,bd->bn", tokens, weight.to(tokens.dtype)) + bias[:, None]
-        return scores.sigmoid().mean(dim=1)
+        return scores.float().sigmoid().mean(dim=1)  # the mean of many small numbers: not in half precision
 
 
 class AttentionProbe(nn.Module):
-    """One learned query attends to the tokens; an MLP scores what it gathers."""
+    """One learned query attends to the tokens; an MLP scores what it gathers.
+
+    With one query the keys and values need not be made: q . (W_k x + b_k) is (W_k' q) . x plus a constant, which
+    softmax takes no notice of, and the weighted mean of W_v x + b_v is W_v times the mean of x, plus b_v.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -94,14 +100,17 @@ class AttentionProbe(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, N, D), of which the first (class or time) is left out. Returns (B,), unbounded."""
-        k, v = self.weight_kv(tokens[:, 1:]).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, N - 1, D) each
-        q = self.q.to(k.dtype).expand(len(tokens), -1, -1, -1)
-        gathered = F.scaled_dot_product_attention(q, k, v)  # (B, 1, 1, D)
-        return self.classification(gathered)[:, 0, 0, 0]
+        tokens = tokens[:, 1:]
+        weight_k, weight_v = self.weight_kv.weight.chunk(2)  # (D, D) each
+        query = self.q.flatten() @ weight_k / math.sqrt(len(weight_k))  # (D,)
+        attention = (tokens @ query.to(tokens.dtype)).softmax(dim=1)  # (B, N - 1)
+        mean = (attention[:, None].to(tokens.dtype) @ tokens)[:, 0]  # (B, D)
+        gathered = F.linear(mean, weight_v, self.weight_kv.bias.chunk(2)[1])
+        return self.classification(gathered)[:, 0].float()
 
 
 class AttentionProbes(nn.ModuleList):
-    def forward(self, tokens: Tensor, layer: int, timesteps: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, layer: int, timesteps: Tensor | float) -> Tensor:
         return self[layer](tokens)
 
 
@@ -137,7 +146,7 @@ class EarlyExitUViT(nn.Module):
         """Run everything. x: (B, C, H, W). timesteps: (B,) integers in 0..T-1, or one for all. y: (B,)."""
         timesteps = per_image(timesteps, x)
         uncertainties, exit_outputs, skips = [], [], []
-        tokens = self.uvit.embed(x, timesteps, y)
+        tokens = self.uvit.embed(x, self.uvit.time_tokens(timesteps), y)
         for layer, head in enumerate(self.exit_heads):
             uncertainties.append(self.probes(tokens, layer, timesteps))
             exit_outputs.append(head(tokens))
@@ -155,33 +164,71 @@ class EarlyExitUViT(nn.Module):
         return EarlyExit(trace.output, trace.exit_layer)
 
     def trace_early_exit(
-        self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None, *, threshold: float
+        self,
+        x: Tensor,
+        timesteps: Tensor | float,
+        y: Tensor | None = None,
+        *,
+        threshold: float,
+        min_group: int = 1,
+        time: Tensor | None = None,
     ) -> ExitTrace:
-        """`early_exit` that also tells what the probes said."""
-        timesteps = per_image(timesteps, x)
-        output = torch.empty_like(x)
+        """`early_exit` that also tells what the probes said.
+
+        min_group: images that left stay in the batch until so many of them wait, which changes the time alone.
+        time: `time_tokens` of the timesteps, where they are known already.
+        """
         exit_layer = torch.full((len(x),), self.num_layers, device=x.device)
         uncertainties = torch.full((self.num_layers, len(x)), torch.nan, device=x.device)
+        output = torch.empty_like(x)
 
-        rows = torch.arange(len(x), device=x.device)  # the images still in the network
-        tokens, skips = self.uvit.embed(x, timesteps, y), []
+        rows = torch.arange(len(x), device=x.device)  # the images in the batch, rising
+        left, num_left = torch.zeros_like(rows, dtype=torch.bool), 0  # those of them that left and wait
+        tokens = self.uvit.embed(x, self.uvit.time_tokens(per_image(timesteps, x)) if time is None else time, y)
+        skips, rows_of_skips = [], []
         for layer, head in enumerate(self.exit_heads):
             uncertainty = self.probes(tokens, layer, timesteps)
-            uncertainties[layer, rows] = uncertainty.to(uncertainties.dtype)
             leaves = uncertainty <= threshold
-            if leaves.any():
-                output[rows[leaves]] = head(tokens[leaves]).to(output.dtype)
-                exit_layer[rows[leaves]] = layer
-                stays = ~leaves
-                rows, timesteps, tokens = rows[stays], timesteps[stays], tokens[stays]
-                skips = [skip[stays] for skip in skips]
-                if not len(rows):
+            if num_left:
+                leaves &= ~left
+                uncertainty = uncertainty.masked_fill(left, torch.nan)
+            uncertainties[layer].index_copy_(0, rows, uncertainty.to(uncertainties.dtype))
+            num_leaving = int(leaves.sum())  # the only time the host waits for the device
+            if num_leaving:
+                chosen = first(num_leaving, leaves)
+                at = take(rows, chosen)
+                output = put(output, at, head(take(tokens, chosen)))
+                exit_layer.index_fill_(0, at, layer)
+                left, num_left = left | leaves, num_left + num_leaving
+                if num_left == len(rows):
                     return ExitTrace(output, exit_layer, uncertainties)
+                if num_left >= min_group:
+                    stay = first(len(rows) - num_left, ~left)
+                    rows, tokens, left, num_left = take(rows, stay), take(tokens, stay), take(left, stay), 0
+                    timesteps = take(timesteps, stay) if isinstance(timesteps, Tensor) else timesteps
+            if layer > self.num_layers // 2:
+                before = rows_of_skips.pop()
+                if len(rows) < len(before):  # gathered where it is needed, not where images leave
+                    skips[-1] = take(skips[-1], torch.searchsorted(before, rows))
             tokens = self.uvit.run_block(layer, tokens, skips)
-        output[rows] = self.uvit.decode(tokens).to(output.dtype)
+            if layer < self.num_layers // 2:
+                rows_of_skips.append(rows)
+        chosen = first(len(rows) - num_left, ~left)
+        output = put(output, take(rows, chosen), self.uvit.decode(take(tokens, chosen)))
         return ExitTrace(output, exit_layer, uncertainties)
 
 
-def per_image(timesteps: Tensor | float, x: Tensor) -> Tensor:
-    """(B,) timesteps from one number, or as they are."""
-    return timesteps if isinstance(timesteps, Tensor) else torch.full((len(x),), timesteps, device=x.device)
+def first(count: int, wanted: Tensor) -> Tensor | None:
+    """Where `wanted` (B,) is true, rising, (count,); None for everywhere. The host knows the count already."""
+    return None if count == len(wanted) else wanted.byte().argsort(stable=True, descending=True)[:count]
+
+
+def take(tensor: Tensor, indices: Tensor | None) -> Tensor:
+    """Those items of a batch; None: all of them, without a copy."""
+    return tensor if indices is None else tensor.index_select(0, indices)
+
+
+def put(batch: Tensor, indices: Tensor, items: Tensor) -> Tensor:
+    """The batch with those items in it, rising indices; what holds them all is the batch."""
+    items = items.to(batch.dtype)
+    return items if len(items) == len(batch) else batch.index_copy_(0, indices, items)

@@ -28,14 +28,23 @@ def early_exit_flops(model: EarlyExitUViT) -> list[int]:
     x, timesteps, y = _inputs(model.uvit)
     skips: list[Tensor] = []
     costs = []
-    tokens = model.uvit.embed(x, timesteps, y)
-    so_far = _count(lambda: model.uvit.embed(x, timesteps, y))
+    tokens = model.uvit.embed(x, model.uvit.time_tokens(timesteps), y)
+    so_far = _count(lambda: model.uvit.embed(x, model.uvit.time_tokens(timesteps), y))
     for layer, head in enumerate(model.exit_heads):
         so_far += _count(lambda: model.probes(tokens, layer, timesteps))  # noqa: B023, called at once
         costs.append(so_far + _count(lambda: head(tokens)))  # noqa: B023
         so_far += _count(lambda: model.uvit.run_block(layer, tokens, skips.copy()))  # noqa: B023
         tokens = model.uvit.run_block(layer, tokens, skips)
     return [*costs, so_far + _count(lambda: model.uvit.decode(tokens))]
+
+
+def early_exit_training_flops(model: EarlyExitUViT, freeze_backbone: bool) -> int:
+    """Of one image's training step: forward, and backward at twice that through what learns."""
+    everything = _shapes_only(model)
+    inputs = _inputs(everything.uvit)
+    with torch.no_grad():
+        backbone, whole = _count(lambda: everything.uvit(*inputs)), _count(lambda: everything(*inputs))
+    return backbone + 3 * (whole - backbone) if freeze_backbone else 3 * whole
 
 
 def _shapes_only(module: nn.Module) -> nn.Module:

@@ -130,10 +130,18 @@ class UViT(nn.Module):
         """All L blocks in the order they run."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
-    def embed(self, x: Tensor, timesteps: Tensor | float, y: Tensor | None) -> Tensor:
+    def time_tokens(self, timesteps: Tensor) -> Tensor:
+        """What the network is told of the noise level: timesteps (B,) -> (B, D)."""
+        timesteps = self.time_scale * (timesteps.float() + self.time_shift)
+        if self.config.normalize_timesteps:
+            timesteps = timesteps / 1000
+        embedding = timestep_embedding(timesteps, self.config.embed_dim)
+        return self.time_embed(embedding.to(self.pos_embed.dtype))
+
+    def embed(self, x: Tensor, time: Tensor, y: Tensor | None) -> Tensor:
         """The tokens that enter the first block, (B, E + P, D): class (if any), time, patches.
 
-        x: (B, C, H, W). timesteps: (B,), or one number for all. y: (B,) int64 classes, for a
+        x: (B, C, H, W). time: `time_tokens`, (B, D), or (1, D) for all. y: (B,) int64 classes, for a
         class-conditional network only. Raises InputError where x or y do not fit the network.
         """
         config = self.config
@@ -141,14 +149,8 @@ class UViT(nn.Module):
             raise InputError(f"images of shape {tuple(x.shape[1:])}, the network takes {config.image_shape}")
         if (y is not None) != (config.num_classes > 0):
             raise InputError(f"classes y {'missing' if y is None else 'given'}, num_classes={config.num_classes}")
-        if not isinstance(timesteps, Tensor):
-            timesteps = torch.full((len(x),), float(timesteps), device=x.device)
-        timesteps = self.time_scale * (timesteps.float() + self.time_shift)
-        if config.normalize_timesteps:
-            timesteps = timesteps / 1000
-        patches = self.patch_embed(x)
-        time = timestep_embedding(timesteps, config.embed_dim).to(patches.dtype)
-        tokens = [self.time_embed(time)[:, None], patches]
+        patches = self.patch_embed(x.to(self.pos_embed.dtype))
+        tokens = [time[:, None].expand(len(x), -1, -1), patches]
         if y is not None:
             tokens.insert(0, self.label_emb(y)[:, None])
         return torch.cat([token.to(patches.dtype) for token in tokens], dim=1) + self.pos_embed
@@ -172,10 +174,19 @@ class UViT(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None) -> Tensor:
         """x: (B, C, H, W). timesteps: (B,) in 0..T-1, or one for all. y: (B,) classes. Returns (B, C, H, W)."""
-        tokens, skips = self.embed(x, timesteps, y), []
+        return self.denoise(x, self.time_tokens(per_image(timesteps, x)), y)
+
+    def denoise(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
+        """`forward` for those who have the `time_tokens` already, (B, D), or (1, D) for all."""
+        tokens, skips = self.embed(x, time, y), []
         for layer in range(self.config.num_blocks):
             tokens = self.run_block(layer, tokens, skips)
         return self.decode(tokens)
+
+
+def per_image(timesteps: Tensor | float, x: Tensor) -> Tensor:
+    """(B,) timesteps from one number, or as they are."""
+    return timesteps if isinstance(timesteps, Tensor) else torch.full((len(x),), timesteps, device=x.device)
 
 
 def init_linear(module: nn.Module) -> None:

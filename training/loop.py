@@ -109,7 +109,7 @@ class Trainer:
         bar = tqdm(total=args.n_steps, initial=self.step, unit="step", disable=True if args.quiet else None)
         since, since_step = time.perf_counter(), self.step
         while self.step < args.n_steps:
-            self._update(self._make_batch(*next(batches)))
+            self.update(self.make_batch(*next(batches)))
             bar.update()
             finished = self.step == args.n_steps
             if finished or self.step % args.log_every_n_steps == 0:
@@ -129,7 +129,7 @@ class Trainer:
         bar.close()
         metrics.close()
 
-    def _make_batch(self, images: Tensor, labels: Tensor) -> Batch:
+    def make_batch(self, images: Tensor, labels: Tensor) -> Batch:
         """Noise the images of the step to come."""
         generator = torch.Generator(self.device)
         generator.manual_seed(nth_seed(self.args.seed, "training steps", self.step))
@@ -147,7 +147,7 @@ class Trainer:
         target = training_target(self.schedule, x0, x_t, t, eps, self.config.parametrization)
         return Batch(x_t, t, y, target)
 
-    def _update(self, batch: Batch) -> None:
+    def update(self, batch: Batch) -> None:
         """One optimiser step."""
         args, parts = self.args, self.args.grad_accum_steps
         lr = learning_rate(self.step, args)

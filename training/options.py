@@ -74,6 +74,7 @@ def add_training_options(parser: Parser) -> None:
     )
     group.add_argument("--use_amp", action="store_true", help="mixed precision")
     group.add_argument("--amp_dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of --use_amp")
+    group.add_argument("--compile", action="store_true", help="compile the network first (torch.compile): a minute")
     group.add_argument("--grad_checkpointing", action="store_true", help="less memory, about a third more time")
 
     group = parser.add_argument_group("logs and checkpoints")

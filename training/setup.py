@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from common.cli import model_settings
 from common.config import AutoencoderConfig, Config, build_config, contradictions, settings_of
-from common.devices import pick_device
+from common.devices import check_compiler, pick_device
 from common.errors import InputError
 from common.files import writable_folder
 from data import DATASETS, crop_of, open_dataset
@@ -23,7 +23,6 @@ from data.dataset import ImageDataset
 from diffusion.sampling import Denoiser
 from models.early_exit import EarlyExitUViT, ExitOutputs
 from models.loading import build_network, load_network, stated_settings
-from models.uvit import UViT
 from models.weights import FORMAT, fill, read_pth, read_weights
 from training.checkpoints import CheckpointFolder
 from training.loop import Objective, Trainer
@@ -35,7 +34,7 @@ def backbone_trainer(args: argparse.Namespace) -> Trainer:
     config = build_config(stated(args) | {"model": "uvit"}, described(args))
     torch.manual_seed(args.seed)
     uvit = build_network(config)
-    return _trainer(args, config, uvit, backbone_objective(uvit), preview=uvit)
+    return _trainer(args, config, uvit, backbone_objective(compiled(uvit, args)), preview=uvit)
 
 
 def early_exit_trainer(args: argparse.Namespace) -> Trainer:
@@ -61,11 +60,19 @@ def early_exit_trainer(args: argparse.Namespace) -> Trainer:
     def preview(x_t: torch.Tensor, t: int, y: torch.Tensor | None) -> torch.Tensor:
         return network.early_exit(x_t, t, y, threshold=threshold).output
 
-    objective = early_exit_objective(network, args.freeze_backbone, args.use_unweighted_loss)
+    objective = early_exit_objective(compiled(network, args), args.freeze_backbone, args.use_unweighted_loss)
     return _trainer(args, config, network, objective, preview)
 
 
-def backbone_objective(uvit: UViT) -> Objective:
+def compiled(network: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The network as training calls it. Previews call it as it is: they have another batch size."""
+    if not args.compile:
+        return network
+    check_compiler(pick_device(args.device))
+    return torch.compile(network, dynamic=False)
+
+
+def backbone_objective(uvit: nn.Module) -> Objective:
     """Mean squared error. DDPM (Ho et al. 2020), Eq. 14."""
 
     def objective(x_t, t, y, target):
@@ -74,7 +81,7 @@ def backbone_objective(uvit: UViT) -> Objective:
     return objective
 
 
-def early_exit_objective(network: EarlyExitUViT, freeze_backbone: bool, use_unweighted_loss: bool) -> Objective:
+def early_exit_objective(network: nn.Module, freeze_backbone: bool, use_unweighted_loss: bool) -> Objective:
     def objective(x_t, t, y, target):
         exits = ExitOutputs(*(part.float() for part in network(x_t, t, y)))
         losses = early_exit_losses(exits, target)

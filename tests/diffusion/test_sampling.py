@@ -192,3 +192,35 @@ def test_guidance_is_one_call_with_and_without_the_class():
     got = guided(denoiser, 0.5, no_class=9)(x, 7, y)
     assert calls == [(4, 7, [1, 2, 9, 9])]
     assert got[:, 0, 0, 0].tolist() == [1 + 0.5 * (1 - 9), 2 + 0.5 * (2 - 9)]
+
+
+def test_the_first_network_and_every_change_are_told():
+    told = []
+    networks = [Recorder() for _ in range(3)]
+    denoiser = SwitchingDenoiser(networks, [600, 200], on_switch=told.append)
+    for _ in range(2):
+        sample(denoiser, Solver("ddim", NoiseSchedule()), spaced_timesteps(1000, 10), SeededNoise([0]), SHAPE)
+    assert told == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+def test_the_loop_reads_nothing_back_from_the_images(name):
+    """On an accelerator each read would make the host wait. A tensor on meta has no numbers: to read one raises."""
+    schedule, timesteps = NoiseSchedule(), spaced_timesteps(1000, 10)
+    denoiser = SwitchingDenoiser([ExactGaussian(schedule)] * 2, [500])
+    solver = make_solver(name, schedule, "predict_noise", eta=1.0 if name == "ddim" else 0.0)
+    images = sample(denoiser, solver, timesteps, lambda *shape: torch.zeros(2, *shape, device="meta"), SHAPE)
+    assert images.shape == (2, *SHAPE)
+    with pytest.raises(RuntimeError):
+        float(images.sum())
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64), (3, 256, 256)])
+def test_noise_of_a_sample_depends_neither_on_its_neighbours_nor_on_how_it_is_drawn(shape):
+    calls = 20
+    alone, among = SeededNoise([5]), SeededNoise([3, 5, 9])
+    drawn = torch.stack([alone(*shape)[0] for _ in range(calls)])
+    assert torch.equal(drawn, torch.stack([among(*shape)[1] for _ in range(calls)]))
+    assert drawn.mean().abs() < 5 / drawn.numel() ** 0.5 and (drawn.std() - 1).abs() < 5 / drawn.numel() ** 0.5
+    correlations = torch.corrcoef(drawn.flatten(1)) - torch.eye(calls)
+    assert correlations.abs().max() < 6 / drawn[0].numel() ** 0.5

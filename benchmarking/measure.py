@@ -1,0 +1,123 @@
+"""Times, rates and memory of work on a device."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.devices import DTYPES, Stopwatch, in_hardware, synchronize
+from diffusion.sampling import Denoiser
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the figures are of."""
+    about: dict[str, Any] = {"device": str(device), "torch": str(torch.__version__)}
+    if device.type == "cuda":
+        about["name"] = torch.cuda.get_device_name(device)
+    else:
+        about |= {"name": platform.processor() or platform.machine(), "cores": torch.multiprocessing.cpu_count()}
+        about |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    about["half precision in hardware"] = [name for name in ("bf16", "fp16") if in_hardware(name, device)]
+    return about
+
+
+def in_turns(
+    tasks: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, quiet: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each task, one of each per round: {name: (rounds,)}.
+
+    Tasks take turns because machines are not equally fast all the time: a ratio of two tasks is to be taken
+    within each round. One round is run before and not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    with tqdm(total=(rounds + 1) * len(tasks), unit="run", disable=True if quiet else None) as bar:
+        for number in range(rounds + 1):
+            for name, task in tasks.items():
+                bar.set_postfix_str(name)
+                with Stopwatch(device) as watch:
+                    task()
+                if number:
+                    seconds[name].append(watch.seconds)
+                bar.update()
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median over the rounds of above / below."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+class MatrixProduct:
+    """A product of two large square matrices: what a device can do at most, in a precision."""
+
+    def __init__(self, device: torch.device, precision: str):
+        self.side = 8192 if device.type == "cuda" else 2048
+        if not in_hardware(precision, device):
+            self.side = 512  # an emulation may take minutes, and its rate does not depend on the size
+        shape = (2, self.side, self.side)
+        self.a, self.b = torch.randn(shape, device=device).to(DTYPES[precision])
+
+    @property
+    def flops(self) -> int:
+        return 4 * 2 * self.side**3
+
+    def __call__(self) -> None:
+        for _ in range(4):
+            self.a @ self.b
+
+
+class CallTimer:
+    """Takes the time that calls of denoisers take, on CUDA without waiting for them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._marks: list[tuple[Any, Any]] = []
+
+    def of(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser, with its calls timed."""
+
+        def timed(x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+            before = self._mark()
+            output = denoiser(x_t, t, y)
+            self._marks.append((before, self._mark()))
+            return output
+
+        return timed
+
+    def _mark(self) -> Any:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def take_seconds(self) -> float:
+        """Of all calls since it was last asked."""
+        synchronize(self.device)
+        if self.device.type == "cuda":
+            seconds = sum(before.elapsed_time(after) for before, after in self._marks) / 1000
+        else:
+            seconds = sum(after - before for before, after in self._marks)
+        self._marks.clear()
+        return seconds
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of tensors on a GPU, of the process otherwise; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

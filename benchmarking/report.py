@@ -1,0 +1,137 @@
+"""The measurements as tables for the terminal, and as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.plots import plot_benchmark
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns under their names, numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _header(result: Mapping[str, Any], what: str) -> str:
+    memory = result["peak_memory_bytes"]
+    parts = [what, result["precision"], f"batch {result['batch_size']}"]
+    parts += ["compiled"] * result["compiled"]
+    parts += [f"{memory / 2**30:.2f} GiB at most"] if memory else []
+    return ", ".join(parts)
+
+
+def sampling_tables(result: Mapping[str, Any]) -> str:
+    calls = table(
+        ("network", "blocks", "ms/call", "GFLOP/image", "GFLOP/s", "of matrix rate"),
+        [
+            (
+                network["network"],
+                network["blocks"],
+                f"{network['ms_per_call']:.2f}",
+                f"{network['flops_per_image_call'] / 1e9:.3f}",
+                f"{network['flops_per_second'] / 1e9:.1f}",
+                f"{network['share_of_matrix_rate']:.3f}",
+            )
+            for network in result["networks"]
+        ],
+    )
+    runs = table(
+        (
+            "solver",
+            "t_switch",
+            "images/s",
+            "network only",
+            "outside",
+            "of matrix rate",
+            "speed-up",
+            "predicted",
+            "reached",
+        ),
+        [
+            (
+                run["solver"],
+                "full" if run["t_switch"] is None else run["t_switch"],
+                f"{run['images_per_second']:.4g}",
+                f"{run['images_per_second_network_only']:.4g}",
+                f"{run['share_outside_network']:.2%}",
+                f"{run['share_of_matrix_rate']:.3f}",
+                f"{run['speed_up']:.2f}x",
+                f"{run['speed_up_predicted']:.2f}x",
+                f"{run['speed_up_reached']:.3f}",
+            )
+            for run in result["runs"]
+        ],
+    )
+    rate = f"matrix products: {result['matrix_flops_per_second'] / 1e9:.1f} GFLOP/s"
+    return f"{_header(result, 'Sampling')}, {result['steps']} steps; {rate}\n\n{calls}\n\n{runs}\n"
+
+
+def early_exit_table(result: Mapping[str, Any]) -> str:
+    def row(name: object, measured: Mapping[str, Any]) -> tuple[object, ...]:
+        return (
+            name,
+            f"{measured['mean_exit_layer']:.2f}",
+            f"{1000 * measured['seconds_per_image']:.2f}",
+            f"{1000 * measured['seconds_per_image_ideal']:.2f}",
+            f"{measured['ideal_over_measured']:.3f}",
+        )
+
+    rows = [row(measured["exit_layer"], measured) for measured in result["exits"]]
+    rows += [row(f"spread, min_group {measured['min_group']}", measured) for measured in result["spread"]]
+    full = 1000 * result["seconds_per_image_full_network"]
+    return (
+        f"{_header(result, 'Early exit')}, {result['classifier_type']}\n\n"
+        + table(("images leave at", "mean layer", "ms/image", "ideal", "ideal/measured"), rows)
+        + f"\n\nThe full network without probes: {full:.2f} ms/image, "
+        f"{result['full_over_never_exiting']:.3f} of the time of never exiting\n"
+    )
+
+
+def training_table(result: Mapping[str, Any]) -> str:
+    what = f"Training of the {result['model']}" + " on a frozen backbone" * result["frozen_backbone"]
+    row = (
+        f"{result['steps_per_second']:.3g}",
+        f"{result['images_per_second']:.4g}",
+        f"{result['flops_per_image'] / 1e9:.2f}",
+        f"{result['flops_per_second'] / 1e9:.1f}",
+        f"{result['matrix_flops_per_second'] / 1e9:.1f}",
+        f"{result['share_of_matrix_rate']:.3f}",
+    )
+    head = ("steps/s", "images/s", "GFLOP/image", "GFLOP/s", "matrix products", "of matrix rate")
+    return f"{_header(result, what)}\n\n{table(head, [row])}\n"
+
+
+def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """The picture of what has been measured into a folder: results by sub-command, those that there are."""
+    sampling = results.get("sample", {}).get("measured", [])
+    exits = results.get("early-exit", {}).get("measured", [])
+    lines = []
+    for result in sampling:
+        for solver in dict.fromkeys(run["solver"] for run in result["runs"]):
+            runs = [run for run in result["runs"] if run["solver"] == solver]
+            whole = next(run for run in runs if run["t_switch"] is None)
+            # The full network alone is what any t_switch from T - 1 on gives.
+            points = [
+                (
+                    result["num_timesteps"] - 1 if run["t_switch"] is None else run["t_switch"],
+                    run["seconds_per_image"] / result["steps"],
+                    whole["seconds_per_image"] / run["speed_up_predicted"] / result["steps"],
+                )
+                for run in runs
+            ]
+            lines.append((f"{solver}, {result['precision']}", sorted(points)))
+    depths = [
+        (
+            f"{result['precision']}, batch {result['batch_size']}",
+            [(e["mean_exit_layer"], e["seconds_per_image"], e["seconds_per_image_ideal"]) for e in result["exits"]],
+            [(e["mean_exit_layer"], e["seconds_per_image"]) for e in result["spread"]],
+        )
+        for result in exits
+    ]
+    if lines or depths:
+        plot_benchmark(path, lines, depths)

@@ -1,0 +1,127 @@
+"""One backbone, and two that take turns: what a call costs, and what a switch saves."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarking.measure import CallTimer, MatrixProduct, in_turns, peak_memory, ratio
+from common.devices import DTYPES
+from common.images import save_png, to_uint8
+from common.seeds import nth_seed
+from diffusion import NoiseSchedule
+from diffusion.sampling import SeededNoise, SwitchingDenoiser, random_classes, sample
+from diffusion.solvers import make_solver, spaced_timesteps
+from models.flops import uvit_flops
+from models.inference import BackboneDenoiser
+from models.loading import Network
+
+
+@torch.inference_mode()
+def measure_sampling(
+    args: argparse.Namespace, full: Network, shallow: Network, precision: str, device: torch.device
+) -> dict[str, Any]:
+    """Times and rates of both networks alone, and of sampling with each solver at each t_switch."""
+    config, size = full.config, args.batch_size
+    schedule = NoiseSchedule(**config.diffusion_params.schedule)
+    timesteps = spaced_timesteps(schedule.num_timesteps, args.steps)
+    networks = {"shallow": shallow, "full": full}
+    flops = {name: uvit_flops(network.module) for name, network in networks.items()}
+    backbones = {
+        name: BackboneDenoiser(network.module, timesteps, DTYPES[precision], device, compiled=args.compile)
+        for name, network in networks.items()
+    }
+    shape = config.model_params.image_shape
+    x = torch.randn(size, *shape, device=device)
+    y = random_classes(config.classes, 0, range(size)).to(device) if config.classes else None
+    product, timer = MatrixProduct(device, precision), CallTimer(device)
+    network_seconds: dict[str, list[float]] = {}
+
+    def generate(run: Run, folder: Path) -> None:
+        solver = make_solver(run.solver, schedule, config.parametrization)
+        noise = SeededNoise([nth_seed(0, "samples", i) for i in range(size)], device)
+        images = to_uint8(sample(run.denoiser, solver, timesteps, noise, shape, y)).cpu()
+        if not config.autoencoder:
+            for index, image in enumerate(images):
+                save_png(folder / f"{index:06d}.png", image)
+        network_seconds.setdefault(run.name, []).append(timer.take_seconds())
+
+    timed = {name: timer.of(backbone) for name, backbone in backbones.items()}
+    runs = [Run(solver, t_switch, timed) for solver in args.solver for t_switch in (None, *args.t_switch)]
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = {"matrix product": product}
+        tasks |= {f"{name} call": partial(backbone, x, timesteps[0], y) for name, backbone in backbones.items()}
+        tasks |= {run.name: partial(generate, run, Path(folder)) for run in runs}
+        seconds = in_turns(tasks, args.rounds, device, args.quiet)
+
+    rate = [product.flops / s for s in seconds["matrix product"]]
+
+    def share_of_rate(work: float, spent: list[float]) -> float:
+        return ratio([work / s for s in spent], rate)
+
+    calls = []
+    for name, network in networks.items():
+        spent = seconds[f"{name} call"]
+        calls.append(
+            {
+                "network": name,
+                "blocks": network.config.model_params.num_blocks,
+                "ms_per_call": 1000 * statistics.median(spent),
+                "flops_per_image_call": flops[name],
+                "flops_per_second": size * flops[name] / statistics.median(spent),
+                "share_of_matrix_rate": share_of_rate(size * flops[name], spent),
+            }
+        )
+    rows = []
+    for run in runs:
+        steps = run.steps_of_each(timesteps)
+        work = sum(count * flops[name] for name, count in steps.items())
+        spent, in_network = seconds[run.name], network_seconds[run.name][-args.rounds :]
+        speed_up = ratio(seconds[Run(run.solver, None, timed).name], spent)
+        predicted = len(timesteps) * flops["full"] / work
+        rows.append(
+            {
+                "solver": run.solver,
+                "t_switch": run.t_switch,
+                "steps": steps,
+                "seconds_per_image": statistics.median(spent) / size,
+                "images_per_second": size / statistics.median(spent),
+                "images_per_second_network_only": size / statistics.median(in_network),
+                "share_outside_network": 1 - ratio(in_network, spent),
+                "share_of_matrix_rate": share_of_rate(size * work, spent),
+                "speed_up": speed_up,
+                "speed_up_predicted": predicted,
+                "speed_up_reached": speed_up / predicted,
+            }
+        )
+    return {
+        "precision": precision,
+        "compiled": args.compile,
+        "batch_size": size,
+        "steps": len(timesteps),
+        "num_timesteps": schedule.num_timesteps,
+        "matrix_flops_per_second": statistics.median(rate),
+        "networks": calls,
+        "runs": rows,
+        "peak_memory_bytes": peak_memory(device),
+    }
+
+
+class Run:
+    """Sampling with one solver and one t_switch, or with the full network alone (None)."""
+
+    def __init__(self, solver: str, t_switch: int | None, backbones: dict[str, Any]):
+        self.solver, self.t_switch = solver, t_switch
+        self.name = f"{solver}, " + ("full" if t_switch is None else f"t_switch {t_switch}")
+        self.networks = ["full"] if t_switch is None else ["shallow", "full"]
+        switches = [] if t_switch is None else [t_switch]
+        self.denoiser = SwitchingDenoiser([backbones[name] for name in self.networks], switches)
+
+    def steps_of_each(self, timesteps: list[int]) -> dict[str, int]:
+        return dict(zip(self.networks, self.denoiser.steps_of_each(timesteps), strict=True))

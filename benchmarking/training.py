@@ -1,0 +1,83 @@
+"""Steps per second of training, as the training scripts do them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarking.measure import MatrixProduct, in_turns, peak_memory, ratio
+from common.cli import Parser
+from data.dataset import InMemoryDataset, training_batches
+from models.early_exit import EarlyExitUViT
+from models.flops import early_exit_training_flops, uvit_flops
+from models.loading import Network
+from training.checkpoints import CheckpointFolder
+from training.loop import Trainer
+from training.options import add_training_options
+from training.setup import backbone_objective, compiled, early_exit_objective
+
+
+class RandomImages(InMemoryDataset):
+    """Noise in the shape that a network takes."""
+
+    def __init__(self, shape: tuple[int, int, int], num_images: int, num_classes: int):
+        self.images = torch.randint(256, (num_images, *shape), dtype=torch.uint8)
+        self.labels = torch.randint(max(1, num_classes), (num_images,))
+
+    def describe(self) -> dict[str, Any]:
+        return {"dataset": "random images"}
+
+
+def measure_training(
+    args: argparse.Namespace, network: Network, precision: str, device: torch.device
+) -> dict[str, Any]:
+    """Times of whole optimiser steps: batch, forward, backward, optimiser, averaged weights."""
+    parser = Parser()
+    add_training_options(parser)
+    options = parser.parse_args(
+        ["--dataset", "digits", "--n_steps", "1000000", "--batch_size", str(args.batch_size), "--preview_steps", "0"]
+        + ["--device", str(device)]
+        + ["--use_amp"] * (precision != "fp32")
+        + ["--amp_dtype", "float16" if precision == "fp16" else "bfloat16"]
+        + ["--compile"] * args.compile
+    )
+    module = network.module.requires_grad_(True)
+    if early_exit := isinstance(module, EarlyExitUViT):
+        module.uvit.requires_grad_(not args.freeze_backbone)
+        objective = early_exit_objective(compiled(module, options), args.freeze_backbone, use_unweighted_loss=False)
+        flops = early_exit_training_flops(module, args.freeze_backbone)
+    else:
+        objective, flops = backbone_objective(compiled(module, options)), 3 * uvit_flops(module)
+    config = dataclasses.replace(network.config, dataset=None)
+    dataset = RandomImages(config.model_params.image_shape, max(512, args.batch_size), len(config.classes))
+    product = MatrixProduct(device, precision)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = CheckpointFolder(Path(folder), "benchmark")
+        trainer = Trainer(options, config, module, objective, module, dataset, checkpoints, device)
+        module.train()
+        pin_memory = device.type == "cuda"
+        batches = training_batches(dataset, args.batch_size, 0, 0, num_workers=0, pin_memory=pin_memory)
+        step = {"step": lambda: trainer.update(trainer.make_batch(*next(batches)))}
+        seconds = in_turns({"matrix product": product} | step, args.rounds, device, args.quiet)
+    spent = seconds["step"]
+    rate = [product.flops / s for s in seconds["matrix product"]]
+    return {
+        "model": "early exit" if early_exit else "backbone",
+        "frozen_backbone": early_exit and args.freeze_backbone,
+        "precision": precision,
+        "compiled": args.compile,
+        "batch_size": args.batch_size,
+        "steps_per_second": 1 / statistics.median(spent),
+        "images_per_second": args.batch_size / statistics.median(spent),
+        "flops_per_image": flops,
+        "flops_per_second": args.batch_size * flops / statistics.median(spent),
+        "matrix_flops_per_second": statistics.median(rate),
+        "share_of_matrix_rate": ratio([args.batch_size * flops / s for s in spent], rate),
+        "peak_memory_bytes": peak_memory(device),
+    }

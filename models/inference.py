@@ -1,0 +1,117 @@
+"""Backbones as samplers run them: in one precision, compiled if asked, told of t by tokens made beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.early_exit import EarlyExitUViT, ExitTrace
+from models.uvit import UViT
+
+
+def to_working_precision(
+    network: nn.Module, uvit: UViT, timesteps: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> dict[int, Tensor]:
+    """Put a network's weights into dtype. Returns what it is told at each timestep, {t: (1, D)} on the device.
+
+    uvit: the backbone in the network. Its time tokens are made first, in fp32: half precision cannot tell 997 from 998.
+    """
+    with torch.no_grad():
+        tokens = uvit.time_tokens(torch.tensor(timesteps, device=uvit.pos_embed.device)).to(device, dtype)
+    network.to(dtype)
+    return dict(zip(timesteps, tokens.split(1), strict=True))
+
+
+class BackboneDenoiser:
+    """A U-ViT as a denoiser. What comes and goes is fp32, whatever the network works in.
+
+    timesteps: those it will be called at. device: where the images are; the network may come there later, see
+    `Offloader`. compiled: through torch.compile, on CUDA with its graphs; batches of
+    another size than the first run as they are, since a last batch is not worth a second compilation.
+    """
+
+    def __init__(
+        self,
+        uvit: UViT,
+        timesteps: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+    ):
+        self.uvit = uvit
+        self.time_tokens = to_working_precision(uvit, uvit, timesteps, dtype, device)
+        self.compiled = None
+        if compiled:
+            mode = "reduce-overhead" if device.type == "cuda" else "default"
+            self.compiled = torch.compile(uvit.denoise, dynamic=False, mode=mode)
+        self.batch_size: int | None = None
+
+    def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        self.batch_size = self.batch_size or len(x_t)
+        if self.compiled is None or len(x_t) != self.batch_size:
+            return self.uvit.denoise(x_t, self.time_tokens[t], y).float()
+        torch.compiler.cudagraph_mark_step_begin()  # the output before this one may be overwritten
+        return self.compiled(x_t, self.time_tokens[t], y).float()
+
+
+class EarlyExitTracer:
+    """An early-exit model as `trace_early_exit` runs it at one threshold: (x_t, t, y) -> ExitTrace, in fp32.
+
+    The arguments are those of `BackboneDenoiser` and of `trace_early_exit`. compiled: block by block, since the
+    batch shrinks from one to the next.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitUViT,
+        timesteps: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        threshold: float,
+        min_group: int = 1,
+        compiled: bool = False,
+    ):
+        self.model, self.threshold, self.min_group = model, threshold, min_group
+        self.time_tokens = to_working_precision(model, model.uvit, timesteps, dtype, device)
+        if compiled:
+            for block in model.uvit.blocks:
+                block.compile(dynamic=True)
+
+    def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> ExitTrace:
+        return self.model.trace_early_exit(
+            x_t, t, y, threshold=self.threshold, min_group=self.min_group, time=self.time_tokens[t]
+        )
+
+
+class Offloader:
+    """Keeps of several networks only the one that works on the device; the weights of all stay in host memory.
+
+    The host's copy is pinned and never changes, so that a switch costs one copy to the device and none back.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], device: torch.device):
+        self.device = device
+        self.host = [
+            {p: pinned(p.data, device) for p in [*network.parameters(), *network.buffers()]} for network in networks
+        ]
+        self(None)
+
+    @torch.inference_mode(False)  # what it gives the networks outlives the sampling of a batch
+    def __call__(self, active: int | None) -> None:
+        """Let network number `active` work next; None: none of them."""
+        for k, weights in enumerate(self.host):  # first make room
+            if k != active:
+                for parameter, host in weights.items():
+                    parameter.data = host
+        if active is not None:
+            for parameter, host in self.host[active].items():
+                parameter.data = host.to(self.device, non_blocking=True)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    tensor = tensor.cpu()
+    return tensor.pin_memory() if device.type == "cuda" else tensor

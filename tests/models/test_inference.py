@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusion import NoiseSchedule
+from diffusion.sampling import SeededNoise, SwitchingDenoiser, sample
+from diffusion.solvers import Solver
+from models.early_exit import EarlyExitUViT
+from models.inference import BackboneDenoiser, EarlyExitTracer, Offloader
+from models.uvit import UViT
+from tests.conftest import TINY, perturbed
+
+CPU = torch.device("cpu")
+TIMESTEPS = [999, 998, 500, 0]
+
+
+def make(depth: int = 3, **changes) -> UViT:
+    return perturbed(UViT(**TINY, depth=depth, **changes)).eval().requires_grad_(False)
+
+
+def make_early_exit() -> EarlyExitUViT:
+    torch.manual_seed(0)
+    return perturbed(EarlyExitUViT(UViT(**TINY, depth=5), "mlp_probe_per_layer")).eval().requires_grad_(False)
+
+
+def threshold_for(model: EarlyExitUViT, x: torch.Tensor) -> float:
+    """One that some images never come below, as far from what the probes say as can be."""
+    lowest = model(x, 500).uncertainty.amin(dim=0).sort().values
+    widest = int(lowest.diff().argmax())
+    return float(lowest[widest : widest + 2].mean())
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 3}, {"mlp_time_embed": True, "normalize_timesteps": True}])
+@torch.inference_mode()
+def test_in_fp32_it_is_the_network(changes):
+    uvit, x = make(**changes), torch.randn(4, 1, 8, 8)
+    y = torch.tensor([0, 1, 2, 0]) if "num_classes" in changes else None
+    denoiser = BackboneDenoiser(uvit, TIMESTEPS, torch.float32, CPU)
+    for t in TIMESTEPS:
+        torch.testing.assert_close(denoiser(x, t, y), uvit(x, t, y))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+@torch.inference_mode()
+def test_half_precision_is_near_and_gives_fp32(dtype, tolerance):
+    """Eight or eleven bits of a number, a few roundings in a row: errors of a few 2^-8 or 2^-11 of the scale."""
+    uvit, x = UViT(**TINY, depth=3).eval(), torch.randn(4, 1, 8, 8)
+    want = uvit(x, 500)
+    got = BackboneDenoiser(uvit, TIMESTEPS, dtype, CPU)(x, 500, None)
+    assert got.dtype == torch.float32
+    assert uvit.pos_embed.dtype == dtype
+    assert 0 < (got - want).abs().max() < tolerance * want.abs().max()
+
+
+def test_neighbouring_timesteps_stay_apart_in_half_precision():
+    """bf16 has no 998: the sinusoids are made of the exact number."""
+    uvit = make()
+    exact = uvit.time_tokens(torch.tensor(TIMESTEPS))
+    tokens = BackboneDenoiser(uvit, TIMESTEPS, torch.bfloat16, CPU).time_tokens
+    assert not torch.equal(tokens[999], tokens[998])
+    torch.testing.assert_close(torch.cat([tokens[t] for t in TIMESTEPS]).float(), exact, rtol=0, atol=2**-8)
+
+
+@torch.inference_mode()
+def test_early_exit_in_half_precision_leaves_where_fp32_does():
+    x = torch.randn(6, 1, 8, 8)
+    model = make_early_exit()
+    threshold = threshold_for(model, x)
+    want = model.trace_early_exit(x, 500, threshold=threshold)
+    tracer = EarlyExitTracer(model, TIMESTEPS, torch.bfloat16, CPU, threshold=threshold)
+    got = tracer(x, 500, None)
+    assert got.output.dtype == torch.float32
+    assert len(want.exit_layer.unique()) > 1, "the case is of no use if all leave at one layer"
+    assert torch.equal(got.exit_layer, want.exit_layer)
+    assert (got.output - want.output).abs().max() < 0.1 * want.output.abs().max()
+
+
+@torch.inference_mode()
+def test_compiled_and_eager_agree():
+    """Also for a last batch of another size, and for batches that shrink on the way."""
+    x = torch.randn(6, 1, 8, 8)
+    uvit = make()
+    eager, compiled = (BackboneDenoiser(uvit, TIMESTEPS, torch.float32, CPU, compiled=c) for c in (False, True))
+    for t, images in ((999, x), (0, x), (500, x[:2])):
+        torch.testing.assert_close(compiled(images, t, None), eager(images, t, None), rtol=1e-4, atol=1e-4)
+
+    model = make_early_exit()
+    threshold = threshold_for(model, x)
+    want = EarlyExitTracer(model, TIMESTEPS, torch.float32, CPU, threshold=threshold)(x, 500, None)
+    tracer = EarlyExitTracer(model, TIMESTEPS, torch.float32, CPU, threshold=threshold, compiled=True)
+    got = tracer(x, 500, None)
+    assert len(want.exit_layer.unique()) > 1, "the case is of no use if all leave at one layer"
+    assert torch.equal(got.exit_layer, want.exit_layer)
+    torch.testing.assert_close(got.output, want.output, rtol=1e-4, atol=1e-3)
+
+
+def test_offloading_moves_weights_and_changes_no_image():
+    """There is no second device here: one stands for both, and what moves is told by where the numbers lie."""
+    networks = [make(1), make(3)]
+    schedule = NoiseSchedule(num_timesteps=20)
+    timesteps = list(range(19, -1, -1))
+    denoisers = [BackboneDenoiser(n, timesteps, torch.float32, CPU) for n in networks]
+
+    def images(on_switch=None):
+        noise = SeededNoise([1, 2], CPU)
+        return sample(
+            SwitchingDenoiser(denoisers, [9], on_switch), Solver("ddpm", schedule), timesteps, noise, (1, 8, 8)
+        )
+
+    want = images()
+    offloader = Offloader(networks, CPU)
+    moved = []
+
+    def switch(active):
+        offloader.host = [{p: host.clone() for p, host in weights.items()} for weights in offloader.host]
+        offloader(active)
+        moved.append(active)
+
+    for _ in range(2):
+        torch.testing.assert_close(images(switch), want, rtol=0, atol=0)
+    assert moved == [0, 1, 0, 1]
+    offloader(None)
+    assert all(p.data_ptr() == host.data_ptr() for weights in offloader.host for p, host in weights.items())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training.setup", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["training.setup", "torch.utils.tensorboard", "torch._dynamo", "torch.distributed.fsdp"])
 PATIENCE = 300  # seconds; machines that run tests are sometimes busy
 
 

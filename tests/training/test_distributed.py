@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -124,7 +125,7 @@ def test_all_stop_at_the_step_at_which_one_is_told_to(logs, alone):
     assert processes.finish(started) == [143, 143]
     said = (logs / "told.txt").read_text()
     step = last(logs / "told")["step"]
-    assert said.count(f"SIGTERM: stopped after step {step}; go on with: torchrun ... train.py") == 1
+    assert said.count(f"SIGTERM: stopped after step {step}; go on with: torchrun ...") == 1
     assert metrics(logs / "told")[-1]["step"] == step
     loss = metrics(logs / "told")[2]["loss"]
     assert loss == pytest.approx(metrics(alone)[2]["loss"], rel=1e-5)
@@ -180,7 +181,7 @@ def test_parts_make_up_the_batch(monkeypatch):
         for rank in range(count):
             monkeypatch.setenv("RANK", str(rank))
             parts.append(next(iter(SeededBatches(100, 14, seed=1, part=part_of(14)))))
-        assert sum(parts, []) == batch
+        assert list(itertools.chain.from_iterable(parts)) == batch
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from common.cli import Parser, existing_file
 from common.errors import InputError, command
@@ -36,6 +42,21 @@ class CheckpointFolder:
     def __init__(self, folder: Path, prefix: str):
         self.folder, self.prefix = folder, prefix
         self.last = folder / f"{prefix}_last.pth"
+
+    def claim(self) -> None:
+        """Keep other trainings out of the folder, if it is there, for as long as this process lives.
+
+        Raises InputError where another is in it: two would take each other's files for leftovers.
+        """
+        if fcntl is None or not self.folder.is_dir():
+            return
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another training is at work there; wait for its end") from None
+        except OSError:  # a file system without locks
+            log.warning("%s cannot be locked: see that no second training works there", self.folder)
 
     def at_step(self, step: int) -> Path:
         return self.folder / f"{self.prefix}_step-{step}.pth"
@@ -69,9 +90,16 @@ class CheckpointFolder:
                 log.warning("passed over %s; it is now %s", error, set_aside(path).name)
         raise InputError(f"--resume: no checkpoint of {self.prefix} in {self.folder}; to begin, leave --resume out")
 
-    def thin_out(self, keep: int) -> None:
-        """Remove all but the newest `keep` of those that stay."""
-        for path in list(self.numbered().values())[:-keep]:
+    def tidy(self, newest: Path, keep: int | None) -> None:
+        """Do what a killed training was about to: make the newest the last one too, and thin out the others."""
+        if newest != self.last:
+            with replacing(self.last) as temporary:
+                shutil.copyfile(newest, temporary)
+        self.thin_out(keep)
+
+    def thin_out(self, keep: int | None) -> None:
+        """Remove all but the newest `keep` of those that stay; none if it is None."""
+        for path in list(self.numbered().values())[: -keep if keep else 0]:
             path.unlink(missing_ok=True)
 
 

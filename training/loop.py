@@ -335,13 +335,13 @@ class Trainer:
     def _write(self, content: dict[str, Any], stays: bool) -> None:
         if stays:
             write_checkpoint(self.checkpoints.at_step(self.step), content)
-            if self.args.keep_last:
-                self.checkpoints.thin_out(self.args.keep_last)
+            self.checkpoints.thin_out(self.args.keep_last)
         write_checkpoint(self.checkpoints.last, content)
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        return self.dataset.identity()
+        """What tells the images from others. All processes must ask for it together."""
+        return on_main(self.dataset.identity)
 
     def options(self) -> dict[str, Any]:
         """What decides what a step computes, beside the network and the data; a run goes on only under the same."""

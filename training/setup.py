@@ -145,7 +145,7 @@ def _trainer(
     checkpoints = CheckpointFolder(args.log_path / name, f"{args.dataset}_{config.model}")
     start = on_main(functools.partial(find_start, args, checkpoints))
     content = None if start is None else read_start(start, args.resume)
-    on_main(lambda: str(writable_folder(checkpoints.folder)))
+    on_main(functools.partial(make_folder, checkpoints))
 
     if content is not None and content.get("format") != FORMAT:
         fill(network, read_weights(start).state_dict, start)
@@ -180,14 +180,22 @@ def match_latents(config: Config, dataset: ImageDataset) -> Config:
 
 def find_start(args: argparse.Namespace, checkpoints: CheckpointFolder) -> Path | None:
     """The checkpoint or weights to go on from; None for a new run. Never in another run's folder."""
+    checkpoints.claim()
     if args.resume:
-        return checkpoints.newest_whole()
+        newest = checkpoints.newest_whole()
+        checkpoints.tidy(newest, args.keep_last)
+        return newest
     there, start = checkpoints.newest_first(), args.load_checkpoint_path
     if there and not (start and start.samefile(there[0])):
         raise InputError(
             f"{checkpoints.folder} holds a run already; go on with --resume, or choose another --exp_name or --log_path"
         )
     return start
+
+
+def make_folder(checkpoints: CheckpointFolder) -> None:
+    writable_folder(checkpoints.folder)
+    checkpoints.claim()
 
 
 def read_start(path: Path, resume: bool) -> Mapping[str, Any]:

@@ -71,12 +71,13 @@ def test_killed_at_random_moments(capfd):
 class TestStopping:
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
     @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-    def test_a_signal_ends_the_run_after_its_step(self, number, status, unbroken, tmp_path):
+    def test_a_signal_ends_the_run_after_its_step(self, number, status, unbroken, tmp_path, fails):
         """It reaches the processes that load images as well, as from a terminal or a queue."""
         argv = argv_of(tmp_path, "--num_workers", 1, steps=2000)
         (process,) = processes.start("train", argv, tmp_path / "said.txt")
         log = tmp_path / "run" / "metrics.jsonl"
         processes.wait_for(lambda: log.exists() and log.read_text(), "the first log")
+        fails(train_script.main, [*argv, "--resume"], "another training is at work there")
         for pid in [*processes.children(process.pid), process.pid]:
             os.kill(pid, number)
         assert processes.finish([process]) == [status]
@@ -162,6 +163,13 @@ class TestCheckpoints:
         run = train(tmp_path, "--save_new_every_n_steps", 1, "--keep_last", 2, steps=11)
         assert {path.name for path in run.glob("*.pth")} == {LAST} | {f"digits_uvit_step-{n}.pth" for n in (10, 11)}
 
+    def test_what_a_killed_training_was_about_to_do(self, run, unbroken, fails):
+        """It had written the one that stays, and neither the last one nor removed what is too many."""
+        shutil.copy(run / "digits_uvit_step-6.pth", run / LAST)
+        fails(train_script.main, argv_of(run.parent, "--resume", "--keep_last", 2), "step 8 already")
+        assert (run / LAST).read_bytes() == (unbroken / LAST).read_bytes()
+        assert {path.name for path in run.glob("*step*")} == {f"digits_uvit_step-{n}.pth" for n in (6, 8)}
+
     def test_what_a_killed_write_left_is_cleared_away(self, run):
         left = [run / ".digits_uvit_last.pth.abc123_z.pth", run / ".metrics.jsonl.abcdefgh.jsonl"]
         for path in left:
@@ -181,7 +189,7 @@ class TestCheckpoints:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (run / LAST).read_bytes() == before
-        assert not list(run.glob(".*"))
+        assert [path.name for path in run.glob(".*")] == [".lock"]
         train(tmp_path, "--resume")
         assert not differences(state(run), state(unbroken))
 

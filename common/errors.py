@@ -62,7 +62,7 @@ def fail(script: str, message: str) -> None:
     The others wait a little: mostly they met the same as process 0, and torchrun ends them meanwhile.
     """
     if process := int(os.environ.get("RANK", 0)):
-        time.sleep(5)
+        time.sleep(3)
         script = f"{script}: process {process}"
     print(f"{script}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None

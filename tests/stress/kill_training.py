@@ -98,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             writing += in_writing
             begun = any(folder.glob("[!.]*.pth"))
             (status,) = processes.finish(train(logs, name, *["--resume"] * begun))
-            different = differences(wanted, outcome(folder)) if status == 0 else [f"status {status}"]
+            ended = (
+                status == 0 or "leaves nothing to do" in (logs / f"{name}.txt").read_text()
+            )  # killed at the very end
+            different = differences(wanted, outcome(folder)) if ended else [f"status {status}"]
             same += not different
             print(
                 f"kill {kill}: {'went on' if begun else 'began anew'}{', was writing a checkpoint' * in_writing}: "

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common.config import Config, carried_settings
@@ -39,7 +38,7 @@ from training.checkpoint import CheckpointFolder, write_checkpoint
 from training.ema import Ema
 from training.interruption import REASONS, Reason, StopRequests
 from training.logs import MetricsLog
-from training.parallel import ReadLate, gradients_shared, like, spread, whole
+from training.parallel import ReadLate, gradients_shared, in_pieces, like, spread, whole
 from training.settings import decisive, incidental
 
 log = logging.getLogger(__name__)
@@ -214,7 +213,8 @@ class Trainer:
         losses, asked = self._backward(batch)
         scale = self.scaler.scale(torch.ones((), device=self.device))
         self.scaler.unscale_(self.optimizer)
-        grad_norm = whole_norm(nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm))
+        grad_norm = nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        grad_norm = grad_norm.full_tensor() if in_pieces(grad_norm) else grad_norm
 
         finite = losses["loss"].isfinite() & grad_norm.isfinite()
         # After too many bad steps none is taken any more: a host that reads late finds the weights of the last good.
@@ -388,11 +388,6 @@ class Trainer:
             for i, values in optimizer["state"].items()
         }
         return {**optimizer, "state": state}
-
-
-def whole_norm(norm: Tensor) -> Tensor:
-    """What clip_grad_norm_ returns, as a plain tensor on every process."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def preview_decoder(config: Config, device: torch.device) -> Callable[[Tensor], Tensor] | None:

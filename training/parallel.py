@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import is_main, world_size
@@ -59,9 +58,14 @@ def gradients_shared(model: nn.Module, now: bool) -> Iterator[None]:
     yield
 
 
+def in_pieces(tensor: Any) -> bool:
+    """Whether it is a DTensor. Told by a method of theirs: their module takes a second to import."""
+    return hasattr(tensor, "full_tensor")
+
+
 def local(tensor: Tensor) -> Tensor:
     """The piece that lies here; a tensor that is in no pieces, itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if in_pieces(tensor) else tensor
 
 
 def whole(content: Any) -> Any:
@@ -73,7 +77,7 @@ def whole(content: Any) -> Any:
         return {key: whole(value) for key, value in content.items()}
     if isinstance(content, list):
         return [whole(value) for value in content]
-    if not isinstance(content, DTensor):
+    if not in_pieces(content):
         return content
     gathered = content.full_tensor()
     return gathered.cpu() if is_main() else None
@@ -81,8 +85,10 @@ def whole(content: Any) -> Any:
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """A whole tensor, in pieces if `model` is."""
-    if not isinstance(model, DTensor) or tensor.shape != model.shape:
+    if not in_pieces(model) or tensor.shape != model.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["training.setup", "torch.utils.tensorboard", "torch._dynamo", "torch.distributed.fsdp"])
+# Killed processes leave semaphores (of tqdm) behind, which are cleared away at the end, with a warning.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
 PATIENCE = 300  # seconds; machines that run tests are sometimes busy
 
 

@@ -149,7 +149,8 @@ class Trainer:
         args = self.args
         metrics = None
         if is_main():
-            remove_leftovers(self.checkpoints.folder)
+            for folder in (self.checkpoints.folder, self.checkpoints.folder / "previews"):
+                remove_leftovers(folder)
             metrics = MetricsLog(self.checkpoints.folder, self.step)
             trained = sum(p.numel() for p in self.trained) / 1e6
             print(f"{trained:.2f} M parameters learn from {len(self.dataset):,} images -> {self.checkpoints.folder}")

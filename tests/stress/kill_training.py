@@ -51,6 +51,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "metrics": [{name: v for name, v in line.items() if name != "steps_per_second"} for line in logged],
         "tensorboard": [(event.step, event.value) for event in board.Scalars("loss")],
         "files": sorted(path.name for path in folder.iterdir()),
+        "half-written": sorted(path.name for path in folder.rglob(".*") if path.name != ".lock"),
     }
 
 

@@ -172,7 +172,9 @@ class TestCheckpoints:
 
     def test_what_a_killed_write_left_is_cleared_away(self, run):
         left = [run / ".digits_uvit_last.pth.abc123_z.pth", run / ".metrics.jsonl.abcdefgh.jsonl"]
+        left.append(run / "previews" / ".step-8.png.12345678.png")
         for path in left:
+            path.parent.mkdir(exist_ok=True)
             path.write_text("half")
         (run / ".notes").write_text("of the user")
         train(run.parent, "--resume", steps=9)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from common.cli import Parser, existing_file, real
 from common.config import CLASSIFIER_TYPES
+from common.distributed import joined_processes
 from common.errors import command
 from training.options import add_training_options, check_training_options
 
@@ -21,7 +22,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--classifier_type", choices=CLASSIFIER_TYPES, help="the probes; beats --config_path")
     group.add_argument("--use_unweighted_loss", action="store_true", help="add the exits' plain squared errors")
     group.add_argument("--preview_threshold", type=real(0, 1), help="exit threshold of the previews; 0.1 if not said")
-    args = check_training_options(parser, parser.parse_args(argv))
+    args = check_training_options(parser, parser.parse_args(argv), argv)
     if args.model == "uvit":
         for name in (
             "load_backbone",
@@ -43,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from training.setup import backbone_trainer, early_exit_trainer
 
-    trainer = backbone_trainer(args) if args.model == "uvit" else early_exit_trainer(args)
-    trainer.train()
+    make_trainer = backbone_trainer if args.model == "uvit" else early_exit_trainer
+    with joined_processes(args.device) as device:
+        make_trainer(args, device).train()
 
 
 if __name__ == "__main__":

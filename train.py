@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from common.cli import Parser
+from common.distributed import joined_processes
 from common.errors import command
 from training.options import add_training_options, check_training_options
 
@@ -14,7 +15,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", choices=("uvit",), default="uvit", help="main.py trains early-exit models")
     add_training_options(parser)
-    return check_training_options(parser, parser.parse_args(argv))
+    return check_training_options(parser, parser.parse_args(argv), argv)
 
 
 @command
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from training.setup import backbone_trainer
 
-    backbone_trainer(args).train()
+    with joined_processes(args.device) as device:
+        backbone_trainer(args, device).train()
 
 
 if __name__ == "__main__":

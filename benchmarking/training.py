@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import tempfile
 from pathlib import Path
@@ -17,10 +18,10 @@ from data.dataset import InMemoryDataset, training_batches
 from models.early_exit import EarlyExitUViT
 from models.flops import early_exit_training_flops, uvit_flops
 from models.loading import Network
-from training.checkpoints import CheckpointFolder
+from training.checkpoint import CheckpointFolder
 from training.loop import Trainer
-from training.options import add_training_options
-from training.setup import backbone_objective, compiled, early_exit_objective
+from training.options import add_training_options, check_training_options
+from training.setup import backbone_objective, early_exit_objective
 
 
 class RandomImages(InMemoryDataset):
@@ -40,20 +41,18 @@ def measure_training(
     """Times of whole optimiser steps: batch, forward, backward, optimiser, averaged weights."""
     parser = Parser()
     add_training_options(parser)
-    options = parser.parse_args(
-        ["--dataset", "digits", "--n_steps", "1000000", "--batch_size", str(args.batch_size), "--preview_steps", "0"]
-        + ["--device", str(device)]
-        + ["--use_amp"] * (precision != "fp32")
-        + ["--amp_dtype", "float16" if precision == "fp16" else "bfloat16"]
-        + ["--compile"] * args.compile
-    )
+    argv = ["--dataset", "digits", "--n_steps", "1000000", "--preview_steps", "0"]
+    argv += ["--batch_size", str(args.batch_size), "--device", str(device)]
+    argv += ["--use_amp"] * (precision != "fp32") + ["--compile"] * args.compile
+    argv += ["--amp_dtype", "float16" if precision == "fp16" else "bfloat16"]
+    options = check_training_options(parser, parser.parse_args(argv), argv)
     module = network.module.requires_grad_(True)
     if early_exit := isinstance(module, EarlyExitUViT):
         module.uvit.requires_grad_(not args.freeze_backbone)
-        objective = early_exit_objective(compiled(module, options), args.freeze_backbone, use_unweighted_loss=False)
+        objective = functools.partial(early_exit_objective, args.freeze_backbone, False)
         flops = early_exit_training_flops(module, args.freeze_backbone)
     else:
-        objective, flops = backbone_objective(compiled(module, options)), 3 * uvit_flops(module)
+        objective, flops = backbone_objective, 3 * uvit_flops(module)
     config = dataclasses.replace(network.config, dataset=None)
     dataset = RandomImages(config.model_params.image_shape, max(512, args.batch_size), len(config.classes))
     product = MatrixProduct(device, precision)

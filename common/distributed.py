@@ -6,9 +6,11 @@ options stays quick.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from common.errors import InputError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=1)  # with a process that is alive: the others wait while process 0 saves
 
 
 def rank() -> int:
@@ -38,9 +41,16 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world_size()]
 
 
+def part_of(total: int) -> slice:
+    """This process's part of `total` rows: neighbours, as many as the others have, or one more."""
+    return slice(total * rank() // world_size(), total * (rank() + 1) // world_size())
+
+
 @contextmanager
 def joined_processes(device_name: str) -> Iterator[torch.device]:
     """Within the block the processes can talk to each other. Yields the device of this one.
+
+    Warnings are process 0's to give: the others would repeat them.
 
     device_name: as in `pick_device`; on CUDA each process takes the GPU of its LOCAL_RANK.
     Raises InputError where there are fewer GPUs than processes on this machine, or one GPU is named for several.
@@ -67,10 +77,12 @@ def joined_processes(device_name: str) -> Iterator[torch.device]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    logging.disable(logging.NOTSET if is_main() else logging.WARNING)
     try:
         yield device
     finally:
+        logging.disable(logging.NOTSET)
         distributed.destroy_process_group()
 
 
@@ -91,3 +103,40 @@ def gather(item: T) -> list[T] | None:
     gathered = [None] * world_size() if is_main() else None
     distributed.gather_object(item, gathered)
     return gathered
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of what every process gives, on all of them; `values` are changed."""
+    if world_size() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(values)
+    return values
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Process 0 alone does the work; all wait for it, get its result (a plain value), or raise its InputError."""
+    if world_size() == 1:
+        return work()
+    from torch import distributed
+
+    result: list = [None, None]
+    if is_main():
+        try:
+            result[0] = work()
+        except InputError as error:
+            result[1] = str(error)
+    distributed.broadcast_object_list(result)
+    if result[1] is not None:
+        raise InputError(result[1])
+    return result[0]
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Process 0 goes through the block before the others: it may download what they then find."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()

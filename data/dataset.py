@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import signal
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +42,13 @@ class ImageDataset(Dataset, ABC):
     def describe(self) -> dict[str, Any]:
         """Everything the pixels depend on, as plain values: the provenance of scores, the key of caches."""
 
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others, wherever they lie, as plain values.
+
+        Of `files_sha256` and `contents_sha256` (where a dataset has it) one that is the same is enough.
+        """
+        return {key: value for key, value in self.describe().items() if key != "source"}
+
     @cached_property
     def row_shape(self) -> tuple[int, ...]:
         """(C, H, W), of one image."""
@@ -52,10 +62,11 @@ class ImageDataset(Dataset, ABC):
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
 
-    def to_x0(self, images: Tensor, mirrored: Tensor | None, generator: torch.Generator) -> Tensor:
+    def to_x0(self, images: Tensor, mirrored: Tensor | None, normal: Callable[..., Tensor]) -> Tensor:
         """From what `__getitems__` gives, on any device, to what the network learns: float (B, C, H, W).
 
-        mirrored: (B,) bool, which images to mirror; None for none. generator: for datasets that draw.
+        mirrored: (B,) bool, which images to mirror; None for none. normal: called with a shape, gives that much
+        noise for each image (B, *shape), for datasets that draw.
         """
         x0 = from_uint8(images)
         return x0 if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
@@ -87,10 +98,12 @@ class SeededBatches(Sampler[list[int]]):
 
     Which images make the batch of a step follows from (seed, step) alone, so training can go on from
     any step. A batch may reach over the end of an epoch, so that every image is seen equally often.
+
+    part: which rows of each batch to give, where several processes share it.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, start_step: int = 0):
-        self.num_images, self.batch_size = num_images, batch_size
+    def __init__(self, num_images: int, batch_size: int, seed: int, start_step: int = 0, part: slice = slice(None)):
+        self.num_images, self.batch_size, self.part = num_images, batch_size, part
         self.seed, self.start_step = seed, start_step
 
     def permutation(self, epoch: int) -> np.ndarray:
@@ -107,25 +120,36 @@ class SeededBatches(Sampler[list[int]]):
                 order = self.permutation(epoch)
                 if position:
                     batch = np.concatenate([batch, order[:position]])
-            yield batch.tolist()
+            yield batch[self.part].tolist()
 
 
 def training_batches(
-    dataset: ImageDataset, batch_size: int, seed: int, start_step: int, num_workers: int, pin_memory: bool
+    dataset: ImageDataset,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    num_workers: int,
+    pin_memory: bool,
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (images uint8 (B, C, H, W), labels (B,)); the batch of each step follows from the seed."""
+    """Endless (images uint8 (B, C, H, W), labels (B,)); the batch of each step follows from the seed.
+
+    part: the rows of each batch that are wanted; no others are read.
+    """
     if batch_size > len(dataset):
         raise InputError(f"--batch_size {batch_size} is more than the {len(dataset)} images of the dataset")
-    per_message = _batches_per_message(dataset, batch_size) if num_workers else 1
+    wanted = len(range(batch_size)[part])
+    per_message = _batches_per_message(dataset, wanted) if num_workers else 1
     loader = DataLoader(
         dataset,
-        batch_sampler=_Joined(SeededBatches(len(dataset), batch_size, seed, start_step), per_message),
+        batch_sampler=_Joined(SeededBatches(len(dataset), batch_size, seed, start_step, part), per_message),
         collate_fn=_as_message,
         num_workers=num_workers,
+        worker_init_fn=_obey_parent_alone,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
     )
-    return _apart(iter(loader), batch_size)
+    return _apart(iter(loader), wanted)
 
 
 def check_labels(highest: int, num_classes: int, source: object) -> None:
@@ -166,3 +190,18 @@ def _as_message(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, np.ndarray]:
 def _apart(messages: Iterator[tuple[Tensor, np.ndarray]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for images, labels in messages:
         yield from zip(images.split(batch_size), torch.from_numpy(labels).split(batch_size), strict=True)
+
+
+def _obey_parent_alone(worker: int) -> None:
+    """Of a loading process: Ctrl-C and a queue's SIGTERM reach it too, but whether to end is its parent's to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -52,6 +52,10 @@ class Source(ABC):
     def fingerprint(self, names: Sequence[str]) -> str:
         """Changes when a file is added, removed or replaced."""
 
+    def contents(self, names: Sequence[str]) -> str:
+        """The same for a copy of the files elsewhere."""
+        return self.fingerprint(names)
+
 
 def image_names(folder: Path) -> Iterator[str]:
     """What is named like an image below a folder, with / between folders, in no order; nothing hidden.
@@ -94,6 +98,12 @@ class FolderSource(Source):
         for name in names:
             about = (self.path / name).stat()
             digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def contents(self, names: Sequence[str]) -> str:
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(f"{name}\0{(self.path / name).stat().st_size}\n".encode())
         return digest.hexdigest()
 
 
@@ -211,3 +221,6 @@ class ImageFiles(ImageDataset):
             "in_chans": self.in_chans,
             "crop": self.crop,
         }
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"contents_sha256": self.source.contents(self.names)}

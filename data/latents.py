@@ -7,7 +7,7 @@ of its unscaled latents.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,12 +99,11 @@ class PackedLatents(PackedDataset):
                 "wanted about 1; give the right --scale_factor and pack again"
             )
 
-    def to_x0(self, rows: Tensor, mirrored: Tensor | None, generator: torch.Generator) -> Tensor:
+    def to_x0(self, rows: Tensor, mirrored: Tensor | None, normal: Callable[..., Tensor]) -> Tensor:
         """Draw latents (B, C, h, w), scaled, from rows (B, 2, 2, C, h, w)."""
         view = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if mirrored is None else mirrored.long()
         mean, std = rows[torch.arange(len(rows), device=rows.device), view].float().unbind(1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return (mean + std * noise) * self.scale_factor
+        return (mean + std * normal(*mean.shape[1:])) * self.scale_factor
 
 
 def _sha256_of(checkpoint: Path) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from training.parallel import like, local
+
 
 class Ema:
     """Averages of the parameters that are trained.
@@ -21,14 +23,20 @@ class Ema:
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after `step` optimiser steps."""
+    def update(self, step: int, taken: Tensor | None = None) -> None:
+        """Take in the weights after `step` optimiser steps.
+
+        taken: 0-d bool, whether the last was taken; if not, nothing changes. It is not read on the host.
+        """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
+        averages, goals = ([local(t) for t in d.values()] for d in (self.averages, self.parameters))
+        if taken is not None:
+            goals = [torch.where(taken, p, a) for p, a in zip(goals, averages, strict=True)]
+        torch._foreach_lerp_(averages, goals, weight)
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
         for name, average in self.averages.items():
-            average.copy_(averages[name])
+            average.copy_(like(averages[name], average))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

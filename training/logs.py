@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 from common.files import replacing
@@ -36,6 +37,8 @@ class MetricsLog:
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows must not know more than the log
         for name, value in scalars.items():
             self.tensorboard.add_scalar(name, value, step)
         self.tensorboard.flush()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import (
@@ -15,6 +18,7 @@ from common.cli import (
     real,
     whole,
 )
+from common.distributed import world_size
 from data import CROPS, DATASETS
 
 
@@ -38,12 +42,15 @@ def add_training_options(parser: Parser) -> None:
     group.add_argument(
         "--num_workers",
         type=whole(0, 1024),
-        help="processes that load images; if not said, none for what is in memory or packed, else one a core",
+        help="processes that load images, beside each that trains; if not said, none for what is in memory or packed, "
+        "else as many as there are cores for",
     )
 
     group = parser.add_argument_group("run")
     group.add_argument("--n_steps", type=whole(1), required=True, help="optimiser steps")
-    group.add_argument("--batch_size", type=whole(1), default=128, help="images per optimiser step")
+    group.add_argument(
+        "--batch_size", type=whole(1), default=128, help="images per optimiser step, of all processes together"
+    )
     group.add_argument("--grad_accum_steps", type=whole(1), default=1, help="work a batch off in this many equal parts")
     group.add_argument("--seed", type=SEED, default=0, help="weights, data order, noise and timesteps follow from it")
     group.add_argument("--log_path", type=Path, default=Path("logs"), help="runs are folders in here")
@@ -53,6 +60,20 @@ def add_training_options(parser: Parser) -> None:
         "--load_checkpoint_path",
         type=existing_file,
         help="go on from this checkpoint: weights, optimiser and step; from step 0 if it holds weights alone",
+    )
+    group.add_argument(
+        "--max_hours", type=real(0, above=True), help="save and end after this long, for queues with a limit"
+    )
+    group.add_argument(
+        "--max_bad_steps",
+        type=whole(1),
+        default=10,
+        help="a step whose loss or gradient is not finite changes nothing; after this many in a row training stops",
+    )
+    group.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun: spread parameters, optimizer and averages over the processes, not copies of them",
     )
     add_common_options(group)
 
@@ -81,6 +102,9 @@ def add_training_options(parser: Parser) -> None:
     group.add_argument("--log_every_n_steps", type=whole(1), default=2500, help="scalars and a preview")
     group.add_argument("--save_every_n_steps", type=whole(1), default=25_000, help="replaces the last checkpoint")
     group.add_argument("--save_new_every_n_steps", type=whole(1), default=100_000, help="a checkpoint that stays")
+    group.add_argument(
+        "--keep_last", type=whole(1), help="of the checkpoints that stay keep this many; all if not said"
+    )
     group.add_argument("--n_samples", type=whole(1, 1024), default=16, help="images in a preview")
     group.add_argument("--preview_steps", type=whole(0), default=20, help="DDIM steps of a preview; 0: no previews")
     group.add_argument("--sample_seed", type=SEED, default=0, help="of the previews")
@@ -94,11 +118,21 @@ def add_training_options(parser: Parser) -> None:
     parser.add_argument("--num_timesteps", type=whole(1, 100_000), help="T of the noise schedule; 1000 if not said")
 
 
-def check_training_options(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+def check_training_options(parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Adds to args: `deadline` of time.monotonic(), and the `command` that was typed, as words."""
     if args.batch_size % args.grad_accum_steps:
         parser.error(f"--batch_size {args.batch_size} is no multiple of --grad_accum_steps {args.grad_accum_steps}")
+    if args.batch_size < (least := world_size() * args.grad_accum_steps):
+        parser.error(
+            f"--batch_size {args.batch_size}: {world_size()} processes in {args.grad_accum_steps} parts each need at "
+            f"least {least}"
+        )
+    if args.fsdp and world_size() == 1:
+        parser.error("--fsdp needs several processes; start the script with torchrun --nproc_per_node=N")
     if args.resume and args.load_checkpoint_path:
         parser.error("--resume and --load_checkpoint_path both say where to go on from; give one")
     if args.exp_name is not None and (Path(args.exp_name).name != args.exp_name or args.exp_name in ("", "..")):
         parser.error(f"--exp_name {args.exp_name}: wanted the name of a folder, not a path")
+    args.deadline = None if args.max_hours is None else time.monotonic() + 3600 * args.max_hours
+    args.command = [*sys.argv] if argv is None else [parser.prog, *argv]
     return args

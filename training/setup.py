@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.cli import model_settings
-from common.config import AutoencoderConfig, Config, build_config, contradictions, settings_of
-from common.devices import check_compiler, pick_device
+from common.config import AutoencoderConfig, Config, build_config, carried_settings, contradictions, settings_of
+from common.devices import check_compiler
+from common.distributed import main_first, on_main
 from common.errors import InputError
 from common.files import writable_folder
 from data import DATASETS, crop_of, open_dataset
@@ -24,20 +27,23 @@ from diffusion.sampling import Denoiser
 from models.early_exit import EarlyExitUViT, ExitOutputs
 from models.loading import build_network, load_network, stated_settings
 from models.weights import FORMAT, fill, read_pth, read_weights
-from training.checkpoints import CheckpointFolder
+from training.checkpoint import CheckpointFolder, read_checkpoint
 from training.loop import Objective, Trainer
 from training.losses import early_exit_losses, total_early_exit_loss
+from training.settings import data_differences, differences
+
+log = logging.getLogger(__name__)
 
 
-def backbone_trainer(args: argparse.Namespace) -> Trainer:
+def backbone_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     """Train a U-ViT from fresh weights."""
     config = build_config(stated(args) | {"model": "uvit"}, described(args))
     torch.manual_seed(args.seed)
     uvit = build_network(config)
-    return _trainer(args, config, uvit, backbone_objective(compiled(uvit, args)), preview=uvit)
+    return _trainer(args, config, uvit, backbone_objective, preview=uvit, device=device)
 
 
-def early_exit_trainer(args: argparse.Namespace) -> Trainer:
+def early_exit_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     """Train probes and exit heads on a backbone, which is frozen or trained along."""
     settings = stated(args)
     classifier_type = args.classifier_type or settings.pop("classifier_type", None)
@@ -60,34 +66,27 @@ def early_exit_trainer(args: argparse.Namespace) -> Trainer:
     def preview(x_t: torch.Tensor, t: int, y: torch.Tensor | None) -> torch.Tensor:
         return network.early_exit(x_t, t, y, threshold=threshold).output
 
-    objective = early_exit_objective(compiled(network, args), args.freeze_backbone, args.use_unweighted_loss)
-    return _trainer(args, config, network, objective, preview)
+    objective = functools.partial(early_exit_objective, args.freeze_backbone, args.use_unweighted_loss)
+    return _trainer(args, config, network, objective, preview, device)
 
 
-def compiled(network: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The network as training calls it. Previews call it as it is: they have another batch size."""
-    if not args.compile:
-        return network
-    check_compiler(pick_device(args.device))
-    return torch.compile(network, dynamic=False)
-
-
-def backbone_objective(uvit: nn.Module) -> Objective:
+def backbone_objective(uvit: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
     """Mean squared error. DDPM (Ho et al. 2020), Eq. 14."""
-
-    def objective(x_t, t, y, target):
-        return {"loss": F.mse_loss(uvit(x_t, t, y).float(), target)}
-
-    return objective
+    return {"loss": F.mse_loss(uvit(x_t, t, y).float(), target)}
 
 
-def early_exit_objective(network: nn.Module, freeze_backbone: bool, use_unweighted_loss: bool) -> Objective:
-    def objective(x_t, t, y, target):
-        exits = ExitOutputs(*(part.float() for part in network(x_t, t, y)))
-        losses = early_exit_losses(exits, target)
-        return {"loss": total_early_exit_loss(losses, freeze_backbone, use_unweighted_loss), **losses}
-
-    return objective
+def early_exit_objective(
+    freeze_backbone: bool,
+    use_unweighted_loss: bool,
+    network: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    y: Tensor | None,
+    target: Tensor,
+) -> dict[str, Tensor]:
+    exits = ExitOutputs(*(part.float() for part in network(x_t, t, y)))
+    losses = early_exit_losses(exits, target)
+    return {"loss": total_early_exit_loss(losses, freeze_backbone, use_unweighted_loss), **losses}
 
 
 def stated(args: argparse.Namespace) -> dict[str, Any]:
@@ -107,9 +106,15 @@ def described(args: argparse.Namespace) -> str:
 
 
 def _trainer(
-    args: argparse.Namespace, config: Config, network: nn.Module, objective: Objective, preview: Denoiser
+    args: argparse.Namespace,
+    config: Config,
+    network: nn.Module,
+    objective: Objective,
+    preview: Denoiser,
+    device: torch.device,
 ) -> Trainer:
-    device = pick_device(args.device)
+    if args.compile:
+        check_compiler(device)
     config = dataclasses.replace(config, crop=crop_of(args.dataset, config.crop))
     params = config.model_params
     for name in ("sample_height", "sample_width"):
@@ -117,15 +122,16 @@ def _trainer(
             raise InputError(
                 f"--{name} {getattr(args, name)}: the network makes {params.img_size} x {params.img_size} images"
             )
-    dataset = open_dataset(
-        args.dataset,
-        args.data_path,
-        img_size=params.img_size,
-        in_chans=params.in_chans,
-        num_classes=params.num_classes,
-        crop=config.crop,
-        download=args.download,
-    )
+    with main_first():
+        dataset = open_dataset(
+            args.dataset,
+            args.data_path,
+            img_size=params.img_size,
+            in_chans=params.in_chans,
+            num_classes=params.num_classes,
+            crop=config.crop,
+            download=args.download,
+        )
     config = match_latents(count_real_classes(config, dataset), dataset)
     if args.label_dropout and config.no_class is None:
         raise InputError(
@@ -133,19 +139,23 @@ def _trainer(
             f"num_classes must be one more than the classes of {args.dataset}"
         )
     if args.num_workers is None:
-        args.num_workers = min(8, os.cpu_count() or 1) if dataset.needs_decoding else 0
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.num_workers = max(1, min(8, cores)) if dataset.needs_decoding else 0
     if args.batch_size > len(dataset):
         raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}")
 
     name = args.exp_name or f"{args.dataset}_{config.model}_{params.num_blocks}"
     checkpoints = CheckpointFolder(args.log_path / name, f"{args.dataset}_{config.model}")
-    going_on = find_start(args, checkpoints)
-    writable_folder(checkpoints.folder)
+    start = on_main(functools.partial(find_start, args, checkpoints))
+    content = None if start is None else read_start(start, args.resume)
+    on_main(functools.partial(make_folder, checkpoints))
 
+    if content is not None and content.get("format") != FORMAT:
+        fill(network, read_weights(start).state_dict, start)
     (network.uvit if isinstance(network, EarlyExitUViT) else network).grad_checkpointing = args.grad_checkpointing
-    trainer = Trainer(args, config, network.to(device), objective, preview, dataset, checkpoints, device)
-    if going_on is not None:
-        go_on(trainer, *going_on)
+    trainer = Trainer(args, config, network, objective, preview, dataset, checkpoints, device)
+    if content is not None and content.get("format") == FORMAT:
+        go_on(trainer, start, content)
     return trainer
 
 
@@ -171,33 +181,46 @@ def match_latents(config: Config, dataset: ImageDataset) -> Config:
     return dataclasses.replace(config, autoencoder=dataclasses.replace(stated, scale_factor=scale_factor))
 
 
-def find_start(args: argparse.Namespace, checkpoints: CheckpointFolder) -> tuple[Path, Mapping[str, Any]] | None:
+def find_start(args: argparse.Namespace, checkpoints: CheckpointFolder) -> Path | None:
     """The checkpoint or weights to go on from; None for a new run. Never in another run's folder."""
-    there = checkpoints.newest_first()
+    checkpoints.claim()
     if args.resume:
-        return checkpoints.load_newest()
-    start = None
-    if path := args.load_checkpoint_path:
-        start = path, {} if path.suffix == ".safetensors" else read_pth(path)
-        if there and path.samefile(there[0]):
-            return start
-    if there:
+        newest = checkpoints.newest_whole()
+        checkpoints.tidy(newest, args.keep_last)
+        return newest
+    there, start = checkpoints.newest_first(), args.load_checkpoint_path
+    if there and not (start and start.samefile(there[0])):
         raise InputError(
             f"{checkpoints.folder} holds a run already; go on with --resume, or choose another --exp_name or --log_path"
         )
     return start
 
 
+def make_folder(checkpoints: CheckpointFolder) -> None:
+    writable_folder(checkpoints.folder)
+    checkpoints.claim()
+
+
+def read_start(path: Path, resume: bool) -> Mapping[str, Any]:
+    """What the file to go on from holds; empty for one that can only be bare weights."""
+    if resume:
+        return read_checkpoint(path)
+    return {} if path.suffix == ".safetensors" else read_pth(path)
+
+
 def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:
-    """Give the trainer the state of a checkpoint, or the weights of any other file."""
-    if content.get("format") != FORMAT:
-        fill(trainer.network, read_weights(path).state_dict, path)
-        if trainer.ema is not None:
-            trainer.ema.load(dict(trainer.network.named_parameters()))
-        return
-    different = contradictions(content["config"], settings_of(trainer.config))
+    """Give the trainer the state of a checkpoint; raises InputError where other settings would change the result."""
+    obstacles, others = contradictions(content["config"], settings_of(trainer.config)), []
     if trainer.args.resume or path.parent.samefile(trainer.checkpoints.folder):
-        different += contradictions(content["options"], trainer.options())
-    if different:
-        raise InputError(f"{path} was made with other settings: {', '.join(different)}; go on with the same")
+        obstacles = [
+            *differences(content["config"], carried_settings(trainer.config)),
+            *differences(content["options"], trainer.options()),
+            *data_differences(content.get("data", {}), trainer.data),
+        ]
+        others = differences(content.get("incidental", {}), trainer.incidental())
+    if obstacles := list(dict.fromkeys(obstacles)):
+        also = f" (also other, but no obstacle: {', '.join(others)})" if others else ""
+        raise InputError(f"{path} was made with other settings: {', '.join(obstacles)}; go on with the same{also}")
+    if others:
+        log.warning("%s was made with other settings, which leave the result as it is: %s", path, ", ".join(others))
     trainer.restore(path, content)

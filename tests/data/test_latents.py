@@ -73,7 +73,11 @@ def test_training_draws_fresh_scaled_latents(packed, place):
     rows = latents.__getitems__(range(8))[0]
     generator = torch.Generator().manual_seed(0)
     mirrored = torch.tensor([True, False] * 4)
-    draws = torch.stack([latents.to_x0(rows, mirrored, generator) for _ in range(400)])
+
+    def normal(*shape):
+        return torch.randn(8, *shape, generator=generator)
+
+    draws = torch.stack([latents.to_x0(rows, mirrored, normal) for _ in range(400)])
     chosen = rows[torch.arange(8), mirrored.long()].float()
     torch.testing.assert_close(
         draws.mean(0), chosen[:, 0] * scale, rtol=0, atol=0.3 * scale * chosen[:, 1].max().item()

@@ -1,0 +1,210 @@
+"""Checkpoints: everything a run needs to go on, in one file, whole or not there.
+
+`python -m training.checkpoint export IN OUT.safetensors` writes the weights of one for samplers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from common.cli import Parser, existing_file
+from common.errors import InputError, command
+from common.files import replacing
+from models.weights import FORMAT, read_pth, read_weights
+
+log = logging.getLogger(__name__)
+
+
+TRAINING_STATE = {"step", "n_steps", "config", "options", "model", "ema", "optimizer", "scaler", "sums", "summed_steps"}
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: `<prefix>_last.pth`, and `<prefix>_step-<N>.pth` that stay."""
+
+    def __init__(self, folder: Path, prefix: str):
+        self.folder, self.prefix = folder, prefix
+        self.last = folder / f"{prefix}_last.pth"
+
+    def claim(self) -> None:
+        """Keep other trainings out of the folder, if it is there, for as long as this process lives.
+
+        Raises InputError where another is in it: two would take each other's files for leftovers.
+        """
+        if fcntl is None or not self.folder.is_dir():
+            return
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another training is at work there; wait for its end") from None
+        except OSError:  # a file system without locks
+            log.warning("%s cannot be locked: see that no second training works there", self.folder)
+
+    def at_step(self, step: int) -> Path:
+        return self.folder / f"{self.prefix}_step-{step}.pth"
+
+    def numbered(self) -> dict[int, Path]:
+        """Those that stay, by the step of their name, rising."""
+        found = {}
+        for path in self.folder.glob(f"{self.prefix}_step-*.pth"):
+            if match := re.fullmatch(rf"{re.escape(self.prefix)}_step-(\d+)\.pth", path.name):
+                found[int(match[1])] = path
+        return dict(sorted(found.items()))
+
+    def newest_first(self) -> list[Path]:
+        """What is there, by the step inside; a file that cannot say goes by its name, a last one before all."""
+        named = {path: float(step) for step, path in self.numbered().items()}
+        if self.last.exists():
+            named[self.last] = float("inf")
+        steps = {path: step_of(path) for path in named}
+        newness = {path: (named[path] if steps[path] is None else steps[path], path == self.last) for path in named}
+        return sorted(named, key=newness.__getitem__, reverse=True)
+
+    def newest_whole(self) -> Path:
+        """The newest checkpoint that is whole; damaged ones before it are named in a warning and moved aside."""
+        for path in self.newest_first():
+            if not os.access(path, os.R_OK):
+                raise InputError(f"{path}: no permission to read it")
+            try:
+                check_whole(path)
+                return path
+            except InputError as error:
+                log.warning("passed over %s; it is now %s", error, set_aside(path).name)
+        raise InputError(f"--resume: no checkpoint of {self.prefix} in {self.folder}; to begin, leave --resume out")
+
+    def tidy(self, newest: Path, keep: int | None) -> None:
+        """Do what a killed training was about to: make the newest the last one too, and thin out the others."""
+        if newest != self.last:
+            with replacing(self.last) as temporary:
+                shutil.copyfile(newest, temporary)
+        self.thin_out(keep)
+
+    def thin_out(self, keep: int | None) -> None:
+        """Remove all but the newest `keep` of those that stay; none if it is None."""
+        for path in list(self.numbered().values())[: -keep if keep else 0]:
+            path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, so that it is in nobody's way and still there to look at."""
+    names = itertools.chain([".damaged"], (f".damaged{n}" for n in itertools.count(2)))
+    aside = next(place for name in names if not (place := path.with_name(path.name + name)).exists())
+    return path.rename(aside)
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint, without reading its tensors; None for a file that does not say."""
+    try:
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:  # the unpickler meets any bytes there are, and fails in any way there is
+        return None
+    return step if type(step) is int else None
+
+
+def check_whole(path: Path) -> None:
+    """Raises InputError unless a run can go on from the file. torch itself would not see a byte that has changed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: damaged or cut short ({error!s:.120})") from None
+    if damaged:
+        raise InputError(f"{path}: damaged ({damaged} is not what was written)")
+    read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this project with its training state; raises InputError for other files."""
+    content = read_pth(path)
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path}: holds weights but no training state of this project")
+    if lacking := TRAINING_STATE - content.keys():
+        raise InputError(f"{path}: its training state lacks {', '.join(sorted(lacking))}")
+    return content
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """content: tensors and plain values, nested.
+
+    Raises InputError if a number in it is not finite, or the disk does not take it; what was there before stays.
+    """
+    if not all_finite(content):
+        raise InputError(
+            f"step {content['step']}: the weights are not finite, so {path.name} was not written; the training "
+            "diverged. Go on from an earlier checkpoint, with a lower --lr or without fp16"
+        )
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+    except (OSError, RuntimeError) as error:  # torch hides why a file could not be written
+        reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        if reason is None:
+            raise
+        raise InputError(
+            f"step {content['step']}: {path} could not be written ({reason.strerror}); the checkpoints before it are "
+            "as they were. Make room, then go on with --resume"
+        ) from None
+
+
+def all_finite(content: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors_in(content) if tensor.is_floating_point())
+
+
+def tensors_in(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping | list | tuple):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from tensors_in(value)
+
+
+def export(source: Path, target: Path, weights: str) -> str:
+    """Write the weights of a checkpoint, with its configuration, as safetensors. Returns what was written."""
+    if target.suffix != ".safetensors":
+        raise InputError(f"{target}: wanted a name that ends in .safetensors")
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent}: no such folder")
+    if target.exists() and target.samefile(source):
+        raise InputError(f"{target} is the file to read from; give another name to write to")
+    read = read_weights(source, weights)
+    if read.settings is None:
+        raise InputError(f"{source} carries no description of its network; only checkpoints of this project do")
+    if read.kind != weights:
+        raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
+    about = {"format": "pt", "config": json.dumps(read.settings), "weights": read.kind, "step": str(read.step)}
+    with replacing(target) as temporary:
+        save_file({name: value.contiguous() for name, value in read.state_dict.items()}, temporary, about)
+    return f"{read.kind} weights of step {read.step}"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description="Write a checkpoint's weights as safetensors, with their configuration.")
+    parser.add_argument("work", choices=("export",))
+    parser.add_argument("source", metavar="IN", type=existing_file, help="a checkpoint")
+    parser.add_argument("target", metavar="OUT.safetensors", type=Path, help="replaced if it is there")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step")
+    args = parser.parse_args(argv)
+    print(f"{export(args.source, args.target, args.weights)} -> {args.target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Which of a run's settings its result depends on, and what differs between two runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from common.config import Config, UViTConfig
+from common.distributed import world_size
+
+# Options that decide what a step computes, beside the network's and the data's own descriptions.
+DECISIVE = (
+    "dataset",
+    "batch_size",
+    "grad_accum_steps",
+    "seed",
+    "lr",
+    "lr_schedule",
+    "num_warmup_steps",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "max_grad_norm",
+    "ema_decay",
+    "use_amp",
+    "amp_dtype",
+    "label_dropout",
+    "freeze_backbone",
+    "use_unweighted_loss",
+)
+# What the network's description or the checkpoint's place says already, and what is of one start alone.
+ELSEWHERE = (
+    {*DECISIVE, *UViTConfig.__dataclass_fields__, *Config.__dataclass_fields__}
+    | {"num_timesteps", "config_path", "random_flip", "sample_height", "sample_width"}
+    | {
+        "log_path",
+        "exp_name",
+        "resume",
+        "load_checkpoint_path",
+        "download",
+        "quiet",
+        "max_hours",
+        "deadline",
+        "command",
+    }
+)
+
+
+def decisive(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in DECISIVE if hasattr(args, name)}
+
+
+def incidental(args: argparse.Namespace) -> dict[str, Any]:
+    """Every other option, as plain values: how a run is done, and not what comes of it."""
+    chosen = {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
+    plain = {
+        name: value if isinstance(value, bool | int | float | None) else str(value) for name, value in chosen.items()
+    }
+    return plain | {"processes": world_size()}
+
+
+def differences(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """["lr (0.1 and 0.2)", ...]: every key that both have with different values, None being one."""
+    found = []
+    for key in recorded.keys() & present.keys():
+        before, now = recorded[key], present[key]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += differences(before, now, f"{prefix}{key}.")
+        elif key == "depth":  # 12 and 13 are the same network
+            if before // 2 != now // 2:
+                found.append(f"{prefix}{key} ({before} and {now})")
+        elif before != now:
+            found.append(f"{prefix}{key} ({before} and {now})")
+    return sorted(found)
+
+
+def data_differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Of what `ImageDataset.identity` said. Files that were copied have other times, but the same contents."""
+    hashes = {"files_sha256", "contents_sha256"}
+    common = hashes & recorded.keys() & present.keys()
+    found = differences(*({k: v for k, v in about.items() if k not in hashes} for about in (recorded, present)))
+    if common and not any(recorded[name] == present[name] for name in common):
+        found.append("the files of the dataset")
+    return found

@@ -106,11 +106,13 @@ def first_samples(folder: Path) -> np.ndarray:
     import numpy as np
     from PIL import Image
 
+    from evaluation.images import FinishedImages
+
     images = []
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
-        with Image.open(path) as image:
-            larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
-            images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
+        image = FinishedImages.open(path)
+        larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
+        images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
     if not images:
         raise InputError(f"{folder}: the samples are gone")
     return np.concatenate(images, axis=1)

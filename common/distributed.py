@@ -7,8 +7,9 @@ options stays quick.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from common.errors import InputError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(days=1)  # of a process for another, which may be at its last batch for hours
 
 
 def rank() -> int:
@@ -67,7 +69,7 @@ def joined_processes(device_name: str) -> Iterator[torch.device]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
         yield device
     finally:
@@ -91,3 +93,24 @@ def gather(item: T) -> list[T] | None:
     gathered = [None] * world_size() if is_main() else None
     distributed.gather_object(item, gathered)
     return gathered
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` gives on process 0, on every process; it runs there alone. For plain values.
+
+    An InputError that process 0 meets ends the others as well, in silence: it says what there is to say.
+    """
+    if world_size() == 1:
+        return work()
+    from torch import distributed
+
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except InputError as error:
+            outcome[1] = str(error)
+    distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1]) if is_main() else SystemExit(2)
+    return outcome[0]

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import InputError
+from common.images import open_image
 from data.dataset import ImageDataset
 from data.transforms import to_square
 
@@ -198,7 +199,7 @@ class ImageFiles(ImageDataset):
 
     def decode(self, index: int) -> Tensor:
         """uint8 (C, H, W). Raises one of BROKEN for a file that is no whole image."""
-        with self.source.open(self.names[index]) as file, Image.open(file) as image:
+        with self.source.open(self.names[index]) as file, open_image(file) as image:
             return to_square(image, self.crop, self.img_size, self.in_chans)
 
     def describe(self) -> dict[str, Any]:

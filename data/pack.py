@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from common.cli import Parser, add_common_options, existing_path, real, whole
 from common.errors import InputError, command
-from common.files import read_json, replacing, writable_folder, write_json
+from common.files import lock, read_json, replacing, writable_folder, write_json
 from data import CROPS, DATASETS, crop_of, open_source
 from data.dataset import ImageDataset
 from data.packed import (
@@ -136,7 +135,7 @@ def pack(dataset: ImageDataset, output: Path, num_workers: int = 0, quiet: bool 
     if not partial.exists():
         _check_space(writable_folder(output.parent), len(dataset) * dataset.row_bytes)
     writable_folder(partial)
-    with _locked(partial):
+    with lock(partial / LOCK, f"{partial}: another process is packing it; wait for it"):
         if not (partial / MANIFEST).exists():
             work = _Work.begin_or_go_on(partial, dataset, source)
             work.decode(dataset, num_workers, quiet)
@@ -287,22 +286,6 @@ def _sha256(path: Path, quiet: bool) -> str:
             digest.update(block)
             bar.update(len(block))
     return digest.hexdigest()
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Keeps two processes from packing the same; the lock goes with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (partial / LOCK).open("wb") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{partial}: another process is packing it; wait for it") from None
-        yield
 
 
 # Decoding, in this process or in others

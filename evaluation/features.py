@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.files import sha256_of
 
 INCEPTION_SHA256_PREFIX = "6726825d"
 
@@ -39,7 +39,7 @@ class Inception(FeatureExtractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         weights = weights or _download_inception()
-        digest = _sha256(weights)
+        digest = sha256_of(weights)
         # torch-fidelity unpickles the file without restrictions: it must be the one that is known.
         if not digest.startswith(INCEPTION_SHA256_PREFIX):
             raise InputError(
@@ -89,7 +89,7 @@ class TorchScript(FeatureExtractor):
         return features.float(), None
 
     def describe(self) -> dict[str, Any]:
-        return {"extractor": self.path.name, "sha256": _sha256(self.path)}
+        return {"extractor": self.path.name, "sha256": sha256_of(self.path)}
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> FeatureExtractor:
@@ -123,7 +123,3 @@ def _download_inception() -> Path:
                 "--feature_extractor_weights FILE"
             ) from None
     return path
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -52,26 +52,28 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
 
-    from common.devices import pick_device
+    from common.distributed import is_main, joined_processes
     from diffusion.sampling import SwitchingDenoiser
     from generation.run import SamplingRun
 
-    device = pick_device(args.device)
-    networks = load_networks(args, device)
-    run = SamplingRun(args, shared_config(networks), device)
-    denoisers = [run.guide(networks[0].module, args.guidance_scale)]
-    switches = []
-    if len(networks) == 2:
-        denoisers.append(run.guide(networks[1].module, args.guidance_scale_late, "--guidance_scale_late"))
-        switches.append(args.t_switch)
-    denoiser = SwitchingDenoiser(denoisers, switches)
+    with joined_processes(args.device) as device:
+        networks = load_networks(args, device)
+        run = SamplingRun(args, networks, shared_config(networks), device)
+        denoisers = [run.guide(networks[0].module, args.guidance_scale)]
+        switches = []
+        if len(networks) == 2:
+            denoisers.append(run.guide(networks[1].module, args.guidance_scale_late, "--guidance_scale_late"))
+            switches.append(args.t_switch)
+        denoiser = SwitchingDenoiser(denoisers, switches)
 
-    run.warm_up(*denoisers)
-    timing = run.run(denoiser)
-    backbones = describe_work(args, networks, denoiser.steps_of_each(run.timesteps))
-    run.write_statistics(timing, backbones, sum(b["timesteps"] * b["flops_per_image_call"] for b in backbones))
-    print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in backbones))
-    print(run.summary(timing))
+        run.warm_up(*denoisers)
+        batches = run.run(denoiser)
+        if is_main():
+            backbones = describe_work(args, networks, denoiser.steps_of_each(run.timesteps), len(batches))
+            flops = sum(backbone["timesteps"] * backbone["flops_per_image_call"] for backbone in backbones)
+            summary = run.report(batches, backbones, flops)
+            print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in backbones))
+            print(summary)
 
 
 def load_networks(args: argparse.Namespace, device: torch.device) -> list[Network]:
@@ -101,13 +103,14 @@ def shared_config(networks: Sequence[Network]) -> Config:
     return dataclasses.replace(config, autoencoder=named[0]) if named else config
 
 
-def describe_work(args: argparse.Namespace, networks: Sequence[Network], steps: Sequence[int]) -> list[dict[str, Any]]:
+def describe_work(
+    args: argparse.Namespace, networks: Sequence[Network], steps: Sequence[int], batches: int
+) -> list[dict[str, Any]]:
     """What each network did, for the report."""
     from models.flops import uvit_flops
 
     names = ("shallow", "full") if len(networks) == 2 else ("backbone",)
     scales = (args.guidance_scale, args.guidance_scale_late)
-    batches = -(-args.n_samples // args.batch_size)
     return [
         {
             "name": name,

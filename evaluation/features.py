@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
+from common.distributed import gather, on_main
 from common.errors import InputError
 from common.files import sha256_of
+from models.weights import read_pth
 
 INCEPTION_SHA256_PREFIX = "6726825d"
 
@@ -38,14 +41,16 @@ class Inception(FeatureExtractor):
     def __init__(self, weights: Path | None, device: torch.device):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        weights = weights or _download_inception()
+        weights = weights or Path(on_main(lambda: str(_download_inception())))
         digest = sha256_of(weights)
-        # torch-fidelity unpickles the file without restrictions: it must be the one that is known.
+        # torch-fidelity unpickles the file without restrictions: it must be the one that is known, and one that
+        # the restricted reader takes too, for a few digits of a hash can be had for another file.
         if not digest.startswith(INCEPTION_SHA256_PREFIX):
             raise InputError(
                 f"{weights}: not the Inception weights of torch-fidelity (SHA-256 {digest[:8]}..., "
                 f"wanted {INCEPTION_SHA256_PREFIX}...); get weights-inception-2015-12-05-6726825d.pth"
             )
+        read_pth(weights)
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
         ).to(device)
@@ -104,6 +109,19 @@ def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Iterator[
     for images in batches:
         features, logits = extractor(images)
         yield features.cpu(), None if logits is None else logits.cpu()
+
+
+def extract_all(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Features and logits of all images, in their order, on process 0; None and None on the others.
+
+    batches: this process's share.
+    """
+    parts = gather(list(extract(extractor, batches)))
+    if parts is None:
+        return None, None
+    rounds = itertools.zip_longest(*parts)  # each process had every world_size()-th batch
+    features, logits = zip(*(batch for batch in itertools.chain.from_iterable(rounds) if batch), strict=True)
+    return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 
 
 def _download_inception() -> Path:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.distributed import share
 from common.errors import InputError
 from common.images import open_image, to_tensor
 from data.files import BROKEN, SUFFIXES
@@ -49,8 +50,8 @@ class FinishedImages:
             raise InputError(f"{path}: not readable as an image ({error})") from None
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """uint8 (B, C, H, W). Raises InputError at an image that is broken or of another size."""
-        for start in range(0, len(self.files), batch_size):
+        """This process's share, uint8 (B, C, H, W). Raises InputError at an image that is broken or of another size."""
+        for start in share(range(0, len(self.files), batch_size)):
             yield torch.stack([self._read(path) for path in self.files[start : start + batch_size]])
 
     def _read(self, path: Path) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.distributed import share
 from common.errors import InputError
 from common.files import read_json
 from evaluation.features import FeatureExtractor, extract
@@ -35,7 +36,7 @@ class Samples:
             )
 
     def batches(self, batch_size: int, quiet: bool) -> tqdm:
-        total = -(-len(self.images) // batch_size)
+        total = len(share(range(0, len(self.images), batch_size)))
         return tqdm(
             self.images.batches(batch_size),
             total=total,
@@ -44,7 +45,8 @@ class Samples:
             disable=True if quiet else None,
         )
 
-    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics:
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
+        """On process 0; None on the others."""
         return statistics_of(f for f, _ in extract(extractor, self.batches(batch_size, quiet)))
 
     @property

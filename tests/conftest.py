@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,24 @@ def run_quietly(capsys):
     def call(main, argv) -> str:
         main([str(arg) for arg in argv])
         return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def torchrun():
+    """Run a script in several processes that talk over gloo."""
+
+    def call(script, argv, processes: int) -> subprocess.CompletedProcess:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        return subprocess.run(
+            [str(arg) for arg in (*launcher, script, *argv)],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     return call
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+import gzip
 import hashlib
 import io
 import pickle
@@ -30,6 +30,7 @@ MD5 = "c58f30108f718f92721af3b95e74349a"
 FOLDER = "cifar-10-batches-py"
 BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
 MOST_BYTES = 2**26  # of a batch; the real ones have 30 MB
+MOST_ARCHIVE_BYTES = 2**29  # unpacked; the real one has 180 MB
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -127,8 +128,10 @@ def _read_archive(path: Path) -> dict[str, BinaryIO]:
     """The training batches in a tar archive. Nothing is extracted; links are never followed."""
     found = {}
     try:
-        with tarfile.open(path) as archive:
+        with _bounded(path) as content, tarfile.open(fileobj=content, mode="r:") as archive:
             for member in archive:
+                if member.offset_data + member.size > MOST_ARCHIVE_BYTES:
+                    raise InputError(f"{path}: unpacks to far more than CIFAR-10; get {ARCHIVE} anew")
                 if lands_outside(member.name) or (
                     (member.islnk() or member.issym()) and lands_outside(member.linkname)
                 ):
@@ -144,6 +147,22 @@ def _read_archive(path: Path) -> dict[str, BinaryIO]:
             raise
         raise InputError(f"{path}: not readable as a tar archive; cut short, or not one? ({error})") from None
     return _complete(path, found)
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """Refuses to unpack at once what no member of CIFAR-10 has: tarfile takes a header's word for sizes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MOST_BYTES:
+            raise tarfile.ReadError(f"a part of {size} bytes")
+        return super().read(size)
+
+
+def _bounded(path: Path) -> BinaryIO:
+    """A tar archive as it was before it was gzipped, if it was."""
+    with path.open("rb") as file:
+        gzipped = file.read(2) == b"\x1f\x8b"
+    return _BoundedGzip(path) if gzipped else path.open("rb")
 
 
 def _read_folder(path: Path) -> dict[str, BinaryIO]:
@@ -177,11 +196,18 @@ class _PlainUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
 
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes for Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r:.20}")
+    return text.encode(encoding)
+
+
 _ADMITTED = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,  # how Python 3 writes bytes for Python 2
+    ("_codecs", "encode"): _encode,
 }
 
 
@@ -193,7 +219,7 @@ def _parse(where: str, content: BinaryIO) -> tuple[Tensor, Tensor]:
         data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
     except Exception as error:  # a pickle that is broken or wants too much can raise anything
         raise InputError(f"{where} is no batch of CIFAR-10 ({' '.join(str(error).split()):.200})") from None
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or not len(data):
+    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or not 0 < data.nbytes <= MOST_BYTES:
         raise InputError(f"{where}: wanted data of shape (N, 3072) uint8, got {data.shape} {data.dtype}")
     if labels.shape != data.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9:
         raise InputError(f"{where}: wanted a label in 0..9 for each of the {len(data)} images")

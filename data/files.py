@@ -26,6 +26,7 @@ from data.transforms import to_square
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+MOST_FILE_BYTES = 2**28  # of an image in an archive
 # What Pillow and zipfile raise on files that are cut short, no image at all, or unreasonably large.
 BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, struct.error, zipfile.BadZipFile, zlib.error),
@@ -124,6 +125,8 @@ class ZipSource(Source):
         return self.__dict__ | {"_archive": None}
 
     def open(self, name: str) -> io.BufferedIOBase:
+        if self.infos[name].file_size > MOST_FILE_BYTES:
+            raise zipfile.BadZipFile(f"{self.infos[name].file_size:,} bytes when unpacked")
         try:  # all of it at once, so that the checksum is checked
             return io.BytesIO(self.archive.read(name))
         except RuntimeError as error:  # encrypted, or compressed in a way that is not known

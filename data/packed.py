@@ -142,7 +142,7 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def state_of(source: dict[str, Any]) -> dict[str, int] | None:
     """What shows at little cost whether a source has changed: of a described source, None if it is not there."""
-    path = Path(source.get("source") or "")
+    path = Path(str(source.get("source") or ""))
     if path.is_file():
         return {"bytes": path.stat().st_size}
     if source.get("source") and path.is_dir():

@@ -15,9 +15,8 @@ from torch import Tensor
 from common.distributed import gather, on_main
 from common.errors import InputError
 from common.files import sha256_of
-from models.weights import read_pth
 
-INCEPTION_SHA256_PREFIX = "6726825d"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class FeatureExtractor:
@@ -42,15 +41,12 @@ class Inception(FeatureExtractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         weights = weights or Path(on_main(lambda: str(_download_inception())))
-        digest = sha256_of(weights)
-        # torch-fidelity unpickles the file without restrictions: it must be the one that is known, and one that
-        # the restricted reader takes too, for a few digits of a hash can be had for another file.
-        if not digest.startswith(INCEPTION_SHA256_PREFIX):
+        # torch-fidelity unpickles the file without restrictions: it must be the one that is known.
+        if (digest := sha256_of(weights)) != INCEPTION_SHA256:
             raise InputError(
                 f"{weights}: not the Inception weights of torch-fidelity (SHA-256 {digest[:8]}..., "
-                f"wanted {INCEPTION_SHA256_PREFIX}...); get weights-inception-2015-12-05-6726825d.pth"
+                f"wanted {INCEPTION_SHA256[:8]}...); get weights-inception-2015-12-05-6726825d.pth"
             )
-        read_pth(weights)
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
         ).to(device)
@@ -132,9 +128,7 @@ def _download_inception() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(
-                URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256_PREFIX, progress=False
-            )
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise InputError(
                 f"the Inception weights could not be downloaded ({error}); fetch {URL_INCEPTION_V3} and give "

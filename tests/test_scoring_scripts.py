@@ -16,6 +16,7 @@ import compare
 import evaluation.features
 import fid
 import sampler
+from common.files import sha256_of
 from data import open_dataset
 from evaluation.statistics import load_statistics, sums_of
 
@@ -115,7 +116,7 @@ def test_inception_takes_its_own_path(real, tmp_path, run_quietly, fails, monkey
     fails(fid.main, [*argv, "--reference", real], "SHA-256")
     network = "torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3.load_state_dict"
     monkeypatch.setattr(network, lambda self, state_dict: None)
-    monkeypatch.setattr(evaluation.features, "INCEPTION_SHA256_PREFIX", "")
+    monkeypatch.setattr(evaluation.features, "INCEPTION_SHA256", sha256_of(weights))
     few = tmp_path / "few"
     few.mkdir()
     for n in range(6):

@@ -216,7 +216,13 @@ def _parse(where: str, content: BinaryIO) -> tuple[Tensor, Tensor]:
     try:
         batch = _PlainUnpickler(content, encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
+        data, labels = batch["data"], batch["labels"]
+        if not isinstance(labels, np.ndarray):
+            if any(type(label) is not int for label in labels):  # lists of lists could make an array of any size
+                raise ValueError("its labels are no numbers")
+            labels = np.asarray(labels)
+        if not isinstance(data, np.ndarray):
+            raise ValueError(f"its data is a {type(data).__name__}")
     except Exception as error:  # a pickle that is broken or wants too much can raise anything
         raise InputError(f"{where} is no batch of CIFAR-10 ({' '.join(str(error).split()):.200})") from None
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or not 0 < data.nbytes <= MOST_BYTES:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import main as main_script
 import train as train_script
@@ -19,6 +21,13 @@ TRAINING_FLAGS = [
     *("--dataset", "digits", "--batch_size", "8", "--num_timesteps", "20", "--num_warmup_steps", "2"),
     *("--log_every_n_steps", "4", "--preview_steps", "0", "--device", "cpu", "--quiet"),
 ]
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+# HYPOTHESIS_PROFILE=thousands python -m pytest tests/test_properties.py
+_ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+settings.register_profile("quick", max_examples=40, derandomize=True, **_ANY)
+settings.register_profile("thousands", max_examples=3000, print_blob=True, **_ANY)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +96,22 @@ def run_quietly(capsys):
         return capsys.readouterr().out
 
     return call
+
+
+@pytest.fixture
+def modest_memory():
+    """At its highest the test's use of memory is less than 2 GB above what it was before."""
+    if not CLEAR_REFS.exists():  # Linux alone tells
+        yield
+        return
+    CLEAR_REFS.write_text("5")  # forget the highest use so far
+    before = _kilobytes("VmRSS")
+    yield
+    assert _kilobytes("VmHWM") - before < 2 * 2**20
+
+
+def _kilobytes(name: str) -> int:
+    return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.fixture

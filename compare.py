@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SAMPLES_SHOWN = 10
 
 
+MEASURED = ("seconds_per_image", "network_flops_per_image")
+
+
 class Run(NamedTuple):
     label: str
     score: float
@@ -89,15 +92,13 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
             raise InputError(f"{scored} has no {metric}; run fid.py with --metrics {metric}")
         basis = {key: scores[key] for key in ("n_samples", "reference", "feature_extractor")}
         basis |= {key: statistics[key] for key in ("device", "threads")}
-        return Run(
-            label,
-            float(scores[metric]),
-            float(statistics["seconds_per_image"]),
-            float(statistics["network_flops_per_image"]),
-            int(scores["n_samples"]),
-            basis,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        numbers = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
+        if not all(map(math.isfinite, numbers)) or numbers[1] <= 0:
+            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {numbers}")
+        return Run(label, *numbers, int(scores["n_samples"]), basis)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{folder}/report: not as fid.py and sampler.py write it ({error})") from None
 
 

@@ -165,9 +165,12 @@ class _Work:
     @classmethod
     def begin_or_go_on(cls, partial: Path, dataset: ImageDataset, source: dict[str, Any]) -> _Work:
         if (partial / PLAN).exists():
-            plan = read_json(partial / PLAN)
-            _refuse_another(partial, plan["source"], source)
-            return cls(partial, len(dataset), plan["chunk_images"])
+            there, chunk_images = _read_plan(partial / PLAN)
+            _refuse_another(partial, there, source)
+            work = cls(partial, len(dataset), chunk_images)
+            if work.rows.shape != (len(dataset), *dataset.row_shape):
+                raise InputError(f"{partial}: its images are not those of its plan; remove it and pack again")
+            return work
         # The plan comes last: what lies here without one was begun a moment ago, and is begun anew.
         (partial / JOURNAL).write_bytes(b"")
         shape = (len(dataset), *dataset.row_shape)
@@ -185,9 +188,10 @@ class _Work:
         for line in lines[:-1]:  # what follows the last line break was cut off
             try:
                 chunk = Chunk(**json.loads(line))
-            except (ValueError, TypeError):
+                whole = chunk.number in range(self.num_chunks) and all(int(i) < self.num_images for i in chunk.broken)
+            except (ValueError, TypeError, RecursionError):
                 continue
-            if zlib.crc32(self.rows.read(self.range_of(chunk.number))) == chunk.crc32:
+            if whole and zlib.crc32(self.rows.read(self.range_of(chunk.number))) == chunk.crc32:
                 yield chunk
 
     def decode(self, dataset: ImageDataset, num_workers: int, quiet: bool) -> None:
@@ -248,6 +252,16 @@ class _Work:
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(kept), self.chunk_images):
                 file.write(self.rows.read(kept[start : start + self.chunk_images]))
+
+
+def _read_plan(path: Path) -> tuple[dict[str, Any], int]:
+    """The source, and the images in a chunk."""
+    plan = read_json(path)
+    if isinstance(plan, dict):
+        source, chunk_images = plan.get("source"), plan.get("chunk_images")
+        if isinstance(source, dict) and type(chunk_images) is int and 1 <= chunk_images <= CHUNK_IMAGES:
+            return source, chunk_images
+    raise InputError(f"{path}: not as data.pack writes it; remove the folder and pack again")
 
 
 def _settle(partial: Path, output: Path) -> Manifest:

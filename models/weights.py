@@ -56,7 +56,7 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
     content = read_pth(path)
     if content.get("format") == FORMAT:
         state_dict, kind = content["model"], "raw"
-        if weights == "ema" and content["ema"] is not None:
+        if weights == "ema" and content.get("ema") is not None:
             state_dict, kind = state_dict | content["ema"], "ema"
         return Weights(state_dict, check_types(Config, content["config"], str(path)), kind, content["step"])
     state_dict = content.get("model_state_dict", content)

@@ -26,9 +26,9 @@ class Samples:
         self.report = folder / "report"
         path = self.report / "statistics.json"
         self.run: dict[str, Any] = read_json(path) if path.exists() else {}
-        if not isinstance(self.run, dict):
+        wanted = self.run.get("n_samples") if isinstance(self.run, dict) else ...
+        if type(wanted) not in (int, type(None)) or not isinstance(self._network, dict):
             raise InputError(f"{path}: not as sampler.py writes it")
-        wanted = self.run.get("n_samples")
         if wanted is not None and wanted != len(self.images):
             raise InputError(
                 f"{len(self.images):,} images in {folder}, but its report counts {wanted:,}; sample again, or "
@@ -60,4 +60,5 @@ class Samples:
 
     @property
     def _network(self) -> dict[str, Any]:
-        return (self.run.get("backbones") or [{}])[0]
+        backbones = self.run.get("backbones")
+        return backbones[0] if isinstance(backbones, list) and backbones else {}

@@ -56,7 +56,7 @@ class SamplingRun:
         self.class_ids = self._class_ids()
         self.folder: Path = args.output_folder
         self.conditions = conditions_of(args, device)
-        settings = deciding_settings(args, networks, device) | {"steps": len(self.timesteps)}
+        settings = on_main(lambda: deciding_settings(args, networks, device) | {"steps": len(self.timesteps)})
         self.record = RunRecord(self.folder, settings)
         self.to_do = on_main(lambda: self.record.open(args.n_samples, args.batch_size, args.overwrite))
 

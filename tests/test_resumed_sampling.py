@@ -220,3 +220,25 @@ def test_what_one_process_meets_ends_all(full, tmp_path, torchrun):
     done = torchrun("sampler.py", ["--checkpoint_path", str(full), "--output_folder", str(tmp_path / "s")], 2)
     assert done.returncode != 0
     assert done.stderr.count("which is no sample") == 1, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not tell a process's children")
+def test_a_killed_process_ends_the_others_and_another_number_goes_on(full, tmp_path):
+    argv = ["--checkpoint_path", full, "--n_samples", 400, "--batch_size", 4, "--device", "cpu", "--quiet"]
+    argv = [str(arg) for arg in [*argv, "--solver", "ddim", "--steps", 4]]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sampler.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = [*launcher, *argv, "--output_folder", str(tmp_path / "killed")]
+    with subprocess.Popen(killed, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        while len(list((tmp_path / "killed" / "report" / "batches").glob("*.npz"))) < 4:
+            assert run.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        since = time.perf_counter()
+        said = run.stderr.read()
+    assert run.returncode != 0 and time.perf_counter() - since < 60
+    assert "sampler.py: stopped; the same command goes on from here" in said
+    for name in ("killed", "unbroken"):
+        sampler.main([*argv, "--output_folder", str(tmp_path / name)])
+    assert result(tmp_path / "killed") == result(tmp_path / "unbroken")

@@ -309,6 +309,14 @@ def cifar(**changes: object) -> dict:
     return {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]} | changes
 
 
+class Pointers:
+    """An array of objects whose addresses are in the file."""
+
+    def __reduce__(self):
+        rebuild, arguments, state = np.empty((1, 3072), object).__reduce__()
+        return rebuild, arguments, (*state[:4], b"A" * 8 * 3072)
+
+
 CIFAR = {
     "a command": lambda mark: cifar(more=Trap(mark)),
     "eval": lambda mark: cifar(more=Call(eval, f"__import__('os').mkdir({str(mark)!r})")),
@@ -317,6 +325,10 @@ CIFAR = {
     "lists of lists": lambda mark: cifar(labels=laughs()),
     "an ordered dict": lambda mark: collections.OrderedDict(cifar()),
     "images in lists": lambda mark: cifar(data=laughs()),
+    "pointers": lambda mark: cifar(data=Pointers()),
+    "a long memo": lambda mark: b"\x80\x02}r\xff\xff\xff\x7f.",
+    "many bytes": lambda mark: b"\x80\x05\x96" + struct.pack("<Q", 8 * GIB) + b".",
+    "a changed class": lambda mark: b"\x80\x02cnumpy\nndarray\n}(X\x01\0\0\0aK\x01ub.",
     "a list": lambda mark: [1, 2],
     "numbers for keys": lambda mark: {1: 2},
 }
@@ -325,7 +337,9 @@ CIFAR = {
 @pytest.mark.parametrize("kind", CIFAR)
 def test_cifar_batches(kind, mark, tmp_path, fails):
     for k in range(1, 6):
-        (tmp_path / f"data_batch_{k}").write_bytes(pickle.dumps(CIFAR[kind](mark), protocol=2))
+        content = CIFAR[kind](mark)
+        pickled = content if isinstance(content, bytes) else pickle.dumps(content, protocol=2)
+        (tmp_path / f"data_batch_{k}").write_bytes(pickled)
     fails(pack.main, ["--dataset=cifar10", f"--data_path={tmp_path}", "--img_size=32"], "data_batch_1")
 
 

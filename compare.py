@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SAMPLES_SHOWN = 10
 
 
+MEASURED = ("seconds_per_image", "network_flops_per_image")
+
+
 class Run(NamedTuple):
     label: str
     score: float
@@ -89,15 +92,13 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
             raise InputError(f"{scored} has no {metric}; run fid.py with --metrics {metric}")
         basis = {key: scores[key] for key in ("n_samples", "reference", "feature_extractor")}
         basis |= {key: statistics[key] for key in ("device", "threads")}
-        return Run(
-            label,
-            float(scores[metric]),
-            float(statistics["seconds_per_image"]),
-            float(statistics["network_flops_per_image"]),
-            int(scores["n_samples"]),
-            basis,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        numbers = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
+        if not all(map(math.isfinite, numbers)) or numbers[1] <= 0:
+            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {numbers}")
+        return Run(label, *numbers, int(scores["n_samples"]), basis)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{folder}/report: not as fid.py and sampler.py write it ({error})") from None
 
 
@@ -106,11 +107,13 @@ def first_samples(folder: Path) -> np.ndarray:
     import numpy as np
     from PIL import Image
 
+    from evaluation.images import FinishedImages
+
     images = []
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
-        with Image.open(path) as image:
-            larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
-            images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
+        image = FinishedImages.open(path)
+        larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
+        images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
     if not images:
         raise InputError(f"{folder}: the samples are gone")
     return np.concatenate(images, axis=1)

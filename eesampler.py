@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from common.cli import Parser, real, whole
 from common.errors import command
 from generation.options import add_sampling_options, check_sampling_options, network_settings
+
+if TYPE_CHECKING:
+    from generation.record import Batch
+    from generation.run import SamplingRun
+    from models.loading import Network
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,30 +38,39 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
 
-    import numpy as np
-
-    from common.plots import plot_exit_layers
+    from common.distributed import is_main, joined_processes
     from generation.exits import ExitRecorder
-    from generation.run import SamplingRun, pick_working_device
-    from models.flops import early_exit_flops
+    from generation.run import SamplingRun, settle_speed
     from models.inference import EarlyExitTracer
     from models.loading import load_network, stated_settings
 
-    device = pick_working_device(args)
-    stated = stated_settings(args.config_path, network_settings(args))
-    network = load_network(args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device)
-    run = SamplingRun(args, network.config, device)
-    limits = {"threshold": args.threshold, "min_group": args.min_group}
-    trace = EarlyExitTracer(network.module, run.timesteps, run.dtype, device, compiled=args.compile, **limits)
-    recorder = ExitRecorder(trace, args.threshold, passes=2 if args.guidance_scale else 1)
-    denoiser = run.guide(recorder, args.guidance_scale)
-    run.warm_up(network.module)
-    timing = run.run(denoiser, after_batch=recorder.end_batch)
+    with joined_processes(args.device) as device:
+        settle_speed(args, device)
+        stated = stated_settings(args.config_path, network_settings(args))
+        network = load_network(args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device)
+        run = SamplingRun(args, [network], network.config, device)
+        limits = {"threshold": args.threshold, "min_group": args.min_group}
+        trace = EarlyExitTracer(network.module, run.timesteps, run.dtype, device, compiled=args.compile, **limits)
+        recorder = ExitRecorder(trace, passes=2 if args.guidance_scale else 1)
+        denoiser = run.guide(recorder, args.guidance_scale)
+        run.warm_up(network.module)
+        batches = run.run(denoiser, of_batch=recorder.end_batch)
+        if is_main():
+            report(args, run, network, batches)
 
-    report = run.folder / "report"
-    exits = recorder.save(report / "exits.npz", run.timesteps)
+
+def report(args: argparse.Namespace, run: SamplingRun, network: Network, batches: Sequence[Batch]) -> None:
+    """Write where the images left the network, and what that saved."""
+    import numpy as np
+
+    from common.plots import plot_exit_layers
+    from generation.exits import save_exits
+    from models.flops import early_exit_flops
+
+    folder = run.folder / "report"
+    exits = save_exits(folder / "exits.npz", run.timesteps, [batch.arrays for batch in batches], args.threshold)
     depth = network.module.num_layers
-    plot_exit_layers(report / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, args.threshold)
+    plot_exit_layers(folder / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, args.threshold)
 
     costs = early_exit_flops(network.module)
     layers = np.concatenate([exits[name] for name in ("exit_layer", "exit_layer_uncond") if name in exits])
@@ -64,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = {
         "name": "early exit",
         "timesteps": len(run.timesteps),
-        "calls": len(run.timesteps) * -(-args.n_samples // args.batch_size),
+        "calls": len(run.timesteps) * len(batches),
         "flops_per_image_call": costs[-1],
         "mean_exit_layer": mean_exit,
     }
-    run.write_statistics(timing, [backbone | network.describe()], flops / args.n_samples)
+    summary = run.report(batches, [backbone | network.describe()], flops / args.n_samples)
     print(f"mean exit layer {mean_exit:.2f} of {depth}")
-    print(run.summary(timing))
+    print(summary)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def default_cache() -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
 
-    from common.devices import pick_device
+    from common.distributed import is_main, joined_processes
     from common.files import writable_folder
     from evaluation.features import load_extractor
     from evaluation.references import open_reference
@@ -92,23 +92,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     from evaluation.scoring import score, write_scores
     from evaluation.statistics import save_statistics
 
-    samples = Samples(args.samples_path)
-    reference = open_reference(args, samples) if args.dataset or args.reference else None
-    for folder in (
-        samples.report,
-        args.cache_dir if args.dataset else None,
-        args.save_stats and args.save_stats.parent,
-    ):
-        if folder is not None:
-            writable_folder(folder)
-    extractor = load_extractor(args.feature_extractor, args.feature_extractor_weights, pick_device(args.device))
-    if args.save_stats:
-        save_statistics(args.save_stats, samples.statistics(extractor, args.batch_size, args.quiet))
-        print(f"statistics of {len(samples.images)} images -> {args.save_stats}")
-    if reference is not None:
-        scores = score(samples, reference, extractor, args.metrics, args.batch_size, args.quiet)
-        print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        print(f"-> {write_scores(samples, reference, extractor, scores)}")
+    with joined_processes(args.device) as device:
+        samples = Samples(args.samples_path)
+        reference = open_reference(args, samples) if args.dataset or args.reference else None
+        for folder in (
+            samples.report,
+            args.cache_dir if args.dataset else None,
+            args.save_stats and args.save_stats.parent,
+        ):
+            if folder is not None:
+                writable_folder(folder)
+        extractor = load_extractor(args.feature_extractor, args.feature_extractor_weights, device)
+        if args.save_stats and (statistics := samples.statistics(extractor, args.batch_size, args.quiet)):
+            save_statistics(args.save_stats, statistics)
+            print(f"statistics of {len(samples.images)} images -> {args.save_stats}")
+        if reference is not None:
+            scores = score(samples, reference, extractor, args.metrics, args.batch_size, args.quiet)
+            if is_main():
+                print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+                print(f"-> {write_scores(samples, reference, extractor, scores)}")
 
 
 if __name__ == "__main__":

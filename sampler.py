@@ -59,28 +59,33 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
 
+    from common.distributed import is_main, joined_processes
     from diffusion.sampling import SwitchingDenoiser
-    from generation.run import SamplingRun, pick_working_device
+    from generation.run import SamplingRun, settle_speed
     from models.inference import BackboneDenoiser, Offloader
 
-    device = pick_working_device(args)
-    networks = load_networks(args, "cpu" if args.offload else device)
-    run = SamplingRun(args, shared_config(networks), device)
-    backbones = [BackboneDenoiser(n.module, run.timesteps, run.dtype, device, compiled=args.compile) for n in networks]
-    denoisers = [run.guide(backbones[0], args.guidance_scale)]
-    switches = []
-    if len(networks) == 2:
-        denoisers.append(run.guide(backbones[1], args.guidance_scale_late, "--guidance_scale_late"))
-        switches.append(args.t_switch)
-    offloader = Offloader([n.module for n in networks], device) if args.offload else None
-    denoiser = SwitchingDenoiser(denoisers, switches, on_switch=offloader)
+    with joined_processes(args.device) as device:
+        settle_speed(args, device)
+        networks = load_networks(args, "cpu" if args.offload else device)
+        run = SamplingRun(args, networks, shared_config(networks), device)
+        backbones = [
+            BackboneDenoiser(n.module, run.timesteps, run.dtype, device, compiled=args.compile) for n in networks
+        ]
+        denoisers = [run.guide(backbones[0], args.guidance_scale)]
+        switches = []
+        if len(networks) == 2:
+            denoisers.append(run.guide(backbones[1], args.guidance_scale_late, "--guidance_scale_late"))
+            switches.append(args.t_switch)
+        offloader = Offloader([n.module for n in networks], device) if args.offload else None
+        denoiser = SwitchingDenoiser(denoisers, switches, on_switch=offloader)
 
-    run.warm_up(denoiser)
-    timing = run.run(denoiser)
-    work = describe_work(args, networks, denoiser.steps_of_each(run.timesteps))
-    run.write_statistics(timing, work, sum(b["timesteps"] * b["flops_per_image_call"] for b in work))
-    print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
-    print(run.summary(timing))
+        run.warm_up(denoiser)
+        batches = run.run(denoiser)
+        if is_main():
+            work = describe_work(args, networks, denoiser.steps_of_each(run.timesteps), len(batches))
+            summary = run.report(batches, work, sum(b["timesteps"] * b["flops_per_image_call"] for b in work))
+            print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
+            print(summary)
 
 
 def load_networks(args: argparse.Namespace, device: torch.device | str) -> list[Network]:
@@ -110,13 +115,14 @@ def shared_config(networks: Sequence[Network]) -> Config:
     return dataclasses.replace(config, autoencoder=named[0]) if named else config
 
 
-def describe_work(args: argparse.Namespace, networks: Sequence[Network], steps: Sequence[int]) -> list[dict[str, Any]]:
+def describe_work(
+    args: argparse.Namespace, networks: Sequence[Network], steps: Sequence[int], batches: int
+) -> list[dict[str, Any]]:
     """What each network did, for the report."""
     from models.flops import uvit_flops
 
     names = ("shallow", "full") if len(networks) == 2 else ("backbone",)
     scales = (args.guidance_scale, args.guidance_scale_late)
-    batches = -(-args.n_samples // args.batch_size)
     return [
         {
             "name": name,

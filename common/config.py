@@ -23,6 +23,7 @@ PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
 SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
+MOST_YAML_BYTES = 2**20
 BETA_SCHEDULES = ("linear", "scaled_linear")
 CLASSIFIER_TYPES = (
     "attention_probe",
@@ -162,13 +163,26 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise InputError(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values, each written out: aliases of aliases of aliases could fill the memory from a few lines."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases (*) are not taken", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings a YAML file gives, as nested dicts; sections and keys are checked, defaults not filled in.
 
     Raises InputError for a file that is no YAML mapping, a key nobody reads or a value of the wrong type.
     """
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > MOST_YAML_BYTES:
+            raise InputError(f"{path}: {size:,} bytes, a description of a network has at most {MOST_YAML_BYTES:,}")
+        given = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -234,9 +248,18 @@ def check_types(cls: type, given: Mapping[Any, Any], where: str) -> dict[str, An
     """`given`, with every key known to the dataclass `cls` and every value of its type, all the way down."""
     hints = get_type_hints(cls)
     known = {f.name for f in fields(cls)}
-    if unknown := sorted(str(key) for key in given if key not in known):
+    if unknown := sorted(shown(key).strip("'") for key in given if key not in known):
         raise InputError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return {key: _check_type(value, hints[key], f"{where}: {key}") for key, value in given.items()}
+
+
+def shown(value: object) -> str:
+    """A value for a message: not long, however large or nested it is."""
+    if isinstance(value, str):
+        return f"{value!r:.80}"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a huge number"
+    return f"{value!r:.80}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
 
 
 def _check_type(value: Any, wanted: Any, where: str) -> Any:
@@ -246,13 +269,13 @@ def _check_type(value: Any, wanted: Any, where: str) -> Any:
             return check_types(option, value, where)
         if option is float and type(value) in (int, float) and abs(value) < 1e300:
             return float(value)
-        if type(value) is option:
+        if type(value) is option and not (option is int and abs(value) >= 2**63):
             return value
         if option is float and isinstance(value, str) and EXPONENT.fullmatch(value):
             return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
     names = "a mapping" if any(map(dataclasses.is_dataclass, options)) else names
-    raise InputError(f"{where} is {value!r:.80}, wanted {names}")
+    raise InputError(f"{where} is {shown(value)}, wanted {names}")
 
 
 def _build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:

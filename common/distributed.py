@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=1)  # with a process that is alive: the others wait while process 0 saves
+LONGEST_WAIT = timedelta(days=1)  # of a process for another, which may be at its last batch for hours
 
 
 def rank() -> int:
@@ -77,7 +77,7 @@ def joined_processes(device_name: str) -> Iterator[torch.device]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     logging.disable(logging.NOTSET if is_main() else logging.WARNING)
     try:
         yield device
@@ -115,21 +115,24 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Process 0 alone does the work; all wait for it, get its result (a plain value), or raise its InputError."""
+    """What `work` gives on process 0, on every process; it runs there alone. For plain values.
+
+    An InputError that process 0 meets ends the others as well, in silence: it says what there is to say.
+    """
     if world_size() == 1:
         return work()
     from torch import distributed
 
-    result: list = [None, None]
+    outcome: list = [None, None]
     if is_main():
         try:
-            result[0] = work()
+            outcome[0] = work()
         except InputError as error:
-            result[1] = str(error)
-    distributed.broadcast_object_list(result)
-    if result[1] is not None:
-        raise InputError(result[1])
-    return result[0]
+            outcome[1] = str(error)
+    distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1]) if is_main() else SystemExit(2)
+    return outcome[0]
 
 
 @contextmanager

@@ -1,17 +1,26 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Files: written so that a crash leaves the old one or the new one, read so that nobody's file does harm."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_ARRAY_BYTES = 2**29  # of the arrays of one .npz
+LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # the names that `replacing` writes to
 
 
 @contextmanager
@@ -35,10 +44,28 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what `replacing` was writing, in this folder, when a process before this one was killed."""
+    """Remove what processes that were killed while `replacing` left in a folder that is written by this one alone."""
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+        if LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+def lock(path: Path, busy: str) -> AbstractContextManager:
+    """Keeps two processes from the same work, until what is returned is closed or the process ends, however it does.
+
+    path: a file for the lock, which stays. Raises InputError(busy) where another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return nullcontext()
+    file = path.open("wb")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(busy) from None
+    return file
 
 
 def _umask() -> int:
@@ -53,13 +80,45 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises InputError where the file is missing or no JSON."""
+    """Raises InputError where the file is missing, no JSON, or has numbers in it that are not finite."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text:.20} is no finite number")
+    return value
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz. Raises InputError for a file that is none, that holds pickles or too much."""
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (size := sum(info.file_size for info in archive.infolist())) > MOST_ARRAY_BYTES:
+                raise ValueError(f"{size:,} bytes when unpacked, {MOST_ARRAY_BYTES:,} at most are taken")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # zipfile and numpy meet any bytes there are, and fail in any way there is
+        raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, or of the weights in a folder as diffusers saves it."""
+    digest = hashlib.sha256()
+    for part in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with part.open("rb", buffering=0) as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def writable_folder(path: Path) -> Path:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import warnings
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.files import replacing
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
@@ -25,11 +31,30 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def save_png(path: Path, pixels: Tensor) -> None:
-    """pixels: uint8 (C, H, W) with C = 1, 3 or 4."""
+def save_png(path: Path, pixels: Tensor) -> int:
+    """pixels: uint8 (C, H, W) with C = 1, 3 or 4. Returns the CRC-32 of the file."""
     array = rearrange(pixels.cpu().numpy(), "c h w -> h w c")
+    content = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(content, "PNG")
     with replacing(path, durable=False) as temporary:
-        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary)
+        temporary.write_bytes(content.getbuffer())
+    return zlib.crc32(content.getbuffer())
+
+
+def read_png(path: Path) -> Tensor:
+    """What `save_png` wrote, uint8 (C, H, W)."""
+    with open_image(path) as image:
+        return to_tensor(image, in_chans=1 if image.mode == "L" else 3)
+
+
+def open_image(file: Path | BinaryIO) -> Image.Image:
+    """Pillow's `Image.open` for files of any origin: in the usual formats alone, and within Pillow's limit of pixels.
+
+    Others are not even tried: some of them start programs. Raises DecompressionBombWarning beyond the limit.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file, formats=FORMATS)
 
 
 def save_grid(path: Path, pixels: Tensor, at_most: int = 100, least_side: int = 64) -> None:

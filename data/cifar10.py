@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+import gzip
 import hashlib
 import io
 import pickle
@@ -30,6 +30,7 @@ MD5 = "c58f30108f718f92721af3b95e74349a"
 FOLDER = "cifar-10-batches-py"
 BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
 MOST_BYTES = 2**26  # of a batch; the real ones have 30 MB
+MOST_ARCHIVE_BYTES = 2**29  # unpacked; the real one has 180 MB
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -127,8 +128,10 @@ def _read_archive(path: Path) -> dict[str, BinaryIO]:
     """The training batches in a tar archive. Nothing is extracted; links are never followed."""
     found = {}
     try:
-        with tarfile.open(path) as archive:
+        with _bounded(path) as content, tarfile.open(fileobj=content, mode="r:") as archive:
             for member in archive:
+                if member.offset_data + member.size > MOST_ARCHIVE_BYTES:
+                    raise InputError(f"{path}: unpacks to far more than CIFAR-10; get {ARCHIVE} anew")
                 if lands_outside(member.name) or (
                     (member.islnk() or member.issym()) and lands_outside(member.linkname)
                 ):
@@ -144,6 +147,22 @@ def _read_archive(path: Path) -> dict[str, BinaryIO]:
             raise
         raise InputError(f"{path}: not readable as a tar archive; cut short, or not one? ({error})") from None
     return _complete(path, found)
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """Refuses to unpack at once what no member of CIFAR-10 has: tarfile takes a header's word for sizes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MOST_BYTES:
+            raise tarfile.ReadError(f"a part of {size} bytes")
+        return super().read(size)
+
+
+def _bounded(path: Path) -> BinaryIO:
+    """A tar archive as it was before it was gzipped, if it was."""
+    with path.open("rb") as file:
+        gzipped = file.read(2) == b"\x1f\x8b"
+    return _BoundedGzip(path) if gzipped else path.open("rb")
 
 
 def _read_folder(path: Path) -> dict[str, BinaryIO]:
@@ -166,8 +185,65 @@ def _complete(path: Path, found: dict[str, BinaryIO]) -> dict[str, BinaryIO]:
     return {name: found[name] for name in BATCHES}
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits numpy arrays, bytes and plain values: what the batches are made of. Nothing else is looked up."""
+class _Array:
+    """An array as a pickle tells it. numpy's own way back trusts what it is told, down to pointers."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, self.dtype, self.fortran, self.content = state
+
+    def to_numpy(self) -> np.ndarray:
+        array = np.frombuffer(self.content, self.dtype.to_numpy())
+        return array.reshape(self.shape, order="F" if self.fortran else "C")
+
+
+class _Dtype:
+    """A dtype as a pickle tells it."""
+
+    order = "|"
+
+    def __init__(self, name: bytes | str, *_: object):
+        self.name = name.decode() if isinstance(name, bytes) else name
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+
+    def to_numpy(self) -> np.dtype:
+        if not re.fullmatch(r"[iu][1248]", self.name) or self.order not in ("<", ">", "|"):
+            raise ValueError(f"an array of {self.name!r:.20}")
+        return np.dtype(self.order + self.name)
+
+
+class _Reconstruct:
+    def __new__(cls, *_: object) -> _Array:
+        return _Array()
+
+
+class _Encode:
+    """How Python 3 writes bytes for Python 2."""
+
+    def __new__(cls, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise ValueError(f"it asks for the encoding {encoding!r:.20}")
+        return text.encode(encoding)
+
+
+_ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _Encode,
+}
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Admits arrays, bytes and plain values: what the batches are made of. Nothing else is looked up.
+
+    The one in Python: that in C makes a table as long as the largest number it is told. BUILD serves arrays alone.
+    """
+
+    dispatch = {  # noqa: RUF012
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         module = re.sub(r"^numpy\.(_core|core)\.", "numpy.core.", module)  # numpy 2 and numpy 1
@@ -176,13 +252,12 @@ class _PlainUnpickler(pickle.Unpickler):
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], _Array | _Dtype):
+            raise pickle.UnpicklingError(f"it changes a {type(self.stack[-2]).__name__}")
+        super().load_build()
 
-_ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,  # how Python 3 writes bytes for Python 2
-}
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def _parse(where: str, content: BinaryIO) -> tuple[Tensor, Tensor]:
@@ -190,12 +265,18 @@ def _parse(where: str, content: BinaryIO) -> tuple[Tensor, Tensor]:
     try:
         batch = _PlainUnpickler(content, encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
+        data, labels = batch["data"].to_numpy(), batch["labels"]
+        if isinstance(labels, _Array):
+            labels = labels.to_numpy()
+        elif all(type(label) is int for label in labels):  # lists of lists could make an array of any size
+            labels = np.asarray(labels)
+        else:
+            raise ValueError("its labels are no numbers")
     except Exception as error:  # a pickle that is broken or wants too much can raise anything
         raise InputError(f"{where} is no batch of CIFAR-10 ({' '.join(str(error).split()):.200})") from None
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or not len(data):
+    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072 or not 0 < data.nbytes <= MOST_BYTES:
         raise InputError(f"{where}: wanted data of shape (N, 3072) uint8, got {data.shape} {data.dtype}")
     if labels.shape != data.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9:
         raise InputError(f"{where}: wanted a label in 0..9 for each of the {len(data)} images")
-    images = np.ascontiguousarray(data).reshape(-1, 3, 32, 32)
+    images = np.array(data, order="C").reshape(-1, 3, 32, 32)
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))

@@ -19,12 +19,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import InputError
+from common.images import open_image
 from data.dataset import ImageDataset
 from data.transforms import to_square
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+MOST_FILE_BYTES = 2**28  # of an image in an archive
 # What Pillow and zipfile raise on files that are cut short, no image at all, or unreasonably large.
 BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, struct.error, zipfile.BadZipFile, zlib.error),
@@ -133,6 +135,8 @@ class ZipSource(Source):
         return self.__dict__ | {"_archive": None}
 
     def open(self, name: str) -> io.BufferedIOBase:
+        if self.infos[name].file_size > MOST_FILE_BYTES:
+            raise zipfile.BadZipFile(f"{self.infos[name].file_size:,} bytes when unpacked")
         try:  # all of it at once, so that the checksum is checked
             return io.BytesIO(self.archive.read(name))
         except RuntimeError as error:  # encrypted, or compressed in a way that is not known
@@ -208,7 +212,7 @@ class ImageFiles(ImageDataset):
 
     def decode(self, index: int) -> Tensor:
         """uint8 (C, H, W). Raises one of BROKEN for a file that is no whole image."""
-        with self.source.open(self.names[index]) as file, Image.open(file) as image:
+        with self.source.open(self.names[index]) as file, open_image(file) as image:
             return to_square(image, self.crop, self.img_size, self.in_chans)
 
     def describe(self) -> dict[str, Any]:

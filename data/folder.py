@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from PIL import Image
-
 from common.errors import InputError
+from common.images import open_image
 from data.dataset import check_labels
 from data.files import BROKEN, SUFFIXES, FolderSource, ImageFiles, why_broken
 
@@ -50,7 +49,7 @@ class ImageFolder(ImageFiles):
     def _unreadable(path: Path) -> str | None:
         """Why the header is not that of an image; the pixels are met when they are needed."""
         try:
-            with Image.open(path):
+            with open_image(path):
                 return None
         except BROKEN as error:
             log.warning("skipped %s: %s", path, why_broken(error))

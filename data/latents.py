@@ -6,7 +6,6 @@ of its unscaled latents.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.files import sha256_of
 from common.images import from_uint8
 from data.dataset import ImageDataset
 from data.files import ImageFiles
@@ -52,7 +52,7 @@ class LatentSource(ImageDataset):
             "in_chans": channels,
             "pixels": about["img_size"],
             "scale_factor": autoencoder.scale_factor,
-            "autoencoder_sha256": _sha256_of(checkpoint),
+            "autoencoder_sha256": sha256_of(checkpoint),
         }
 
     def __len__(self) -> int:
@@ -104,12 +104,3 @@ class PackedLatents(PackedDataset):
         view = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if mirrored is None else mirrored.long()
         mean, std = rows[torch.arange(len(rows), device=rows.device), view].float().unbind(1)
         return (mean + std * normal(*mean.shape[1:])) * self.scale_factor
-
-
-def _sha256_of(checkpoint: Path) -> str:
-    """Of a file, or of the weights in a folder."""
-    files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from common.cli import Parser, add_common_options, existing_path, real, whole
 from common.errors import InputError, command
-from common.files import read_json, replacing, writable_folder, write_json
+from common.files import lock, read_json, replacing, writable_folder, write_json
 from data import CROPS, DATASETS, crop_of, open_source
 from data.dataset import ImageDataset
 from data.packed import (
@@ -136,7 +135,7 @@ def pack(dataset: ImageDataset, output: Path, num_workers: int = 0, quiet: bool 
     if not partial.exists():
         _check_space(writable_folder(output.parent), len(dataset) * dataset.row_bytes)
     writable_folder(partial)
-    with _locked(partial):
+    with lock(partial / LOCK, f"{partial}: another process is packing it; wait for it"):
         if not (partial / MANIFEST).exists():
             work = _Work.begin_or_go_on(partial, dataset, source)
             work.decode(dataset, num_workers, quiet)
@@ -166,9 +165,12 @@ class _Work:
     @classmethod
     def begin_or_go_on(cls, partial: Path, dataset: ImageDataset, source: dict[str, Any]) -> _Work:
         if (partial / PLAN).exists():
-            plan = read_json(partial / PLAN)
-            _refuse_another(partial, plan["source"], source)
-            return cls(partial, len(dataset), plan["chunk_images"])
+            there, chunk_images = _read_plan(partial / PLAN)
+            _refuse_another(partial, there, source)
+            work = cls(partial, len(dataset), chunk_images)
+            if work.rows.shape != (len(dataset), *dataset.row_shape):
+                raise InputError(f"{partial}: its images are not those of its plan; remove it and pack again")
+            return work
         # The plan comes last: what lies here without one was begun a moment ago, and is begun anew.
         (partial / JOURNAL).write_bytes(b"")
         shape = (len(dataset), *dataset.row_shape)
@@ -186,9 +188,10 @@ class _Work:
         for line in lines[:-1]:  # what follows the last line break was cut off
             try:
                 chunk = Chunk(**json.loads(line))
-            except (ValueError, TypeError):
+                whole = chunk.number in range(self.num_chunks) and all(int(i) < self.num_images for i in chunk.broken)
+            except (ValueError, TypeError, RecursionError):
                 continue
-            if zlib.crc32(self.rows.read(self.range_of(chunk.number))) == chunk.crc32:
+            if whole and zlib.crc32(self.rows.read(self.range_of(chunk.number))) == chunk.crc32:
                 yield chunk
 
     def decode(self, dataset: ImageDataset, num_workers: int, quiet: bool) -> None:
@@ -251,6 +254,16 @@ class _Work:
                 file.write(self.rows.read(kept[start : start + self.chunk_images]))
 
 
+def _read_plan(path: Path) -> tuple[dict[str, Any], int]:
+    """The source, and the images in a chunk."""
+    plan = read_json(path)
+    if isinstance(plan, dict):
+        source, chunk_images = plan.get("source"), plan.get("chunk_images")
+        if isinstance(source, dict) and type(chunk_images) is int and 1 <= chunk_images <= CHUNK_IMAGES:
+            return source, chunk_images
+    raise InputError(f"{path}: not as data.pack writes it; remove the folder and pack again")
+
+
 def _settle(partial: Path, output: Path) -> Manifest:
     """Turn a partial folder that has its manifest into the packed dataset. May be stopped and done again."""
     if (partial / COMPACT).exists():
@@ -287,22 +300,6 @@ def _sha256(path: Path, quiet: bool) -> str:
             digest.update(block)
             bar.update(len(block))
     return digest.hexdigest()
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Keeps two processes from packing the same; the lock goes with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (partial / LOCK).open("wb") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{partial}: another process is packing it; wait for it") from None
-        yield
 
 
 # Decoding, in this process or in others

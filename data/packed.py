@@ -142,7 +142,7 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def state_of(source: dict[str, Any]) -> dict[str, int] | None:
     """What shows at little cost whether a source has changed: of a described source, None if it is not there."""
-    path = Path(source.get("source") or "")
+    path = Path(str(source.get("source") or ""))
     if path.is_file():
         return {"bytes": path.stat().st_size}
     if source.get("source") and path.is_dir():
@@ -177,7 +177,7 @@ def block_checksums(path: Path) -> list[int]:
 def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
     try:
         labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy meets any bytes there are, and fails in any way there is
         raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
     if labels.shape != tuple(manifest.shape[:1]) or labels.dtype != np.int64:
         raise _disagree(path, f"it holds {labels.shape} {labels.dtype}, not a label for each image")

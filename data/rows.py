@@ -34,7 +34,7 @@ class RowsFile:
         """Raises InputError for a file that is missing, no .npy, or shorter than its header says."""
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # numpy meets any bytes there are, and fails in any way there is
             raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
         if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
             raise InputError(f"{path}: wanted an array in C order")

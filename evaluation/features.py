@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,9 +12,11 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
+from common.distributed import gather, on_main
 from common.errors import InputError
+from common.files import sha256_of
 
-INCEPTION_SHA256_PREFIX = "6726825d"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class FeatureExtractor:
@@ -38,13 +40,12 @@ class Inception(FeatureExtractor):
     def __init__(self, weights: Path | None, device: torch.device):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        weights = weights or _download_inception()
-        digest = _sha256(weights)
+        weights = weights or Path(on_main(lambda: str(_download_inception())))
         # torch-fidelity unpickles the file without restrictions: it must be the one that is known.
-        if not digest.startswith(INCEPTION_SHA256_PREFIX):
+        if (digest := sha256_of(weights)) != INCEPTION_SHA256:
             raise InputError(
                 f"{weights}: not the Inception weights of torch-fidelity (SHA-256 {digest[:8]}..., "
-                f"wanted {INCEPTION_SHA256_PREFIX}...); get weights-inception-2015-12-05-6726825d.pth"
+                f"wanted {INCEPTION_SHA256[:8]}...); get weights-inception-2015-12-05-6726825d.pth"
             )
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
@@ -89,7 +90,7 @@ class TorchScript(FeatureExtractor):
         return features.float(), None
 
     def describe(self) -> dict[str, Any]:
-        return {"extractor": self.path.name, "sha256": _sha256(self.path)}
+        return {"extractor": self.path.name, "sha256": sha256_of(self.path)}
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> FeatureExtractor:
@@ -106,6 +107,19 @@ def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Iterator[
         yield features.cpu(), None if logits is None else logits.cpu()
 
 
+def extract_all(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Features and logits of all images, in their order, on process 0; None and None on the others.
+
+    batches: this process's share.
+    """
+    parts = gather(list(extract(extractor, batches)))
+    if parts is None:
+        return None, None
+    rounds = itertools.zip_longest(*parts)  # each process had every world_size()-th batch
+    features, logits = zip(*(batch for batch in itertools.chain.from_iterable(rounds) if batch), strict=True)
+    return torch.cat(features), None if logits[0] is None else torch.cat(logits)
+
+
 def _download_inception() -> Path:
     """The weights in torch's cache; fetched once, and kept only if their hash is right."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -114,16 +128,10 @@ def _download_inception() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(
-                URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256_PREFIX, progress=False
-            )
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise InputError(
                 f"the Inception weights could not be downloaded ({error}); fetch {URL_INCEPTION_V3} and give "
                 "--feature_extractor_weights FILE"
             ) from None
     return path
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

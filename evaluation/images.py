@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.distributed import share
 from common.errors import InputError
-from common.images import to_tensor
+from common.images import open_image, to_tensor
 from data.files import BROKEN, SUFFIXES
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class FinishedImages:
             log.warning("%s: %d other files left out (%s, ...)", folder, len(stray), stray[0].name)
         if not self.files:
             raise InputError(f"{folder}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
-        first = self._open(self.files[0])
+        first = self.open(self.files[0])
         self.in_chans = 1 if first.mode in ("L", "1", "I;16") else 3
         self.size = first.size
 
@@ -40,21 +41,21 @@ class FinishedImages:
         return len(self.files)
 
     @staticmethod
-    def _open(path: Path) -> Image.Image:
+    def open(path: Path) -> Image.Image:
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 image.load()
                 return image
         except BROKEN as error:
             raise InputError(f"{path}: not readable as an image ({error})") from None
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """uint8 (B, C, H, W). Raises InputError at an image that is broken or of another size."""
-        for start in range(0, len(self.files), batch_size):
+        """This process's share, uint8 (B, C, H, W). Raises InputError at an image that is broken or of another size."""
+        for start in share(range(0, len(self.files), batch_size)):
             yield torch.stack([self._read(path) for path in self.files[start : start + batch_size]])
 
     def _read(self, path: Path) -> Tensor:
-        image = self._open(path)
+        image = self.open(path)
         if image.size != self.size:
             raise InputError(
                 f"{path} is {image.size[0]} x {image.size[1]}, but {self.files[0].name} {self.size[0]} x "

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from common.distributed import is_main, on_main, share
 from common.errors import InputError
 from common.files import writable_folder
 from data import open_dataset
@@ -32,11 +33,12 @@ class Reference:
     def __init__(self, about: dict[str, Any]):
         self.about = about  # provenance, as plain values
 
-    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics:
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
+        """On process 0; None on the others."""
         return statistics_of(f for f, _ in extract(extractor, self.batches(batch_size, quiet)))
 
     def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
-        """uint8 (B, C, H, W)."""
+        """This process's share, uint8 (B, C, H, W)."""
         raise NotImplementedError
 
 
@@ -45,7 +47,7 @@ class StatisticsFile(Reference):
         self.content = load_statistics(path)
         super().__init__({"reference": str(path), "n_reference": self.content.n})
 
-    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics:
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
         return self.content
 
 
@@ -60,23 +62,31 @@ class DatasetReference(Reference):
         super().__init__(dataset.describe() | {"n_reference": len(self.indices)})
 
     def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
-        starts = range(0, len(self.indices), batch_size)
+        starts = share(range(0, len(self.indices), batch_size))
         for start in tqdm(starts, desc="real images", unit="batch", disable=True if quiet else None):
             yield self.dataset.__getitems__(self.indices[start : start + batch_size])[0]
 
-    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics:
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
         key = json.dumps([self.about, extractor.describe()], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         name = f"{self.about['dataset']}_{len(self.indices)}_{extractor.name}_{digest}.npz"
         path = writable_folder(self.cache_dir) / name
-        if path.exists():
-            try:
-                return load_statistics(path)
-            except InputError as error:
-                log.warning("computing again: %s", error)
+        known = _cached(path) if is_main() else None
+        if on_main(lambda: known is not None):
+            return known
         statistics = super().statistics(extractor, batch_size, quiet)
-        save_statistics(path, statistics)
+        if statistics is not None:
+            save_statistics(path, statistics)
         return statistics
+
+
+def _cached(path: Path) -> Statistics | None:
+    if path.exists():
+        try:
+            return load_statistics(path)
+        except InputError as error:
+            log.warning("computing again: %s", error)
+    return None
 
 
 class FolderReference(Reference):

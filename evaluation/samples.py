@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.distributed import share
 from common.errors import InputError
 from common.files import read_json
 from evaluation.features import FeatureExtractor, extract
@@ -25,9 +26,9 @@ class Samples:
         self.report = folder / "report"
         path = self.report / "statistics.json"
         self.run: dict[str, Any] = read_json(path) if path.exists() else {}
-        if not isinstance(self.run, dict):
+        wanted = self.run.get("n_samples") if isinstance(self.run, dict) else ...
+        if type(wanted) not in (int, type(None)) or not isinstance(self._network, dict):
             raise InputError(f"{path}: not as sampler.py writes it")
-        wanted = self.run.get("n_samples")
         if wanted is not None and wanted != len(self.images):
             raise InputError(
                 f"{len(self.images):,} images in {folder}, but its report counts {wanted:,}; sample again, or "
@@ -35,7 +36,7 @@ class Samples:
             )
 
     def batches(self, batch_size: int, quiet: bool) -> tqdm:
-        total = -(-len(self.images) // batch_size)
+        total = len(share(range(0, len(self.images), batch_size)))
         return tqdm(
             self.images.batches(batch_size),
             total=total,
@@ -44,7 +45,8 @@ class Samples:
             disable=True if quiet else None,
         )
 
-    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics:
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
+        """On process 0; None on the others."""
         return statistics_of(f for f, _ in extract(extractor, self.batches(batch_size, quiet)))
 
     @property
@@ -58,4 +60,5 @@ class Samples:
 
     @property
     def _network(self) -> dict[str, Any]:
-        return (self.run.get("backbones") or [{}])[0]
+        backbones = self.run.get("backbones")
+        return backbones[0] if isinstance(backbones, list) and backbones else {}

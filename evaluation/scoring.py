@@ -9,15 +9,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from common.distributed import is_main
 from common.errors import InputError
 from common.files import writable_folder, write_json
-from evaluation.features import FeatureExtractor, extract
+from evaluation.features import FeatureExtractor, extract_all
 from evaluation.references import Reference
 from evaluation.samples import Samples
-from evaluation.statistics import Statistics, frechet_distance, statistics_of
+from evaluation.statistics import Statistics, frechet_distance, sums_of
 
 log = logging.getLogger(__name__)
 
@@ -33,25 +33,30 @@ def score(
     batch_size: int,
     quiet: bool,
 ) -> dict[str, float]:
-    """metrics: of fid, kid, is, prc. Returns {"fid": ...} and the like."""
-    scores: dict[str, float] = {}
-    if metrics == ("fid",):  # needs no features in memory
+    """metrics: of fid, kid, is, prc. Returns {"fid": ...} and the like on process 0, {} on the others."""
+    chosen = set(metrics)
+    if chosen == {"fid"}:  # needs no features in memory
         mine = samples.statistics(extractor, batch_size, quiet)
     else:
-        features, logits = zip(*extract(extractor, samples.batches(batch_size, quiet)), strict=True)
-        mine = statistics_of(features)
+        features, logits = extract_all(extractor, samples.batches(batch_size, quiet))
+    real = reference.statistics(extractor, batch_size, quiet) if "fid" in chosen else None
+    if chosen & {"kid", "prc"}:
+        real_features, _ = extract_all(extractor, reference.batches(batch_size, quiet))
+    if not is_main():
+        return {}
+
+    scores: dict[str, float] = {}
     if "fid" in metrics:
-        real = reference.statistics(extractor, batch_size, quiet)
+        if chosen != {"fid"}:
+            mine = sums_of(features.split(batch_size)).finish()
         warn_if_few(mine, real)
         scores["fid"] = frechet_distance(mine, real)
     if "is" in metrics:
-        scores |= inception_score(torch.cat(logits))
-    if {"kid", "prc"} & set(metrics):
-        real_features = torch.cat([f for f, _ in extract(extractor, reference.batches(batch_size, quiet))])
-        if "kid" in metrics:
-            scores |= kernel_distance(torch.cat(features), real_features)
-        if "prc" in metrics:
-            scores |= precision_recall(torch.cat(features), real_features)
+        scores |= inception_score(logits)
+    if "kid" in metrics:
+        scores |= kernel_distance(features, real_features)
+    if "prc" in metrics:
+        scores |= precision_recall(features, real_features)
     return scores
 
 

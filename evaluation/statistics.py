@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from common.distributed import gather
 from common.errors import InputError
-from common.files import replacing
+from common.files import read_arrays, replacing
 
 
 class Statistics(NamedTuple):
@@ -41,6 +41,17 @@ class RunningStatistics:
         self._sum += features.sum(dim=0)
         self._outer += features.T @ features
 
+    def include(self, other: RunningStatistics) -> None:
+        """Take in the images of another, whose sums are about a shift of its own."""
+        if self.n == 0:
+            self.__dict__.update(other.__dict__)
+        elif other.n:
+            shift = other._shift - self._shift
+            crossed = torch.outer(other._sum, shift)
+            self._outer += other._outer + crossed + crossed.T + other.n * torch.outer(shift, shift)
+            self._sum += other._sum + other.n * shift
+            self.n += other.n
+
     def finish(self) -> Statistics:
         """Raises InputError for fewer than two images."""
         if self.n < 2:
@@ -52,11 +63,21 @@ class RunningStatistics:
         return Statistics((mean + self._shift).numpy(), sigma.numpy(), self.n)
 
 
-def statistics_of(features: Iterable[Tensor]) -> Statistics:
+def sums_of(features: Iterable[Tensor]) -> RunningStatistics:
     running = RunningStatistics()
     for batch in features:
         running.add(batch)
-    return running.finish()
+    return running
+
+
+def statistics_of(features: Iterable[Tensor]) -> Statistics | None:
+    """Of the features that all processes have, on process 0; None on the others. features: this process's share."""
+    parts = gather(sums_of(features))
+    if parts is None:
+        return None
+    for part in parts[1:]:
+        parts[0].include(part)
+    return parts[0].finish()
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -82,12 +103,14 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 def load_statistics(path: Path) -> Statistics:
     """An .npz with mu (D,) and sigma (D, D), ours or a published one. Raises InputError for anything else."""
+    arrays = read_arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
-            n = int(file["n"]) or None if "n" in file else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: no .npz of statistics with mu and sigma ({error!s:.120})") from None
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+        mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
+        n = int(arrays["n"]) or None if "n" in arrays else None
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{path}: no statistics with mu and sigma ({error!s:.120})") from None
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics, wanted (D,), (D, D)")
+    if not (len(mu) and np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"{path}: mu and sigma are empty or not finite")
     return Statistics(mu, sigma, n)

@@ -21,42 +21,49 @@ class ExitRecorder:
     class and without.
     """
 
-    def __init__(self, trace: Callable[[Tensor, int, Tensor | None], ExitTrace], threshold: float, passes: int = 1):
-        self.trace, self.threshold, self.passes = trace, threshold, passes
+    def __init__(self, trace: Callable[[Tensor, int, Tensor | None], ExitTrace], passes: int = 1):
+        self.trace, self.passes = trace, passes
         self._steps: list[tuple[Tensor, Tensor]] = []  # of the batch under way: exit layers, uncertainties
-        self._exit_layers: list[np.ndarray] = []  # a batch each: (passes, S, B)
-        self._sums: np.ndarray | float = 0.0  # (S, L)
-        self._counts: np.ndarray | float = 0.0  # (S, L)
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
         output, exit_layer, uncertainty = self.trace(x_t, t, y)
         self._steps.append((exit_layer, uncertainty))
         return output
 
-    def end_batch(self) -> None:
-        """Take the batch's steps off the device."""
+    def end_batch(self) -> dict[str, np.ndarray]:
+        """The batch's steps, off the device, for S timesteps, L layers and B images:
+
+        exit_layer (passes, S, B); uncertainty_sum and uncertainty_count (S, L), over the images at the layer.
+        """
         exit_layer, uncertainty = (torch.stack(part).cpu() for part in zip(*self._steps, strict=True))
         self._steps.clear()
-        passes = rearrange(exit_layer.numpy().astype(np.int16), "s (p b) -> p s b", p=self.passes)
-        self._exit_layers.append(passes)
-        self._sums += uncertainty.nansum(dim=-1).double().numpy()
-        self._counts += (~uncertainty.isnan()).sum(dim=-1).numpy()
-
-    def save(self, path: Path, timesteps: Sequence[int]) -> dict[str, np.ndarray]:
-        """Write and return, for S timesteps, N images and L layers:
-
-        timesteps (S,); exit_layer (S, N), and under guidance exit_layer_uncond (S, N); uncertainty (S, L),
-        the mean over the images that reached the layer, nan where none did; threshold ().
-        """
-        layers = np.concatenate(self._exit_layers, axis=2)
-        with np.errstate(invalid="ignore"):
-            mean = self._sums / self._counts
-        exits = {
-            "timesteps": np.asarray(timesteps),
-            **dict(zip(("exit_layer", "exit_layer_uncond"), layers, strict=False)),
-            "uncertainty": mean.astype(np.float32),
-            "threshold": np.asarray(self.threshold),
+        return {
+            "exit_layer": rearrange(exit_layer.numpy().astype(np.int16), "s (p b) -> p s b", p=self.passes),
+            "uncertainty_sum": uncertainty.nansum(dim=-1).double().numpy(),
+            "uncertainty_count": (~uncertainty.isnan()).sum(dim=-1).numpy(),
         }
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **exits)
-        return exits
+
+
+def save_exits(
+    path: Path, timesteps: Sequence[int], batches: Sequence[dict[str, np.ndarray]], threshold: float
+) -> dict[str, np.ndarray]:
+    """Write and return, for S timesteps, N images and L layers:
+
+    timesteps (S,); exit_layer (S, N), and under guidance exit_layer_uncond (S, N); uncertainty (S, L),
+    the mean over the images that reached the layer, nan where none did; threshold ().
+
+    batches: what `ExitRecorder.end_batch` returned, in the order of their images.
+    """
+    layers = np.concatenate([batch["exit_layer"] for batch in batches], axis=2)
+    sums, counts = (sum(batch[f"uncertainty_{name}"] for batch in batches) for name in ("sum", "count"))
+    with np.errstate(invalid="ignore"):
+        mean = sums / counts
+    exits = {
+        "timesteps": np.asarray(timesteps),
+        **dict(zip(("exit_layer", "exit_layer_uncond"), layers, strict=False)),
+        "uncertainty": mean.astype(np.float32),
+        "threshold": np.asarray(threshold),
+    }
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **exits)
+    return exits

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
-import shutil
+import signal
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -17,43 +19,40 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.config import Config
-from common.devices import DTYPES, Stopwatch, check_compiler, pick_device, pick_precision
+from common.devices import DTYPES, Stopwatch, check_compiler, pick_precision
+from common.distributed import barrier, is_main, on_main, share
 from common.errors import InputError
-from common.files import writable_folder, write_json
-from common.images import enlarge, save_grid, save_png, to_uint8
+from common.files import write_json
+from common.images import enlarge, read_png, save_grid, save_png, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, SwitchingDenoiser, guided, random_classes, sample
 from diffusion.solvers import make_solver, spaced_timesteps
+from generation.record import Batch, RunRecord, conditions_of, deciding_settings
 from models.autoencoder import image_maker
+from models.loading import Network
 
-SAMPLE_NAME = re.compile(r"\d{6,}\.png")
-# What this project writes into report/; anything else there is the user's.
-REPORT_NAMES = {
-    *("grid_image.png", "frames.png", "frames", "statistics.json", "metrics.json", "exits.npz", "exit_layer.png"),
-}
 GRID_SAMPLES = 100  # shown in report/grid_image.png
 FRAME_SAMPLES = 8  # shown in report/frames.png
 
 
-def pick_working_device(args: argparse.Namespace) -> torch.device:
-    """The device of a run; settles --precision, and raises InputError for options that the device has no use for."""
-    device = pick_device(args.device)
+def settle_speed(args: argparse.Namespace, device: torch.device) -> None:
+    """Settle --precision. Raises InputError for options of speed that the device has no use for."""
     args.precision = pick_precision(args.precision, device)
     if getattr(args, "offload", False) and device.type != "cuda":
         raise InputError(f"--offload is for CUDA: on {device.type} the networks are in the host's memory anyway")
     if args.compile:
         check_compiler(device)
-    return device
 
 
 class SamplingRun:
-    """Checks everything that can be checked at once, then makes the samples.
+    """Checks everything that can be checked at once, then makes the samples that are not there yet.
 
-    args: what generation.options parsed. config: of the network, or of the first of several.
+    Several processes share the work, batch by batch. args: what generation.options parsed. networks: those that
+    will run. config: of the first of them.
     """
 
-    def __init__(self, args: argparse.Namespace, config: Config, device: torch.device):
+    def __init__(self, args: argparse.Namespace, networks: Sequence[Network], config: Config, device: torch.device):
         self.args, self.config, self.device = args, config, device
         self.dtype = DTYPES[args.precision]
         self.to_images = image_maker(config, device)
@@ -66,7 +65,10 @@ class SamplingRun:
             raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(self.timesteps)}")
         self.class_ids = self._class_ids()
         self.folder: Path = args.output_folder
-        check_output_folder(self.folder, args.overwrite)
+        self.conditions = conditions_of(args, device)
+        settings = on_main(lambda: deciding_settings(args, networks, device) | {"steps": len(self.timesteps)})
+        self.record = RunRecord(self.folder, settings)
+        self.to_do = on_main(lambda: self.record.open(args.n_samples, args.batch_size, args.overwrite))
 
     def _class_ids(self) -> list[int] | None:
         """The classes that were asked for; None for random ones, or if the network has none."""
@@ -104,66 +106,55 @@ class SamplingRun:
     @torch.inference_mode()
     def warm_up(self, denoiser: Denoiser) -> None:
         """Run each network once, so that what only first calls cost is not in the timing."""
-        size = min(self.args.batch_size, self.args.n_samples)
+        if not (mine := share(self.to_do)):
+            return
+        size = len(mine[0])
         x = torch.zeros(size, *self.config.model_params.image_shape, device=self.device)
         which = denoiser.index if isinstance(denoiser, SwitchingDenoiser) else lambda t: 0
         for t in {which(t): t for t in self.timesteps}.values():
             for _ in range(3 if self.args.compile else 1):  # CUDA graphs are recorded on the second call
                 denoiser(x, t, self._classes(range(size)))
 
-    def run(self, denoiser: Denoiser, after_batch: Callable[[], None] | None = None) -> dict[str, Any]:
-        """Make and save all samples. Returns the timing part of statistics.json.
+    def run(self, denoiser: Denoiser, of_batch: Callable[[], dict[str, np.ndarray]] | None = None) -> list[Batch]:
+        """Make and save the samples that are missing, this process's share of them.
 
-        after_batch: called when a batch has been made.
+        of_batch: called when a batch has been made; what it returns is kept with the batch. Returns all batches
+        of the run, those of other processes and of earlier attempts among them, on process 0; none on the others.
         """
-        args = self.args
-        clear_samples(self.folder)
-        # Known before the first image is: a run that was stopped is not taken for a whole one.
-        write_json(self.folder / "report" / "statistics.json", {"n_samples": args.n_samples})
-        frames = dict.fromkeys(sorted(args.timesteps_save, reverse=True))
-        first_images, first_frames = [], {t: [] for t in frames}
+        on_main(lambda: self.record.begin(self.args.n_samples, self.to_do))
+        mine = share(self.to_do)
+        total = len(mine) * len(self.timesteps)
+        with going_on_later(), tqdm(total=total, unit="step", disable=True if self.args.quiet else None) as bar:
+            for indices in mine:
+                self.record.add(self._make(denoiser, indices, bar, of_batch or dict))
+            barrier()
+        if not is_main():
+            return []
+        batches = self.record.finished()
+        assert sum(len(batch.indices) for batch in batches) == self.args.n_samples, "batches are missing"
+        return batches
+
+    def _make(
+        self, denoiser: Denoiser, indices: range, bar: tqdm, of_batch: Callable[[], dict[str, np.ndarray]]
+    ) -> Batch:
+        """Make and save a batch."""
+        frames: dict[int, Tensor] = {}
+
+        def on_step(t: int, x_t: Tensor) -> None:
+            bar.update()
+            if t in self.record.frames:
+                frames[t] = to_uint8(self.to_images(x_t))
+
         sampling, decoding, saving = (Stopwatch(self.device) for _ in range(3))
-
-        total = -(-args.n_samples // args.batch_size) * len(self.timesteps)
-        with tqdm(total=total, unit="step", disable=True if args.quiet else None) as bar:
-
-            def on_step(t: int, x_t: Tensor) -> None:
-                bar.update()
-                if t in frames:
-                    frames[t] = to_uint8(self.to_images(x_t))
-
-            for start in range(0, args.n_samples, args.batch_size):
-                indices = range(start, min(start + args.batch_size, args.n_samples))
-                with sampling:
-                    x0 = self._sample(denoiser, indices, on_step)
-                with decoding:
-                    images = to_uint8(self.to_images(x0))
-                if after_batch is not None:
-                    after_batch()
-                with saving:
-                    self._save(images, indices, self.folder)
-                    for t, x_t in frames.items():
-                        self._save(x_t, indices, self.folder / "report" / "frames" / f"t{t:04d}")
-                if start < GRID_SAMPLES:
-                    first_images.append(images.cpu())
-                if start < FRAME_SAMPLES:
-                    for t, x_t in frames.items():
-                        first_frames[t].append(x_t.cpu())
-
-        report = self.folder / "report"
-        save_grid(report / "grid_image.png", torch.cat(first_images), GRID_SAMPLES)
-        if frames:
-            save_frames(report / "frames.png", [torch.cat(f) for f in first_frames.values()], torch.cat(first_images))
-        sizes = [min(args.batch_size, args.n_samples - start) for start in range(0, args.n_samples, args.batch_size)]
-        return {
-            "n_samples": args.n_samples,
-            "seconds": sampling.seconds,
-            # The median batch: what else the machine did for a moment is not the network's time.
-            "seconds_per_image": statistics.median(lap / n for lap, n in zip(sampling.laps, sizes, strict=True)),
-            "images_per_second": args.n_samples / sampling.seconds,
-            "seconds_decoding": decoding.seconds,
-            "seconds_saving": saving.seconds,
-        }
+        with sampling:
+            x0 = self._sample(denoiser, indices, on_step)
+        with decoding:
+            images = to_uint8(self.to_images(x0))
+        with saving:
+            checksums = [self._save(images, self.record.paths(indices))]
+            checksums += [self._save(frames[t], self.record.paths(indices, t)) for t in self.record.frames]
+        seconds = np.array([sampling.seconds, decoding.seconds, saving.seconds])
+        return Batch(indices, np.array(checksums, np.uint32), seconds, self.conditions, of_batch())
 
     def _sample(self, denoiser: Denoiser, indices: Sequence[int], on_step: Callable[[int, Tensor], None]) -> Tensor:
         noise = SeededNoise([nth_seed(self.args.seed, "samples", i) for i in indices], self.device)
@@ -171,60 +162,79 @@ class SamplingRun:
         return sample(denoiser, self.solver, self.timesteps, noise, shape, self._classes(indices), on_step)
 
     @staticmethod
-    def _save(images: Tensor, indices: Sequence[int], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, image in zip(indices, images.cpu(), strict=True):
-            save_png(folder / f"{index:06d}.png", image)
+    def _save(images: Tensor, paths: Sequence[Path]) -> list[int]:
+        """Returns the CRC-32 of each file."""
+        return [save_png(path, image) for path, image in zip(paths, images.cpu(), strict=True)]
 
-    def summary(self, timing: dict[str, Any]) -> str:
-        return (
-            f"{timing['n_samples']} images in {timing['seconds']:.1f} s "
-            f"({timing['images_per_second']:.2f} images/s on {self.device}) -> {self.folder}"
-        )
+    def timing(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """The timing part of statistics.json: of the images that were made under the conditions of the last one."""
+        made_now = [batch for batch in batches if batch.conditions == self.conditions]
+        conditions = self.conditions if made_now else batches[-1].conditions
+        timed = [batch for batch in batches if batch.conditions == conditions]
+        sampling, decoding, saving = (float(seconds) for seconds in sum(batch.seconds for batch in timed))
+        images_timed = sum(len(batch.indices) for batch in timed)
+        return {
+            "n_samples": self.args.n_samples,
+            "images_timed": images_timed,
+            **conditions,
+            "seconds": sampling,  # of all processes together
+            # The median batch: what else the machine did for a moment is not the network's time.
+            "seconds_per_image": statistics.median(float(b.seconds[0]) / len(b.indices) for b in timed),
+            "images_per_second": images_timed / sampling * conditions["processes"],
+            "seconds_decoding": decoding,
+            "seconds_saving": saving,
+        }
 
-    def write_statistics(self, timing: dict[str, Any], backbones: list[dict[str, Any]], flops: float) -> None:
-        """Write report/statistics.json.
+    def save_pictures(self) -> None:
+        """The first samples as a grid, and the noisy images on the way to them."""
+        indices = range(min(GRID_SAMPLES, self.args.n_samples))
+        report, images = self.folder / "report", torch.stack([read_png(path) for path in self.record.paths(indices)])
+        save_grid(report / "grid_image.png", images, GRID_SAMPLES)
+        if self.record.frames:
+            few = indices[:FRAME_SAMPLES]
+            frames = [torch.stack([read_png(p) for p in self.record.paths(few, t)]) for t in self.record.frames]
+            save_frames(report / "frames.png", frames, images)
 
-        backbones: what ran, and how often. flops: of the networks, per image.
+    def report(self, batches: Sequence[Batch], backbones: list[dict[str, Any]], flops: float) -> str:
+        """Write report/statistics.json and the pictures. Returns a line that says what was made.
+
+        batches: what `run` returned. backbones: what ran, and how often. flops: of the networks, per image.
         """
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        self.save_pictures()
+        timing = self.timing(batches)
         content = timing | {
             "network_flops_per_image": flops,
             "backbones": backbones,
             "timesteps": len(self.timesteps),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
-            "settings": settings,
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()},
         }
         write_json(self.folder / "report" / "statistics.json", content)
-
-
-def check_output_folder(folder: Path, overwrite: bool) -> None:
-    """Raises InputError unless samples can be written there and nothing of the user's is lost."""
-    writable_folder(folder)
-    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    samples = [path for path in files if SAMPLE_NAME.fullmatch(path.name)]
-    others = [path for path in files if path not in samples and path.name != "report"]
-    if others:
-        raise InputError(f"{folder} holds {others[0].name}, which is no sample; choose a folder of its own")
-    if samples and not overwrite:
-        raise InputError(
-            f"{folder} holds {len(samples)} samples already; choose another --output_folder or give --overwrite"
+        kept = self.args.n_samples - sum(map(len, self.to_do))
+        return (
+            f"{self.args.n_samples} images{f', {kept} of them there already' if kept else ''} "
+            f"({timing['images_per_second']:.2f} images/s on {timing['device']}) -> {self.folder}"
         )
-    report = folder / "report"
-    report.mkdir(exist_ok=True)
-    if foreign := sorted(path.name for path in report.iterdir() if path.name not in REPORT_NAMES):
-        raise InputError(f"{report} holds {foreign[0]}, which is of no sampling run; choose a folder of its own")
 
 
-def clear_samples(folder: Path) -> None:
-    """Remove an earlier run, all of it, so that no sample of one run is taken for one of another."""
-    for path in folder.iterdir():
-        if SAMPLE_NAME.fullmatch(path.name):
-            path.unlink()
-    shutil.rmtree(folder / "report")
-    (folder / "report").mkdir()
+@contextmanager
+def going_on_later() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the process at once, in a line that says how to go on; no file is left half-written."""
+    status = 130
+
+    def terminate(*_: object) -> NoReturn:
+        nonlocal status
+        status = 143
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_main():
+            print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(status) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def save_frames(path: Path, frames: list[Tensor], images: Tensor) -> None:

@@ -13,7 +13,7 @@ from common.config import Config, build_config, contradictions, merge, read_yaml
 from common.errors import InputError
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
-from models.weights import fill, read_weights
+from models.weights import check_fit, fill, read_weights
 
 SCRIPTS = {"uvit": "sampler.py", "deediff_uvit": "eesampler.py"}
 
@@ -75,6 +75,8 @@ def load_network(
     config = build_config(settings, str(path))
     if config.model != model:
         raise InputError(f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it")
+    with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
+        check_fit(build_network(config), read.state_dict, path)
     network = build_network(config)
     fill(network, read.state_dict, path)
     network.requires_grad_(False).eval().to(device)

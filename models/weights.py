@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.config import Config, check_types
 from common.errors import InputError
 from models.early_exit import EarlyExitUViT, MlpProbes
+from models.pickles import check_pickles
 
 FORMAT = "duodiff-1"  # of this project's checkpoints
 # Training wrappers (DataParallel, torch.compile) put their own names before those of the network.
@@ -55,7 +56,7 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
     content = read_pth(path)
     if content.get("format") == FORMAT:
         state_dict, kind = content["model"], "raw"
-        if weights == "ema" and content["ema"] is not None:
+        if weights == "ema" and content.get("ema") is not None:
             state_dict, kind = state_dict | content["ema"], "ema"
         return Weights(state_dict, check_types(Config, content["config"], str(path)), kind, content["step"])
     state_dict = content.get("model_state_dict", content)
@@ -67,7 +68,11 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
 def read_pth(path: Path) -> dict[str, Any]:
     """The mapping a torch file holds; nothing but tensors and plain values is unpickled."""
     try:
+        check_pickles(path)
         content = _load_pth(path)
+        for tensor in _tensors_in(content):
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of {tuple(tensor.shape)} claims more numbers than it holds")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (PermissionError, IsADirectoryError) as error:
@@ -118,9 +123,9 @@ def _read_safetensors(path: Path) -> Weights:
         step = int(about["step"]) if "step" in about else None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, RecursionError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not readable as safetensors; cut short? ({error!s:.120})") from None
-    settings = settings and check_types(Config, settings, str(path))
+    settings = None if settings is None else check_types(Config, settings, str(path))
     return Weights(state_dict, settings, about.get("weights", "unknown"), step)
 
 
@@ -129,6 +134,11 @@ def fill(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path)
 
     source: named in the InputError that says what does not fit.
     """
+    model.load_state_dict(check_fit(model, state_dict, source))
+
+
+def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The state dict under the names of the model; raises InputError where it does not fit. See `fill`."""
     given = {WRAPPERS.sub("", key): value for key, value in state_dict.items()}
     if isinstance(model, EarlyExitUViT):
         given = _from_original_names(given, model)
@@ -146,7 +156,7 @@ def fill(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path)
     ]
     if problems:
         raise InputError(f"{source}: weights do not fit the network: {'; '.join(problems)}")
-    model.load_state_dict(given)
+    return given
 
 
 def _from_original_names(given: Mapping[str, Tensor], model: EarlyExitUViT) -> dict[str, Tensor]:
@@ -170,6 +180,8 @@ def _from_original_names(given: Mapping[str, Tensor], model: EarlyExitUViT) -> d
         return renamed | {f"probes.{key}": value for key, value in probes.items()}
 
     num_layers, num_timesteps = model.probes.bias.shape
+    if len(probes) != 2 * num_layers * num_timesteps:
+        return renamed | {f"matrix.{key}": value for key, value in probes.items()}
     for name, rank in (("weight", 3), ("bias", 2)):
         keys = [
             ", ".join([str(layer)] * (num_layers > 1) + [str(t)] * (num_timesteps > 1)) + f".classifier.0.{name}"
@@ -181,6 +193,18 @@ def _from_original_names(given: Mapping[str, Tensor], model: EarlyExitUViT) -> d
             table = torch.stack(rows)
             renamed[f"probes.{name}"] = table.reshape((num_layers, num_timesteps, -1)[:rank])
     return renamed | {f"matrix.{key}": value for key, value in probes.items()}
+
+
+def _tensors_in(content: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers, each container once: they may hold themselves, or one another many times."""
+    seen, waiting = set(), [content]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            waiting.extend(item.values() if isinstance(item, Mapping) else item)
 
 
 def _all_tensors(mapping: Mapping[str, Any]) -> bool:

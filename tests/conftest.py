@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 import main as main_script
 import train as train_script
@@ -16,6 +21,14 @@ TRAINING_FLAGS = [
     *("--dataset", "digits", "--batch_size", "8", "--num_timesteps", "20", "--num_warmup_steps", "2"),
     *("--log_every_n_steps", "4", "--preview_steps", "0", "--device", "cpu", "--quiet"),
 ]
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+# HYPOTHESIS_PROFILE=thousands python -m pytest tests/test_properties.py
+_ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+_BRIEF = (Phase.explicit, Phase.generate)  # simplifying what fails takes minutes; "thousands" does it
+settings.register_profile("quick", max_examples=25, derandomize=True, phases=_BRIEF, **_ANY)
+settings.register_profile("thousands", max_examples=3000, **_ANY)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +95,40 @@ def run_quietly(capsys):
     def call(main, argv) -> str:
         main([str(arg) for arg in argv])
         return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def modest_memory():
+    """At its highest the test's use of memory is less than 2 GB above what it was before."""
+    if not CLEAR_REFS.exists():  # Linux alone tells
+        yield
+        return
+    CLEAR_REFS.write_text("5")  # forget the highest use so far
+    before = _kilobytes("VmRSS")
+    yield
+    assert _kilobytes("VmHWM") - before < 2 * 2**20
+
+
+def _kilobytes(name: str) -> int:
+    return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.fixture
+def torchrun():
+    """Run a script in several processes that talk over gloo."""
+
+    def call(script, argv, processes: int) -> subprocess.CompletedProcess:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        return subprocess.run(
+            [str(arg) for arg in (*launcher, script, *argv)],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     return call
 

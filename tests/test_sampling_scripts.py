@@ -217,14 +217,14 @@ class TestBadInput:
     def test_a_run_that_was_stopped_is_not_scored_as_whole(self, full, tmp_path, fails, monkeypatch):
         saved = []
 
-        def stop_after_two(self, images, indices, folder):
+        def stop_after_two(images, paths):
             if len(saved) == 2:
                 raise KeyboardInterrupt
-            saved.append(indices)
-            save(images, indices, folder)
+            saved.append(paths)
+            return save(images, paths)
 
         save = SamplingRun._save
-        monkeypatch.setattr(SamplingRun, "_save", stop_after_two)
+        monkeypatch.setattr(SamplingRun, "_save", staticmethod(stop_after_two))
         argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--n_samples", 9, "--batch_size", 2]
         with pytest.raises(SystemExit) as ended:
             sampler.main([str(arg) for arg in [*argv, "--quiet"]])

@@ -16,7 +16,9 @@ import compare
 import evaluation.features
 import fid
 import sampler
+from common.files import sha256_of
 from data import open_dataset
+from evaluation.statistics import load_statistics, sums_of
 
 CLASSIFIER = Path(__file__).parents[1] / "scripts" / "digits_classifier.pt"
 
@@ -114,7 +116,7 @@ def test_inception_takes_its_own_path(real, tmp_path, run_quietly, fails, monkey
     fails(fid.main, [*argv, "--reference", real], "SHA-256")
     network = "torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3.load_state_dict"
     monkeypatch.setattr(network, lambda self, state_dict: None)
-    monkeypatch.setattr(evaluation.features, "INCEPTION_SHA256_PREFIX", "")
+    monkeypatch.setattr(evaluation.features, "INCEPTION_SHA256", sha256_of(weights))
     few = tmp_path / "few"
     few.mkdir()
     for n in range(6):
@@ -124,6 +126,46 @@ def test_inception_takes_its_own_path(real, tmp_path, run_quietly, fails, monkey
     about = metrics(few)
     assert about["fid"] == pytest.approx(0, abs=1e-3) and about["is"] >= 1
     assert "2048" in about["feature_extractor"]["extractor"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+def test_several_processes_give_the_same_score(real, tmp_path, run_quietly, torchrun):
+    shutil.copytree(real, tmp_path / "samples")
+    argv = ["--samples_path", tmp_path / "samples", "--dataset", "digits", "--metrics", "fid,kid,prc"]
+    run_quietly(fid.main, [*flags(tmp_path / "one"), *argv, "--save_stats", tmp_path / "one.npz"])
+    alone = metrics(tmp_path / "samples")
+    done = torchrun("fid.py", [*flags(tmp_path / "three"), *argv, "--save_stats", tmp_path / "three.npz"], processes=3)
+    assert done.returncode == 0, done.stderr
+    together = metrics(tmp_path / "samples")
+    for name in ("fid", "kid", "precision", "recall"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-9, abs=1e-12)
+    one, three = load_statistics(tmp_path / "one.npz"), load_statistics(tmp_path / "three.npz")
+    np.testing.assert_allclose(three.sigma, one.sigma, rtol=1e-10, atol=1e-12)
+    assert one.n == three.n == 899
+
+
+def test_a_process_without_images_adds_nothing():
+    features = torch.randn(10, 4)
+    whole, parts = sums_of([features]), [sums_of(part) for part in ([], [features[:3]], [], [features[3:]])]
+    for part in parts[1:]:
+        parts[0].include(part)
+    for a, b in zip(parts[0].finish(), whole.finish(), strict=True):
+        np.testing.assert_allclose(a, b)
+
+
+def test_statistics_whose_writing_was_killed_are_made_again(real, tmp_path, run_quietly, monkeypatch):
+    argv = [*flags(tmp_path), "--samples_path", real, "--dataset", "digits"]
+
+    def killed(file, **arrays):
+        file.write(b"PK half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(np, "savez", killed)
+        fid.main([str(arg) for arg in argv])
+    assert not list((tmp_path / "cache").iterdir())
+    run_quietly(fid.main, argv)
+    shutil.rmtree(real / "report")
 
 
 def test_no_network_for_the_download(real, tmp_path, fails, monkeypatch):

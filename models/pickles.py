@@ -1,0 +1,47 @@
+"""A look at a torch file before it is read: what it would call, and how large it would become.
+
+torch's restricted unpickler runs no code of a file's. But it admits a few calls that turn a number into as many bytes,
+and unpacks archives of any size, so that a file of a few bytes could fill the memory.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+# What state dicts and training states are made of, as the pickle names it: module, space, name.
+ADMITTED = re.compile(
+    r"collections OrderedDict|torch (Size|device|\w+Storage|bool|b?float\w+|u?int\w+|complex\w+)"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch\.storage \w+Storage"
+    r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout|_codecs encode|argparse Namespace"
+)
+LEGACY_PICKLES = 5  # of a file as torch wrote it before 1.6: magic number, version, machine, content, storages
+
+
+def check_pickles(path: Path) -> None:
+    """Raises ValueError, or what the standard library raises on damaged files, for a file that is not to be read."""
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                    raise ValueError("it is compressed, which torch does not do")
+                if sum(member.file_size for member in members) > path.stat().st_size:
+                    raise ValueError("its parts overlap")
+                for member in members:
+                    if member.filename.endswith(".pkl"):
+                        with archive.open(member) as pickled:
+                            _check(pickled)
+        else:
+            file.seek(0)
+            for _ in range(LEGACY_PICKLES):
+                _check(file)
+
+
+def _check(file: BinaryIO) -> None:
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST") and not ADMITTED.fullmatch(argument):
+            raise ValueError(f"it asks for {argument.replace(' ', '.')}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,8 @@ from common.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 MOST_ARRAY_BYTES = 2**29  # of the arrays of one .npz
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # the names that `replacing` writes to
@@ -62,9 +65,11 @@ def lock(path: Path, busy: str) -> AbstractContextManager:
     file = path.open("wb")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         file.close()
         raise InputError(busy) from None
+    except OSError:  # a file system without locks
+        log.warning("%s cannot be locked: see that nothing else works there", path.parent)
     return file
 
 

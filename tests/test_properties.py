@@ -18,7 +18,7 @@ import tarfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+import benchmark
 import compare
 import eesampler
 import fid
@@ -422,26 +423,35 @@ class _Captured(Exception):
     pass
 
 
-def parser_of(script: Any) -> argparse.ArgumentParser:
-    """The parser that a script makes, as it is when the script asks it to parse."""
+class Command(NamedTuple):
+    script: Any
+    words: tuple[str, ...] = ()  # of its sub-command
+
+
+def parser_of(command: Command) -> argparse.ArgumentParser:
+    """The parser that a script makes, as it is when the script asks it to parse; that of its sub-command, if any."""
 
     def capture(self, *_):
         raise _Captured(self)
 
     before, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, capture
     try:
-        script.parse_args([])
+        command.script.parse_args([])
     except _Captured as captured:
-        return captured.args[0]
+        parser = captured.args[0]
     finally:
         argparse.ArgumentParser.parse_args = before
+    for word in command.words:
+        parser = next(action for action in parser._actions if action.dest == "command").choices[word]
+    return parser
 
 
-SCRIPTS = (train, main_script, sampler, eesampler, fid, compare, pack)
+COMMANDS = [Command(script) for script in (train, main_script, sampler, eesampler, fid, compare, pack)]
+COMMANDS += [Command(benchmark, (name,)) for name in benchmark.COMMANDS]
 FLAGS = [
-    (script, action)
-    for script in SCRIPTS
-    for action in parser_of(script)._actions
+    (which, action)
+    for which in COMMANDS
+    for action in parser_of(which)._actions
     if action.option_strings and action.option_strings[0] not in ("-h", "--help")
 ]
 RANGED = [(s, a) for s, a in FLAGS if inspect.isfunction(a.type) and "least" in a.type.__code__.co_freevars]
@@ -469,18 +479,18 @@ def value_for(action: argparse.Action, there: Path) -> list[str]:
     return ["1"]
 
 
-def parsed(script: Any, argv: list[str]) -> argparse.Namespace | None:
+def parsed(which: Command, argv: list[str]) -> argparse.Namespace | None:
     """What a script's options came to; None if they were refused, in one line."""
     found: list[argparse.Namespace] = []
-    status = outcome(command(lambda argv: found.append(script.parse_args(argv))), argv)
+    status = outcome(command(lambda argv: found.append(which.script.parse_args(argv))), [*which.words, *argv])
     return found[0] if status == 0 else None
 
 
-def required(script: Any, but: argparse.Action, there: Path) -> list[str]:
+def required(which: Command, but: argparse.Action, there: Path) -> list[str]:
     argv = []
-    for action in parser_of(script)._actions:
+    for action in parser_of(which)._actions:
         if action.required and action is not but and action.dest != but.dest:
-            argv += [action.option_strings[0]] * bool(action.option_strings) + value_for(action, there)
+            argv += action.option_strings[:1] + value_for(action, there)
     return argv
 
 
@@ -498,16 +508,17 @@ def limits(action: argparse.Action) -> tuple[float, float]:
 
 def test_flags_with_a_range_are_found():
     """By what their types remember: were that to change, the test below would try nothing."""
-    assert len(RANGED) > 60 and {script for script, _ in RANGED} >= {train, main_script, sampler, eesampler, fid, pack}
+    found = {which.script for which, _ in RANGED}
+    assert len(RANGED) > 60 and found >= {train, main_script, sampler, eesampler, fid, pack, benchmark}
 
 
 @given(data=st.data())
 def test_flags_with_a_range(data, a_file):
-    script, action = data.draw(st.sampled_from(RANGED))
+    which, action = data.draw(st.sampled_from(RANGED))
     least, most = limits(action)
     near = [str(bound + step) for bound in (least, most) if math.isfinite(bound) for step in (-1, 0, 1, 0.5, -1e-9)]
     text = data.draw(st.one_of(NUMBERS, st.sampled_from(near)))
-    args = parsed(script, [*required(script, action, a_file), f"{action.option_strings[0]}={text}"])
+    args = parsed(which, [*required(which, action, a_file), f"{action.option_strings[0]}={text}"])
     if args is not None:
         value = getattr(args, action.dest)
         assert all(least <= number <= most for number in (value if isinstance(value, list) else [value]))
@@ -515,6 +526,6 @@ def test_flags_with_a_range(data, a_file):
 
 @given(data=st.data())
 def test_all_flags(data, a_file):
-    script, action = data.draw(st.sampled_from(FLAGS))
+    which, action = data.draw(st.sampled_from(FLAGS))
     text = data.draw(st.one_of(NUMBERS, st.text(max_size=300), st.just(str(a_file)), st.just("x" * 5000)))
-    parsed(script, [*required(script, action, a_file), f"{action.option_strings[0]}={text}".replace("\0", "")])
+    parsed(which, [*required(which, action, a_file), f"{action.option_strings[0]}={text}".replace("\0", "")])

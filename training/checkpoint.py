@@ -14,26 +14,31 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from common.cli import Parser, existing_file
+from common.config import Config, check_types
 from common.errors import InputError, command
-from common.files import replacing
+from common.files import lock, replacing
+from models.pickles import check_pickles
 from models.weights import FORMAT, read_pth, read_weights
 
 log = logging.getLogger(__name__)
 
 
-TRAINING_STATE = {"step", "n_steps", "config", "options", "model", "ema", "optimizer", "scaler", "sums", "summed_steps"}
+# What a run goes on from, and its type.
+TRAINING_STATE: dict[str, type | UnionType] = {
+    **dict.fromkeys(("step", "n_steps", "summed_steps"), int),
+    **dict.fromkeys(("config", "options", "model", "optimizer", "scaler", "sums"), dict),
+    "ema": dict | None,
+}
+# What it may lack: checkpoints of before did.
+LATER_STATE = dict.fromkeys(("skipped_steps", "bad_in_row"), int) | dict.fromkeys(("data", "incidental"), dict)
 
 
 class CheckpointFolder:
@@ -42,21 +47,17 @@ class CheckpointFolder:
     def __init__(self, folder: Path, prefix: str):
         self.folder, self.prefix = folder, prefix
         self.last = folder / f"{prefix}_last.pth"
+        self._lock: object = None  # held while this process lives
 
     def claim(self) -> None:
         """Keep other trainings out of the folder, if it is there, for as long as this process lives.
 
         Raises InputError where another is in it: two would take each other's files for leftovers.
         """
-        if fcntl is None or not self.folder.is_dir():
-            return
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder}: another training is at work there; wait for its end") from None
-        except OSError:  # a file system without locks
-            log.warning("%s cannot be locked: see that no second training works there", self.folder)
+        if self._lock is None and self.folder.is_dir():
+            self._lock = lock(
+                self.folder / ".lock", f"{self.folder}: another training is at work there; wait for its end"
+            )
 
     def at_step(self, step: int) -> Path:
         return self.folder / f"{self.prefix}_step-{step}.pth"
@@ -113,6 +114,7 @@ def set_aside(path: Path) -> Path:
 def step_of(path: Path) -> int | None:
     """The step of a checkpoint, without reading its tensors; None for a file that does not say."""
     try:
+        check_pickles(path)
         step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
     except Exception:  # the unpickler meets any bytes there are, and fails in any way there is
         return None
@@ -136,8 +138,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     content = read_pth(path)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: holds weights but no training state of this project")
-    if lacking := TRAINING_STATE - content.keys():
+    if lacking := TRAINING_STATE.keys() - content.keys():
         raise InputError(f"{path}: its training state lacks {', '.join(sorted(lacking))}")
+    for name, kind in (TRAINING_STATE | LATER_STATE).items():
+        if name in content and (not isinstance(content[name], kind) or (kind is int and content[name] < 0)):
+            raise InputError(
+                f"{path}: its training state is not one of this project's ({name} is {content[name]!r:.60})"
+            )
+    check_types(Config, content["config"], str(path))
     return content
 
 

@@ -375,7 +375,8 @@ class Trainer:
             self.skipped_steps.fill_(content.get("skipped_steps", 0))
             self.bad_in_row.fill_(content.get("bad_in_row", 0))
             self.saved = path
-        except (KeyError, ValueError, RuntimeError) as error:  # a backbone that was frozen and now is not, for one
+        # A backbone that was frozen and now is not, for one; or a file that was made to look like a checkpoint.
+        except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
         if self.args.lr_schedule == "cosine" and content["n_steps"] != self.args.n_steps:
             log.warning("the learning rate now falls to 0 at step %d, not %d", self.args.n_steps, content["n_steps"])

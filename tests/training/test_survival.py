@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import sampler as sampler_script
@@ -319,3 +323,31 @@ class TestExport:
         fails(checkpoint_module.main, ["export", tmp_path / "bare.pth", out], "no description")
         (tmp_path / "cut.pth").write_bytes(full.read_bytes()[:1000])
         fails(checkpoint_module.main, ["export", tmp_path / "cut.pth", out], "cut.pth")
+
+
+@given(
+    key=st.sampled_from(["step", "n_steps", "summed_steps", "skipped_steps", "bad_in_row", "data", "incidental"])
+    | st.sampled_from(["config", "options", "model", "ema", "optimizer", "scaler", "sums"]),
+    inside=st.integers(0, 3),
+    value=st.sampled_from([None, -1, 10**30, 0.5, "x", "\udcff", [], {}, {"a": None}, {0: {}}, torch.zeros(2), True]),
+)
+def test_a_checkpoint_that_was_altered_is_refused_or_serves(key, inside, value, unbroken, tmp_path_factory):
+    """One value of its training state, at the top or further in, becomes something else."""
+    folder = Path(shutil.copytree(unbroken, tmp_path_factory.mktemp("altered") / "run"))
+    content = read(folder / LAST)
+    place = content
+    for _ in range(inside):
+        if isinstance(place.get(key), dict) and place[key]:
+            place, key = place[key], next(iter(place[key]))
+    place[key] = value
+    for path in folder.glob("*.pth"):
+        path.unlink()
+    torch.save(content, folder / LAST)
+    said = io.StringIO()
+    argv = [*argv_of(folder.parent, steps=9), "--save_new_every_n_steps", 2, "--resume"]
+    with contextlib.redirect_stderr(said):
+        try:
+            train_script.main([str(word) for word in argv])
+        except SystemExit as ended:
+            assert ended.code == 2 and said.getvalue().count("\n") == 1, said.getvalue()
+    shutil.rmtree(folder.parent)

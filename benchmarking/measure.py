@@ -16,6 +16,8 @@ from tqdm import tqdm
 from common.devices import DTYPES, Stopwatch, in_hardware, synchronize
 from diffusion.sampling import Denoiser
 
+LEAST_SECONDS = 0.2  # of a task's turn
+
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the figures are of."""
@@ -35,17 +37,20 @@ def in_turns(
     """Seconds of each task, one of each per round: {name: (rounds,)}.
 
     Tasks take turns because machines are not equally fast all the time: a ratio of two tasks is to be taken
-    within each round. One round is run before and not counted.
+    within each round. A short task is run several times in its turn, for the median. One round is run before and
+    not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     with tqdm(total=(rounds + 1) * len(tasks), unit="run", disable=True if quiet else None) as bar:
         for number in range(rounds + 1):
             for name, task in tasks.items():
                 bar.set_postfix_str(name)
-                with Stopwatch(device) as watch:
-                    task()
+                watch = Stopwatch(device)
+                while not watch.laps or (number and watch.seconds < LEAST_SECONDS):
+                    with watch:
+                        task()
                 if number:
-                    seconds[name].append(watch.seconds)
+                    seconds[name].append(statistics.median(watch.laps))
                 bar.update()
     return seconds
 

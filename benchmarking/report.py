@@ -107,29 +107,32 @@ def training_table(result: Mapping[str, Any]) -> str:
 
 
 def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """The picture of what has been measured into a folder: results by sub-command, those that there are."""
+    """The picture of what has been measured into a folder: results by sub-command, those that there are.
+
+    What was measured is drawn by its ratio to what was measured in the same rounds; see `in_turns`.
+    """
     sampling = results.get("sample", {}).get("measured", [])
     exits = results.get("early-exit", {}).get("measured", [])
     lines = []
     for result in sampling:
         for solver in dict.fromkeys(run["solver"] for run in result["runs"]):
             runs = [run for run in result["runs"] if run["solver"] == solver]
-            whole = next(run for run in runs if run["t_switch"] is None)
+            whole = next(run for run in runs if run["t_switch"] is None)["seconds_per_image"] / result["steps"]
             # The full network alone is what any t_switch from T - 1 on gives.
+            ends = (result["num_timesteps"] - 1 if run["t_switch"] is None else run["t_switch"] for run in runs)
             points = [
-                (
-                    result["num_timesteps"] - 1 if run["t_switch"] is None else run["t_switch"],
-                    run["seconds_per_image"] / result["steps"],
-                    whole["seconds_per_image"] / run["speed_up_predicted"] / result["steps"],
-                )
-                for run in runs
+                (t, whole / r["speed_up"], whole / r["speed_up_predicted"]) for t, r in zip(ends, runs, strict=True)
             ]
             lines.append((f"{solver}, {result['precision']}", sorted(points)))
+
+    def measured(exits: Mapping[str, Any]) -> tuple[float, float]:
+        return exits["mean_exit_layer"], exits["seconds_per_image_ideal"] / exits["ideal_over_measured"]
+
     depths = [
         (
             f"{result['precision']}, batch {result['batch_size']}",
-            [(e["mean_exit_layer"], e["seconds_per_image"], e["seconds_per_image_ideal"]) for e in result["exits"]],
-            [(e["mean_exit_layer"], e["seconds_per_image"]) for e in result["spread"]],
+            [(*measured(e), e["seconds_per_image_ideal"]) for e in result["exits"]],
+            [(f"spread over all layers, min_group {e['min_group']}", *measured(e)) for e in result["spread"]],
         )
         for result in exits
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarking.measure import CallTimer, MatrixProduct, in_turns, peak_memory, ratio
-from common.devices import DTYPES
+from common.devices import DTYPES, Stopwatch
 from common.images import save_png, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
@@ -41,16 +41,17 @@ def measure_sampling(
     x = torch.randn(size, *shape, device=device)
     y = random_classes(config.classes, 0, range(size)).to(device) if config.classes else None
     product, timer = MatrixProduct(device, precision), CallTimer(device)
-    network_seconds: dict[str, list[float]] = {}
+    in_network: dict[str, list[float]] = {}  # the share of each run's time
 
     def generate(run: Run, folder: Path) -> None:
         solver = make_solver(run.solver, schedule, config.parametrization)
-        noise = SeededNoise([nth_seed(0, "samples", i) for i in range(size)], device)
-        images = to_uint8(sample(run.denoiser, solver, timesteps, noise, shape, y)).cpu()
-        if not config.autoencoder:
-            for index, image in enumerate(images):
-                save_png(folder / f"{index:06d}.png", image)
-        network_seconds.setdefault(run.name, []).append(timer.take_seconds())
+        with Stopwatch(device) as watch:
+            noise = SeededNoise([nth_seed(0, "samples", i) for i in range(size)], device)
+            images = to_uint8(sample(run.denoiser, solver, timesteps, noise, shape, y)).cpu()
+            if not config.autoencoder:
+                for index, image in enumerate(images):
+                    save_png(folder / f"{index:06d}.png", image)
+        in_network.setdefault(run.name, []).append(timer.take_seconds() / watch.seconds)
 
     timed = {name: timer.of(backbone) for name, backbone in backbones.items()}
     runs = [Run(solver, t_switch, timed) for solver in args.solver for t_switch in (None, *args.t_switch)]
@@ -82,7 +83,7 @@ def measure_sampling(
     for run in runs:
         steps = run.steps_of_each(timesteps)
         work = sum(count * flops[name] for name, count in steps.items())
-        spent, in_network = seconds[run.name], network_seconds[run.name][-args.rounds :]
+        spent, share = seconds[run.name], statistics.median(in_network[run.name][1:])  # the first is to warm up
         speed_up = ratio(seconds[Run(run.solver, None, timed).name], spent)
         predicted = len(timesteps) * flops["full"] / work
         rows.append(
@@ -92,8 +93,8 @@ def measure_sampling(
                 "steps": steps,
                 "seconds_per_image": statistics.median(spent) / size,
                 "images_per_second": size / statistics.median(spent),
-                "images_per_second_network_only": size / statistics.median(in_network),
-                "share_outside_network": 1 - ratio(in_network, spent),
+                "images_per_second_network_only": size / (share * statistics.median(spent)),
+                "share_outside_network": 1 - share,
                 "share_of_matrix_rate": share_of_rate(size * work, spent),
                 "speed_up": speed_up,
                 "speed_up_predicted": predicted,

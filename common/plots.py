@@ -77,12 +77,12 @@ Measured = tuple[float, float, float]  # x, seconds measured, seconds predicted
 def plot_benchmark(
     path: Path,
     switches: Sequence[tuple[str, Sequence[Measured]]],
-    depths: Sequence[tuple[str, Sequence[Measured], Sequence[tuple[float, float]]]],
+    depths: Sequence[tuple[str, Sequence[Measured], Sequence[tuple[str, float, float]]]],
 ) -> None:
     """Time per image and network call, against t_switch and against the exit layer.
 
-    switches: label and points by t_switch. depths: label, points by exit layer, and points of batches whose
-    images left at different layers, by the mean layer. One of the two may be empty.
+    switches: label and points by t_switch. depths: label, points by exit layer, and of batches whose images left
+    at different layers the label, the mean layer and the time. One of the two may be empty.
     """
     panels = bool(switches) + bool(depths)
     figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
@@ -96,9 +96,9 @@ def plot_benchmark(
         axis = axes.pop(0)
         for i, (label, points, spread) in enumerate(depths):
             _measured_and_predicted(axis, i, label, points)
-            if spread:
-                x, y = np.asarray(spread).T
-                axis.scatter(x, 1000 * y, s=90, marker="*", color=f"C{i}", label="spread over all layers", zorder=3)
+            for k, (of_spread, layer, seconds) in enumerate(spread):
+                colour = f"C{len(depths) + i * len(spread) + k}"
+                axis.scatter(layer, 1000 * seconds, s=90, marker="*", color=colour, label=of_spread, zorder=3)
         axis.set(xlabel="exit layer (blocks run)", title="Early exit")
     for axis in figure.axes:
         axis.set_ylabel("ms per image and timestep")

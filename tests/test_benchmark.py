@@ -18,6 +18,11 @@ from tests.conftest import TINY
 QUICK = ["--device", "cpu", "--quiet", "--rounds", "2", "--batch_size", "6"]
 
 
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch):
+    monkeypatch.setattr("benchmarking.measure.LEAST_SECONDS", 0.0)
+
+
 @pytest.fixture
 def config(tmp_path):
     def write(**settings):

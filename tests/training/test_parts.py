@@ -173,6 +173,13 @@ class TestWarmStart:
         run = train(tmp_path, *flags, steps=1, script=main_script)
         assert torch.equal(checkpoint(run)["model"]["mid_block.mlp.fc1.weight"], source.mid_block.mlp.fc1.weight)
 
+    def test_how_to_go_on_leaves_it_out(self, full, tmp_path, capsys):
+        train(tmp_path, "--init_from", full, "--max_hours", 1e-9)
+        said = capsys.readouterr().err
+        assert "go on with: python" in said and "--resume" in said and "--init_from" not in said
+        train(tmp_path, "--resume")
+        assert checkpoint(tmp_path / "run")["step"] == 4
+
     def test_what_does_not_fit(self, full, early_exit, tmp_path, fails):
         argv = [*FLAGS, "--n_steps", 1, "--log_path", tmp_path, "--init_from", full]
         fails(train_script.main, [*argv, "--embed_dim", 64], "--init_from", "embed_dim (32 and 64)")

@@ -62,7 +62,7 @@ def late(logs, full):
 
 class TestRange:
     def test_timesteps_are_drawn_from_it_evenly(self, tmp_path, drawn):
-        train(tmp_path, "--t_min", 5, "--t_max", 8, "--batch_size", 400, steps=5)
+        train(tmp_path, "--t_min", 5, "--t_max", 8, "--depth", 1, "--batch_size", 400, steps=5)
         counts = [drawn.count(t) for t in range(20)]
         assert sum(counts) == sum(counts[5:9]) == 2000
         assert all(400 < n < 600 for n in counts[5:9])

@@ -33,7 +33,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ):
             if getattr(args, name) not in (None, False):
                 parser.error(f"--{name} belongs to --model deediff_uvit")
-    elif args.freeze_backbone and not args.load_backbone:
+        return args
+    for name in ("init_from", "distill_from"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} belongs to --model uvit")
+    if args.freeze_backbone and not args.load_backbone:
         parser.error("--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen")
     return args
 

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from diffusion.sampling import SwitchingDenoiser
     from generation.run import SamplingRun, settle_speed
     from models.inference import BackboneDenoiser, Offloader
+    from models.loading import check_range
 
     with joined_processes(args.device) as device:
         settle_speed(args, device)
@@ -78,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             switches.append(args.t_switch)
         offloader = Offloader([n.module for n in networks], device) if args.offload else None
         denoiser = SwitchingDenoiser(denoisers, switches, on_switch=offloader)
+        if not args.allow_outside_range:
+            advice = "let another network run there (--checkpoint_path_late, --t_switch), or give --allow_outside_range"
+            for network, timesteps in zip(networks, denoiser.timesteps_of_each(run.timesteps), strict=True):
+                check_range(network, timesteps, advice)
 
         run.warm_up(denoiser)
         batches = run.run(denoiser)

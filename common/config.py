@@ -136,6 +136,8 @@ class Config:
     dataset: str | None = None  # what a checkpoint was trained on
     crop: str | None = None  # how its images were made square, see data.transforms
     real_classes: int | None = None  # of num_classes; all if not said. One more class is "no class"
+    t_min: int | None = None  # the timesteps it was trained on are t_min..t_max; all if not said
+    t_max: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("model", self.model, MODELS)
@@ -146,6 +148,10 @@ class Config:
             raise InputError(f"classifier_type={self.classifier_type} needs model deediff_uvit, not uvit")
         if self.real_classes is not None and not 1 <= self.real_classes <= self.model_params.num_classes:
             raise InputError(f"real_classes={self.real_classes}: wanted 1..num_classes={self.model_params.num_classes}")
+        t_min, t_max = _range_of(self.t_min, self.t_max, self.diffusion_params.num_timesteps)
+        if not 0 <= t_min <= t_max < self.diffusion_params.num_timesteps:
+            last = self.diffusion_params.num_timesteps - 1
+            raise InputError(f"t_min={t_min}, t_max={t_max}: wanted 0 <= t_min <= t_max <= {last}")
 
     @property
     def classes(self) -> range:
@@ -153,9 +159,19 @@ class Config:
         return range(max(0, self.real_classes or self.model_params.num_classes))
 
     @property
+    def trained_timesteps(self) -> range:
+        """What training draws from; elsewhere the network is a stranger."""
+        t_min, t_max = _range_of(self.t_min, self.t_max, self.diffusion_params.num_timesteps)
+        return range(t_min, t_max + 1)
+
+    @property
     def no_class(self) -> int | None:
         """The class that stands for none, where the network has one."""
         return len(self.classes) if self.classes and len(self.classes) == self.model_params.num_classes - 1 else None
+
+
+def _range_of(t_min: int | None, t_max: int | None, num_timesteps: int) -> tuple[int, int]:
+    return t_min or 0, num_timesteps - 1 if t_max is None else t_max
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -210,7 +226,16 @@ def carried_settings(config: Config) -> dict[str, Any]:
     settings = settings_of(config)
     if config.autoencoder is not None:
         settings["autoencoder"]["checkpoint_path"] = None
-    return settings
+    trained, last = config.trained_timesteps, config.diffusion_params.num_timesteps - 1
+    # An end that is the schedule's own is not said, as in the checkpoints of before, which knew no others.
+    return settings | {"t_min": trained[0] or None, "t_max": None if trained[-1] == last else trained[-1]}
+
+
+def with_range(carried: Mapping[str, Any]) -> dict[str, Any]:
+    """Carried settings that say t_min and t_max: a network that names none was trained on every timestep."""
+    num_timesteps = (carried.get("diffusion_params") or {}).get("num_timesteps") or DiffusionConfig.num_timesteps
+    t_min, t_max = _range_of(carried.get("t_min"), carried.get("t_max"), num_timesteps)
+    return {**carried, "t_min": t_min, "t_max": t_max}
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,10 +45,13 @@ class SwitchingDenoiser:
         """Which denoiser runs at t: the one place where this is decided."""
         return sum(t <= switch for switch in self.switches)
 
+    def timesteps_of_each(self, timesteps: Sequence[int]) -> list[list[int]]:
+        """Which of the timesteps each denoiser runs."""
+        return [[t for t in timesteps if self.index(t) == k] for k in range(len(self.denoisers))]
+
     def steps_of_each(self, timesteps: Sequence[int]) -> list[int]:
         """How many of the timesteps each denoiser runs."""
-        chosen = [self.index(t) for t in timesteps]
-        return [chosen.count(k) for k in range(len(self.denoisers))]
+        return [len(own) for own in self.timesteps_of_each(timesteps)]
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
         if (chosen := self.index(t)) != self.active:

@@ -56,6 +56,11 @@ def add_sampling_options(parser: Parser) -> None:
         default=[],
         help="also save x_t at these t, to report/frames",
     )
+    parser.add_argument(
+        "--allow_outside_range",
+        action="store_true",
+        help="let a network run at timesteps that it was not trained on (see --t_min of train.py)",
+    )
     add_speed_options(parser)
     add_common_options(parser)
 

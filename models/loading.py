@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from common.config import Config, build_config, contradictions, merge, read_yaml, settings_of
+from common.config import Config, build_config, contradictions, merge, read_yaml, settings_of, with_range
 from common.errors import InputError
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
-from models.weights import check_fit, fill, read_weights
+from models.weights import Weights, check_fit, fill, read_weights
 
 SCRIPTS = {"uvit": "sampler.py", "deediff_uvit": "eesampler.py"}
 
@@ -66,13 +67,30 @@ def load_network(
             raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
         settings = merge({"model": model}, stated)
     else:
-        if different := contradictions(read.settings, stated):
+        if different := contradictions(with_range(read.settings), stated):
             raise InputError(
                 f"{path} differs from --config_path or the flags in {', '.join(different)}; "
                 "it carries its own settings, so those can be left out"
             )
         settings = merge(stated, read.settings)
-    config = build_config(settings, str(path))
+    return _loaded(path, read, build_config(settings, str(path)), model, device)
+
+
+def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network:
+    """A U-ViT that another one learns from, with averaged weights where the file has them.
+
+    config: of the other one. Weights that came without a description are taken to be like it in all but the depth,
+    which is counted.
+    """
+    read = read_weights(path)
+    settings = read.settings
+    if settings is None:
+        half = len({match[1] for name in read.state_dict if (match := re.search(r"\bin_blocks\.(\d+)\.", name))})
+        settings = merge(settings_of(config), {"model_params": {"depth": 2 * half + 1}})
+    return _loaded(path, read, build_config(settings, str(path)), "uvit", device)
+
+
+def _loaded(path: Path, read: Weights, config: Config, model: str, device: torch.device | str) -> Network:
     if config.model != model:
         raise InputError(f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it")
     with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
@@ -85,22 +103,37 @@ def load_network(
 
 def check_pair(early: Network, late: Network) -> None:
     """Raises InputError unless the two can take turns on one image."""
-    different = [
-        f"{name} ({a} and {b})"
-        for name, a, b in (
-            ("image shape", early.config.model_params.image_shape, late.config.model_params.image_shape),
-            ("num_classes", early.config.model_params.num_classes, late.config.model_params.num_classes),
-            ("scale of latents", _scale(early), _scale(late)),
-            ("crop", early.config.crop or late.config.crop, late.config.crop or early.config.crop),
-            ("parametrization", early.config.parametrization, late.config.parametrization),
-            ("noise schedule", early.config.diffusion_params.schedule, late.config.diffusion_params.schedule),
-            ("real_classes", len(early.config.classes), len(late.config.classes)),
-        )
-        if a != b
-    ]
-    if different:
+    if different := task_differences(early.config, late.config):
         raise InputError(f"{early.path} and {late.path} cannot take turns: they differ in {', '.join(different)}")
 
 
-def _scale(network: Network) -> float | None:
-    return None if network.config.autoencoder is None else network.config.autoencoder.scale
+def task_differences(one: Config, other: Config) -> list[str]:
+    """["num_classes (10 and -1)", ...]: why the outputs of two networks do not mean the same."""
+    return [
+        f"{name} ({a} and {b})"
+        for name, a, b in (
+            ("image shape", one.model_params.image_shape, other.model_params.image_shape),
+            ("num_classes", one.model_params.num_classes, other.model_params.num_classes),
+            ("scale of latents", _scale(one), _scale(other)),
+            ("crop", one.crop or other.crop, other.crop or one.crop),
+            ("parametrization", one.parametrization, other.parametrization),
+            ("noise schedule", one.diffusion_params.schedule, other.diffusion_params.schedule),
+            ("real_classes", len(one.classes), len(other.classes)),
+        )
+        if a != b
+    ]
+
+
+def _scale(config: Config) -> float | None:
+    return None if config.autoencoder is None else config.autoencoder.scale
+
+
+def check_range(network: Network, timesteps: Sequence[int], advice: str) -> None:
+    """Raises InputError, which ends in the advice, unless the network was trained on all these timesteps."""
+    trained = network.config.trained_timesteps
+    if outside := [t for t in timesteps if t not in trained]:
+        shown = ", ".join(map(str, outside[:3])) + (", ..." if len(outside) > 3 else "")
+        raise InputError(
+            f"{network.path} was trained on t = {trained[0]}..{trained[-1]} alone, and would run at t = {shown}; "
+            f"{advice}"
+        )

@@ -89,7 +89,7 @@ def place(tmp_path, monkeypatch):
 def test_the_walk(place, capsys):
     assert [words[1] for words in commands()] == [
         *("train.py", "main.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py"),
-        *("-m", "-m", "sampler.py", "main.py", "sampler.py"),
+        *("-m", "-m", "sampler.py", "main.py", "sampler.py", "main.py", "train.py"),
     ]
     walk = commands()[:7]
     values = {
@@ -118,7 +118,7 @@ def test_the_walk(place, capsys):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_from_the_public_weights_to_duodiff(place, capsys):
     """A tiny network in the public layout stands for the public file; CelebA is packed on the way."""
-    _, pack_latents, *walk = commands()[7:]
+    _, pack_latents, *walk = commands()[7:12]
     packing = commands()[7]
     assert packing[1:3] == pack_latents[1:3] == ["-m", "data.pack"]
     pack.main([*packing[3:], "--num_workers", "0"])
@@ -133,6 +133,17 @@ def test_from_the_public_weights_to_duodiff(place, capsys):
     assert "shallow ran 2 timesteps, full ran 2 timesteps" in capsys.readouterr().out  # 999, 749; 499, 249
     carried = torch.load(place / "logs" / "shallow_public" / "celeba_uvit_last.pth", weights_only=True)["config"]
     assert carried["crop"] == "uvit128" and carried["diffusion_params"]["time_scale"] == 0.999
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_networks_for_their_part(place):
+    values = {"log_path": "logs", "full_model_path": "logs/celeba_uvit_5/celeba_uvit_last.pth"}
+    train.main([*commands()[0][2:], *QUICK["train.py"], "--log_path", "logs", "--preview_steps", "0"])
+    for _, script, *words in commands()[12:]:
+        argv = [string.Template(word).substitute(values) for word in words]
+        SCRIPTS[script].main([*argv, *QUICK[script], *SMALL, "--n_steps", "3"])
+    carried = [torch.load(path, weights_only=True)["config"] for path in sorted(place.glob("logs/*_[45]*/*.pth"))]
+    assert [(config["t_min"], config["t_max"]) for config in carried] == [(None, None), (None, 499), (500, None)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -108,10 +108,10 @@ class Trainer:
         self.step = 0
         self.part = part_of(args.batch_size)
         self.schedule = NoiseSchedule(**config.diffusion_params.schedule)
-        self.to_images = preview_decoder(config, device) if args.preview_steps else None
         self.preview_timesteps = spaced_timesteps(
             self.schedule.num_timesteps, max(1, min(args.preview_steps, self.schedule.num_timesteps))
         )
+        self.to_images = preview_decoder(config, self.preview_timesteps, device) if args.preview_steps else None
         self.model = spread(network, device, args.fsdp)
         # Previews call the network as it is: their batch is another.
         self.forward = torch.compile(self.model, dynamic=False) if args.compile else self.model
@@ -128,8 +128,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.use_amp and args.amp_dtype == "float16")
         self.random_flip = dataset.random_flip if args.random_flip is None else args.random_flip
         # Kept on the device: reading a number back would make the device wait for the host.
-        self.sums: dict[str, Tensor] = {}  # of what is logged, since the last log, over the steps that were taken
-        self.summed_steps = torch.zeros((), device=device)
+        self.begin_sums()
         self.skipped_steps = torch.zeros((), device=device)  # since step 0
         self.bad_in_row = torch.zeros((), device=device)
         self.status = ReadLate(1 + len(REASONS))
@@ -181,7 +180,7 @@ class Trainer:
                 metrics.write(self.step, scalars | {"steps_per_second": steps_per_second})
                 tqdm.write(f"step {self.step}: loss {scalars['loss']:.4f}, {steps_per_second:.2f} steps/s")
             if self.step % args.log_every_n_steps == 0:  # the end alone is no such step: see what goes on from it
-                self.sums, self.summed_steps = {}, torch.zeros_like(self.summed_steps)
+                self.begin_sums()
             stays = self.step % args.save_new_every_n_steps == 0
             if finished or reason or stays or self.step % args.save_every_n_steps == 0:
                 self._save(stays)
@@ -199,7 +198,8 @@ class Trainer:
         draws = Draws(seed, self.args.batch_size, self.part, self.device)
         mirrored = draws.uniform() < 0.5 if self.random_flip else None
         x0 = self.dataset.to_x0(images.to(self.device, non_blocking=True), mirrored, draws.normal)
-        t = draws.below(self.schedule.num_timesteps)
+        trained = self.config.trained_timesteps
+        t = trained[0] + draws.below(len(trained))
         eps = draws.normal(*x0.shape[1:])
         x_t = self.schedule.q_sample(x0, t, eps)
         y = labels.to(self.device, non_blocking=True) if self.config.classes else None
@@ -282,11 +282,16 @@ class Trainer:
         """The command, after the launcher's own words if there is one."""
         words = [word for word in self.args.command if word != "--resume"]
         for i, word in enumerate(words):
-            if word.startswith("--load_checkpoint_path"):
+            if word.startswith(("--load_checkpoint_path", "--init_from")):
                 del words[i : i + (1 if "=" in word else 2)]
                 break
         start = "python" if world_size() == 1 else "torchrun ..."
         return f"go on with: {start} {shlex.join([*words, '--resume'])}"
+
+    def begin_sums(self) -> None:
+        """Of what is logged, since the last log, over the steps that were taken."""
+        self.sums: dict[str, Tensor] = {}
+        self.summed_steps = torch.zeros((), device=self.device)
 
     def _means(self) -> dict[str, float]:
         """Means since the last log, and the learning rate of the last update."""
@@ -394,8 +399,17 @@ class Trainer:
         return {**optimizer, "state": state}
 
 
-def preview_decoder(config: Config, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """See `image_maker`; None, with a note, where there is no autoencoder to decode latents with."""
+def preview_decoder(
+    config: Config, timesteps: Sequence[int], device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """See `image_maker`. None, with a note, where the network cannot make previews.
+
+    It may know but some of the timesteps that lead to an image, or make latents that nothing is there to decode.
+    """
+    trained = config.trained_timesteps
+    if not all(t in trained for t in timesteps):
+        log.warning("no previews: the network learns t = %d..%d, an image takes them all", trained[0], trained[-1])
+        return None
     path = config.autoencoder and config.autoencoder.checkpoint_path
     if config.autoencoder and not (path and Path(path).exists()):
         log.warning("no previews: they need the autoencoder, %s", path or "--autoencoder_checkpoint_path")

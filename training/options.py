@@ -114,12 +114,30 @@ def add_training_options(parser: Parser) -> None:
     group.add_argument("--sample_height", type=whole(1), help="height of the images; checked against the network")
     group.add_argument("--sample_width", type=whole(1), help="width of the images; checked against the network")
 
+    group = parser.add_argument_group("help of a full network (--model uvit)")
+    group.add_argument(
+        "--init_from",
+        type=existing_file,
+        help="begin with its weights: embeddings, head, middle block, and of the other blocks as many as there are "
+        "here, evenly spread",
+    )
+    group.add_argument("--distill_from", type=existing_file, help="learn its predictions, beside the training target")
+    group.add_argument(
+        "--distill_weight",
+        type=real(0, above=True),
+        help="of the squared error against --distill_from, where that against the target weighs 1; 1 if not said",
+    )
+
     add_model_options(parser)
     parser.add_argument("--num_timesteps", type=whole(1, 100_000), help="T of the noise schedule; 1000 if not said")
+    parser.add_argument("--t_min", type=whole(0), help="lowest timestep to train on; 0 if not said")
+    parser.add_argument("--t_max", type=whole(0), help="highest timestep to train on; T - 1 if not said")
 
 
 def check_training_options(parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Adds to args: `deadline` of time.monotonic(), and the `command` that was typed, as words."""
+    """Adds to args: `deadline` of time.monotonic(), the `command` that was typed, as words, and a place for the
+    `distill_from_sha256`.
+    """
     if args.batch_size % args.grad_accum_steps:
         parser.error(f"--batch_size {args.batch_size} is no multiple of --grad_accum_steps {args.grad_accum_steps}")
     if args.batch_size < (least := world_size() * args.grad_accum_steps):
@@ -131,6 +149,13 @@ def check_training_options(parser: Parser, args: argparse.Namespace, argv: Seque
         parser.error("--fsdp needs several processes; start the script with torchrun --nproc_per_node=N")
     if args.resume and args.load_checkpoint_path:
         parser.error("--resume and --load_checkpoint_path both say where to go on from; give one")
+    if args.init_from and (args.resume or args.load_checkpoint_path):
+        parser.error("--init_from begins a new run, --resume and --load_checkpoint_path go on with one; give one")
+    if args.distill_weight is not None and not args.distill_from:
+        parser.error("--distill_weight needs --distill_from")
+    if args.distill_from and args.distill_weight is None:
+        args.distill_weight = 1.0
+    args.distill_from_sha256 = None
     if args.exp_name is not None and (Path(args.exp_name).name != args.exp_name or args.exp_name in ("", "..")):
         parser.error(f"--exp_name {args.exp_name}: wanted the name of a folder, not a path")
     args.deadline = None if args.max_hours is None else time.monotonic() + 3600 * args.max_hours

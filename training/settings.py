@@ -28,7 +28,11 @@ DECISIVE = (
     "label_dropout",
     "freeze_backbone",
     "use_unweighted_loss",
+    "distill_weight",
+    "distill_from_sha256",
 )
+# Of these the ones that checkpoints of before do not have, with what they stood for.
+LATER = {"distill_weight": None, "distill_from_sha256": None}
 # What the network's description or the checkpoint's place says already, and what is of one start alone.
 ELSEWHERE = (
     {*DECISIVE, *UViTConfig.__dataclass_fields__, *Config.__dataclass_fields__}
@@ -38,6 +42,7 @@ ELSEWHERE = (
         "exp_name",
         "resume",
         "load_checkpoint_path",
+        "init_from",
         "download",
         "quiet",
         "max_hours",

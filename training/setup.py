@@ -16,49 +16,79 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.cli import model_settings
-from common.config import AutoencoderConfig, Config, build_config, carried_settings, contradictions, settings_of
+from common.config import (
+    AutoencoderConfig,
+    Config,
+    build_config,
+    carried_settings,
+    contradictions,
+    merge,
+    settings_of,
+    with_range,
+)
 from common.devices import check_compiler
 from common.distributed import main_first, on_main
 from common.errors import InputError
-from common.files import writable_folder
+from common.files import sha256_of, writable_folder
 from data import DATASETS, crop_of, open_dataset
 from data.dataset import ImageDataset
 from diffusion.sampling import Denoiser
 from models.early_exit import EarlyExitUViT, ExitOutputs
-from models.loading import build_network, load_network, stated_settings
+from models.loading import (
+    build_network,
+    check_range,
+    load_network,
+    load_relative,
+    stated_settings,
+    task_differences,
+)
+from models.warm_start import warm_start
 from models.weights import FORMAT, fill, read_pth, read_weights
 from training.checkpoint import CheckpointFolder, read_checkpoint
 from training.loop import Objective, Trainer
 from training.losses import early_exit_losses, total_early_exit_loss
-from training.settings import data_differences, differences
+from training.settings import LATER, data_differences, differences
 
 log = logging.getLogger(__name__)
 
 
 def backbone_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
-    """Train a U-ViT from fresh weights."""
+    """Train a U-ViT from fresh weights, or from those of a deeper one."""
+    if args.compile:
+        check_compiler(device)
     config = build_config(stated(args) | {"model": "uvit"}, described(args))
     torch.manual_seed(args.seed)
     uvit = build_network(config)
-    return _trainer(args, config, uvit, backbone_objective, preview=uvit, device=device)
+    if args.init_from:
+        warm_start(uvit, load_relative(args.init_from, config).module, args.init_from)
+    config, dataset = open_data(args, config)
+    objective = backbone_objective
+    if args.distill_from:
+        objective = functools.partial(distillation_objective, load_teacher(args, config, device), args.distill_weight)
+    return _trainer(args, config, dataset, uvit, objective, preview=uvit, device=device)
 
 
 def early_exit_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
     """Train probes and exit heads on a backbone, which is frozen or trained along."""
+    if args.compile:
+        check_compiler(device)
     settings = stated(args)
     classifier_type = args.classifier_type or settings.pop("classifier_type", None)
     settings.pop("classifier_type", None)
     if args.load_backbone:
-        # Heads may learn from other data than the backbone did, with a crop of its own.
-        backbone = load_network(args.load_backbone, settings | {"dataset": None, "crop": None}, model="uvit")
+        # Heads may learn from other data than the backbone did, with a crop of its own, and at other timesteps.
+        own = ("dataset", "crop", "t_min", "t_max")
+        backbone = load_network(args.load_backbone, settings | dict.fromkeys(own), model="uvit")
         same_data = backbone.config.dataset in (None, args.dataset)
-        crop = settings.get("crop") or (backbone.config.crop if same_data else None)
-        settings = settings_of(backbone.config) | {"dataset": args.dataset, "crop": crop}
+        inherited = settings_of(backbone.config) | ({} if same_data else {"crop": None})
+        settings = merge(inherited, {name: settings.get(name) for name in own})
     config = build_config(settings | {"model": "deediff_uvit", "classifier_type": classifier_type}, described(args))
     torch.manual_seed(args.seed)
     network = build_network(config)
     if args.load_backbone:
         network.uvit.load_state_dict(backbone.module.state_dict())
+    if args.freeze_backbone:
+        check_range(backbone, config.trained_timesteps, "give --t_min and --t_max, or train it along")
     network.uvit.requires_grad_(not args.freeze_backbone)
 
     threshold = 0.1 if args.preview_threshold is None else args.preview_threshold
@@ -67,12 +97,37 @@ def early_exit_trainer(args: argparse.Namespace, device: torch.device) -> Traine
         return network.early_exit(x_t, t, y, threshold=threshold).output
 
     objective = functools.partial(early_exit_objective, args.freeze_backbone, args.use_unweighted_loss)
-    return _trainer(args, config, network, objective, preview, device)
+    config, dataset = open_data(args, config)
+    return _trainer(args, config, dataset, network, objective, preview, device)
 
 
 def backbone_objective(uvit: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
     """Mean squared error. DDPM (Ho et al. 2020), Eq. 14."""
     return {"loss": F.mse_loss(uvit(x_t, t, y).float(), target)}
+
+
+def distillation_objective(
+    teacher: nn.Module, weight: float, uvit: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor
+) -> dict[str, Tensor]:
+    """Mean squared error against the target, and `weight` times that against what the teacher predicts."""
+    predicted = uvit(x_t, t, y).float()
+    with torch.no_grad():
+        taught = teacher(x_t, t, y).float()
+    losses = {"target_loss": F.mse_loss(predicted, target), "teacher_loss": F.mse_loss(predicted, taught)}
+    return {"loss": losses["target_loss"] + weight * losses["teacher_loss"], **losses}
+
+
+def load_teacher(args: argparse.Namespace, config: Config, device: torch.device) -> nn.Module:
+    """The network of --distill_from, frozen, all of it on this process. Adds `distill_from_sha256` to args.
+
+    config: of the network that learns. Raises InputError unless the two do the same task at the same timesteps.
+    """
+    teacher = load_relative(args.distill_from, config, device)
+    if different := task_differences(config, teacher.config):
+        raise InputError(f"--distill_from {teacher.path} is no teacher here: it differs in {', '.join(different)}")
+    check_range(teacher, config.trained_timesteps, "it can teach nothing there; give --t_min and --t_max")
+    args.distill_from_sha256 = on_main(functools.partial(sha256_of, args.distill_from))
+    return torch.compile(teacher.module, dynamic=False) if args.compile else teacher.module
 
 
 def early_exit_objective(
@@ -95,6 +150,8 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
         "diffusion_params": {"num_timesteps": args.num_timesteps},
         "dataset": args.dataset,
         "crop": args.crop,
+        "t_min": args.t_min,
+        "t_max": args.t_max,
     }
     if args.autoencoder_checkpoint_path:
         given["autoencoder"] = {"checkpoint_path": str(args.autoencoder_checkpoint_path)}
@@ -105,16 +162,8 @@ def described(args: argparse.Namespace) -> str:
     return str(args.config_path or "the flags (see also --config_path)")
 
 
-def _trainer(
-    args: argparse.Namespace,
-    config: Config,
-    network: nn.Module,
-    objective: Objective,
-    preview: Denoiser,
-    device: torch.device,
-) -> Trainer:
-    if args.compile:
-        check_compiler(device)
+def open_data(args: argparse.Namespace, config: Config) -> tuple[Config, ImageDataset]:
+    """The images to learn from, and the config with what they settle: crop, real classes, scale of latents."""
     config = dataclasses.replace(config, crop=crop_of(args.dataset, config.crop))
     params = config.model_params
     for name in ("sample_height", "sample_width"):
@@ -143,8 +192,19 @@ def _trainer(
         args.num_workers = max(1, min(8, cores)) if dataset.needs_decoding else 0
     if args.batch_size > len(dataset):
         raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}")
+    return config, dataset
 
-    name = args.exp_name or f"{args.dataset}_{config.model}_{params.num_blocks}"
+
+def _trainer(
+    args: argparse.Namespace,
+    config: Config,
+    dataset: ImageDataset,
+    network: nn.Module,
+    objective: Objective,
+    preview: Denoiser,
+    device: torch.device,
+) -> Trainer:
+    name = args.exp_name or f"{args.dataset}_{config.model}_{config.model_params.num_blocks}"
     checkpoints = CheckpointFolder(args.log_path / name, f"{args.dataset}_{config.model}")
     start = on_main(functools.partial(find_start, args, checkpoints))
     content = None if start is None else read_start(start, args.resume)
@@ -210,11 +270,13 @@ def read_start(path: Path, resume: bool) -> Mapping[str, Any]:
 
 def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:
     """Give the trainer the state of a checkpoint; raises InputError where other settings would change the result."""
-    obstacles, others = contradictions(content["config"], settings_of(trainer.config)), []
-    if trainer.args.resume or path.parent.samefile(trainer.checkpoints.folder):
+    # A new run may be of other timesteps than what it starts from.
+    described = settings_of(trainer.config) | {"t_min": None, "t_max": None}
+    obstacles, others = contradictions(content["config"], described), []
+    if same_run := trainer.args.resume or path.parent.samefile(trainer.checkpoints.folder):
         obstacles = [
-            *differences(content["config"], carried_settings(trainer.config)),
-            *differences(content["options"], trainer.options()),
+            *differences(with_range(content["config"]), with_range(carried_settings(trainer.config))),
+            *differences(LATER | content["options"], trainer.options()),
             *data_differences(content.get("data", {}), trainer.data),
         ]
         others = differences(content.get("incidental", {}), trainer.incidental())
@@ -224,3 +286,5 @@ def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:
     if others:
         log.warning("%s was made with other settings, which leave the result as it is: %s", path, ", ".join(others))
     trainer.restore(path, content)
+    if not same_run:
+        trainer.begin_sums()  # means over steps of two losses would be of neither

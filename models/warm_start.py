@@ -1,0 +1,43 @@
+"""A U-ViT that begins with the weights of a deeper one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common.config import contradictions, settings_of
+from common.errors import InputError
+from models.uvit import UViT
+
+BLOCKS = ("in_blocks.", "out_blocks.")
+
+
+def warm_start(uvit: UViT, source: UViT, path: Path) -> None:
+    """Give `uvit` the source's embeddings, middle block and head, and as many of the other blocks as it has.
+
+    Of the source's n in-blocks the k that are wanted are those at 0, n / k, 2 n / k, ..., rounded down. Each comes
+    with the out-block that takes its long skip, so the first in-block and the last out-block are always among them,
+    and with k = n all are.
+
+    path: of the source, named in the InputError that is raised unless the two differ in depth alone, and the source
+    is at least as deep.
+    """
+    if different := contradictions(_all_but_depth(source), _all_but_depth(uvit)):
+        raise InputError(f"--init_from {path} fits no network that differs in {', '.join(different)}; depth alone may")
+    wanted, there = len(uvit.in_blocks), len(source.in_blocks)
+    if wanted > there:
+        raise InputError(
+            f"--init_from {path} has {2 * there + 1} blocks, and the network to train {2 * wanted + 1}; "
+            f"give a --depth of at most {2 * there + 1}"
+        )
+    rest = {name: value for name, value in source.state_dict().items() if not name.startswith(BLOCKS)}
+    missing, unexpected = uvit.load_state_dict(rest, strict=False)
+    assert not unexpected and all(name.startswith(BLOCKS) for name in missing), (missing, unexpected)
+    for ours, theirs in enumerate(k * there // wanted for k in range(wanted)):
+        uvit.in_blocks[ours].load_state_dict(source.in_blocks[theirs].state_dict())
+        uvit.out_blocks[-1 - ours].load_state_dict(source.out_blocks[-1 - theirs].state_dict())
+
+
+def _all_but_depth(uvit: UViT) -> dict[str, Any]:
+    times = {"time_scale": uvit.time_scale, "time_shift": uvit.time_shift}
+    return settings_of(uvit.config) | times | {"depth": None}

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+import benchmark
 import compare
 import eesampler
 import fid
@@ -51,11 +52,12 @@ QUICK = {
 }
 
 
-def commands() -> list[list[str]]:
-    """Every `python X.py ...` of the README's bash blocks."""
+def commands(benchmarks: bool = False) -> list[list[str]]:
+    """Every `python X.py ...` of the README's bash blocks, but for `python benchmark.py`, or those alone."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line) for line in lines if line.startswith("python ")]
+    found = [shlex.split(line) for line in lines if line.startswith("python ")]
+    return [words for words in found if (words[1] == "benchmark.py") == benchmarks]
 
 
 class MeanColour(torch.nn.Module):
@@ -144,6 +146,15 @@ def test_networks_for_their_part(place):
         SCRIPTS[script].main([*argv, *QUICK[script], *SMALL, "--n_steps", "3"])
     carried = [torch.load(path, weights_only=True)["config"] for path in sorted(place.glob("logs/*_[45]*/*.pth"))]
     assert [(config["t_min"], config["t_max"]) for config in carried] == [(None, None), (None, 499), (500, None)]
+
+
+def test_benchmarks():
+    """Of the networks that they take if none are named; tests/test_benchmark.py runs them on small ones."""
+    options = [benchmark.parse_args(words[2:]) for words in commands(benchmarks=True)]
+    assert [args.command for args in options] == ["sample", "early-exit", "train"]
+    assert all(
+        path.is_file() for args in options for path in vars(args).values() if getattr(path, "suffix", "") == ".yaml"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

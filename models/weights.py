@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.config import Config, check_types
 from common.errors import InputError
 from models.early_exit import EarlyExitUViT, MlpProbes
-from models.pickles import check_pickles
+from models.pickles import check_pickles, check_sums
 
 FORMAT = "duodiff-1"  # of this project's checkpoints
 # Training wrappers (DataParallel, torch.compile) put their own names before those of the network.
@@ -69,6 +69,7 @@ def read_pth(path: Path) -> dict[str, Any]:
     """The mapping a torch file holds; nothing but tensors and plain values is unpickled."""
     try:
         check_pickles(path)
+        check_sums(path)
         content = _load_pth(path)
         for tensor in _tensors_in(content):
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

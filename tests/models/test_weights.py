@@ -160,3 +160,15 @@ def test_other_files_are_named(tmp_path):
     torch.save({"a": 1}, tmp_path / "numbers.pth")
     with pytest.raises(InputError, match="no state dict"):
         load_weights(uvit(), tmp_path / "numbers.pth")
+
+
+def test_a_byte_that_changed_is_found(tmp_path):
+    """In the middle of a tensor, where torch itself would take it as it comes."""
+    model = UViT(**TINY, depth=1)
+    path = tmp_path / "w.pth"
+    torch.save(model.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(model.pos_embed.detach().numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not what was written"):
+        load_weights(model, path)

@@ -62,6 +62,8 @@ def load_network(
     "uvit" or "deediff_uvit". Raises InputError where the file does not fit, or contradicts what is stated.
     """
     read = read_weights(path, weights)
+    if weights == "raw" and read.kind == "ema":
+        raise InputError(f"{path} holds averaged weights alone; leave --weights raw out")
     if read.settings is None:
         if (stated.get("model_params") or {}).get("img_size") is None:
             raise InputError(f"{path} does not say what network it belongs to; give its --config_path")

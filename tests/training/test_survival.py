@@ -302,6 +302,11 @@ class TestExport:
         for image in ("000000.png", "000001.png"):
             assert (tmp_path / "pth" / image).read_bytes() == (tmp_path / "safetensors" / image).read_bytes()
 
+    def test_raw_weights_are_not_made_up(self, full, tmp_path, run_quietly, fails):
+        run_quietly(checkpoint_module.main, ["export", full, tmp_path / "w.safetensors"])
+        flags = ["--checkpoint_path", tmp_path / "w.safetensors", "--output_folder", tmp_path / "s"]
+        fails(sampler_script.main, [*flags, "--weights", "raw"], "averaged weights alone")
+
     def test_raw_weights_start_a_training(self, full, tmp_path, run_quietly):
         out = tmp_path / "raw.safetensors"
         run_quietly(checkpoint_module.main, ["export", full, out, "--weights", "raw"])

@@ -249,19 +249,25 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def contradictions(carried: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys that both state, with different values: ["depth: 13 here, 3 there", ...]."""
+def contradictions(
+    carried: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "", *, none_counts: bool = False
+) -> list[str]:
+    """The keys that both state, with different values: ["depth (13 and 3)", ...], in the order of `given`.
+
+    none_counts: None is a value like others, and does not mean that a key is not stated.
+    """
     found = []
-    for key, value in given.items():
-        if value is None or carried.get(key) is None:
+    for key in (key for key in given if key in carried):
+        before, now = carried[key], given[key]
+        if not none_counts and (before is None or now is None):
             continue
-        if isinstance(value, Mapping):
-            found += contradictions(carried[key], value, f"{prefix}{key}.")
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += contradictions(before, now, f"{prefix}{key}.", none_counts=none_counts)
         elif key == "depth":  # 12 and 13 are the same network
-            if carried[key] // 2 != value // 2:
-                found.append(f"{prefix}{key} ({carried[key]} and {value})")
-        elif carried[key] != value:
-            found.append(f"{prefix}{key} ({carried[key]} and {value})")
+            if before // 2 != now // 2:
+                found.append(f"{prefix}{key} ({before} and {now})")
+        elif before != now:
+            found.append(f"{prefix}{key} ({before} and {now})")
     return found
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from common.config import Config, UViTConfig
+from common.config import Config, UViTConfig, contradictions
 from common.distributed import world_size
 
 # Options that decide what a step computes, beside the network's and the data's own descriptions.
@@ -65,19 +65,9 @@ def incidental(args: argparse.Namespace) -> dict[str, Any]:
     return plain | {"processes": world_size()}
 
 
-def differences(recorded: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     """["lr (0.1 and 0.2)", ...]: every key that both have with different values, None being one."""
-    found = []
-    for key in recorded.keys() & present.keys():
-        before, now = recorded[key], present[key]
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += differences(before, now, f"{prefix}{key}.")
-        elif key == "depth":  # 12 and 13 are the same network
-            if before // 2 != now // 2:
-                found.append(f"{prefix}{key} ({before} and {now})")
-        elif before != now:
-            found.append(f"{prefix}{key} ({before} and {now})")
-    return sorted(found)
+    return sorted(contradictions(recorded, present, none_counts=True))
 
 
 def data_differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,7 +69,14 @@ class SamplingRun:
         self.conditions = conditions_of(args, device)
         settings = on_main(lambda: deciding_settings(args, networks, device) | {"steps": len(self.timesteps)})
         self.record = RunRecord(self.folder, settings)
-        self.to_do = on_main(lambda: self.record.open(args.n_samples, args.batch_size, args.overwrite))
+
+    @cached_property
+    def to_do(self) -> list[range]:
+        """The batches to make. The folder is opened when this is first asked for: what is refused leaves nothing in it.
+
+        All processes must ask together.
+        """
+        return on_main(lambda: self.record.open(self.args.n_samples, self.args.batch_size, self.args.overwrite))
 
     def _class_ids(self) -> list[int] | None:
         """The classes that were asked for; None for random ones, or if the network has none."""

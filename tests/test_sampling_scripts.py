@@ -175,6 +175,7 @@ def test_guidance(runs, duo, early_exit, tmp_path, run_quietly, fails):
     assert flops[1] == 2 * flops[0]
     unguidable = ["--output_folder", tmp_path / "x", "--guidance_scale", 1]
     fails(sampler.main, [*duo, "--t_switch", 3, *unguidable], "--guidance_scale 1", "no class")
+    assert not (tmp_path / "x").exists(), "what is refused leaves nothing"
     fails(sampler.main, ["--checkpoint_path", runs / "classes" / "digits_uvit_last.pth", *unguidable], "no class")
 
 

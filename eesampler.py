@@ -31,7 +31,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1,
         help="images that left stay in the batch until so many wait; changes the time alone",
     )
-    return check_sampling_options(parser, parser.parse_args(argv))
+    args = check_sampling_options(parser, parser.parse_args(argv))
+    if args.min_group > args.batch_size:
+        parser.error(f"--min_group {args.min_group}: --batch_size {args.batch_size} never has so many to wait for")
+    return args
 
 
 @command

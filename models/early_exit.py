@@ -192,7 +192,7 @@ class EarlyExitUViT(nn.Module):
             if num_left:
                 leaves &= ~left
                 uncertainty = uncertainty.masked_fill(left, torch.nan)
-            uncertainties[layer].index_copy_(0, rows, uncertainty.to(uncertainties.dtype))
+            uncertainties[layer].index_copy_(0, rows, uncertainty)
             num_leaving = int(leaves.sum())  # the only time the host waits for the device
             if num_leaving:
                 chosen = first(num_leaving, leaves)

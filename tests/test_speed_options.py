@@ -92,6 +92,7 @@ def test_min_group_makes_the_same_images(ee, tmp_path, run_quietly):
         ("duo", ["--offload", "--compile"], ["--offload", "--compile"]),
         ("ee", ["--offload"], ["--offload"]),
         ("ee", ["--min_group", "0"], ["--min_group"]),
+        ("ee", ["--min_group", "4", "--batch_size", "3"], ["--min_group 4", "--batch_size 3"]),
         ("duo", ["--min_group", "2"], ["--min_group"]),
     ],
 )

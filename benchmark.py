@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,7 @@ def prepare_sampling(args: argparse.Namespace, device: torch.device) -> tuple[Me
         make_solver(solver, NoiseSchedule(**config.diffusion_params.schedule), config.parametrization)
 
     def measure(precision: str) -> dict[str, Any]:
-        networks = [open_network(path, "uvit", device) for path in (args.full, args.shallow)]
-        return measure_sampling(args, *networks, precision, device)
+        return measure_sampling(args, copy_of(full, device), copy_of(shallow, device), precision, device)
 
     return measure, sampling_tables
 
@@ -115,10 +115,10 @@ def prepare_early_exit(args: argparse.Namespace, device: torch.device) -> tuple[
     from benchmarking.early_exit import measure_early_exit
     from benchmarking.report import early_exit_table
 
-    open_network(args.model, "deediff_uvit")
+    network = open_network(args.model, "deediff_uvit")
 
     def measure(precision: str) -> dict[str, Any]:
-        return measure_early_exit(args, open_network(args.model, "deediff_uvit", device), precision, device)
+        return measure_early_exit(args, copy_of(network, device), precision, device)
 
     return measure, early_exit_table
 
@@ -127,11 +127,12 @@ def prepare_training(args: argparse.Namespace, device: torch.device) -> tuple[Me
     from benchmarking.report import training_table
     from benchmarking.training import measure_training
 
-    if open_network(args.model).config.model == "uvit" and args.freeze_backbone:
+    network = open_network(args.model)
+    if network.config.model == "uvit" and args.freeze_backbone:
         raise InputError(f"--freeze_backbone is for early-exit models; {args.model} is a backbone")
 
     def measure(precision: str) -> dict[str, Any]:
-        return measure_training(args, open_network(args.model, device=device), precision, device)
+        return measure_training(args, copy_of(network, device), precision, device)
 
     return measure, training_table
 
@@ -139,25 +140,27 @@ def prepare_training(args: argparse.Namespace, device: torch.device) -> tuple[Me
 COMMANDS = {"sample": prepare_sampling, "early-exit": prepare_early_exit, "train": prepare_training}
 
 
-def open_network(path: Path, model: str | None = None, device: torch.device | str = "cpu") -> Network:
+def open_network(path: Path, model: str | None = None) -> Network:
     """The network of a checkpoint, or one of random weights from a YAML file.
 
     model: the kind that is wanted, None for either. Raises InputError for files that are neither.
     """
     from common.config import build_config, read_yaml
     from models.loading import Network, build_network, load_network
-    from models.weights import read_weights
 
     if path.suffix not in (".yaml", ".yml"):
-        settings = read_weights(path).settings or {}
-        return load_network(path, {}, model=model or settings.get("model", "uvit"), device=device)
+        return load_network(path, {}, model=model)
     settings = read_yaml(path)
     settings.setdefault("model", "deediff_uvit" if settings.get("classifier_type") else "uvit")
     config = build_config(settings, str(path))
     if model not in (None, config.model):
         raise InputError(f"{path} describes a {config.model}, wanted a {model}")
-    network = build_network(config).requires_grad_(False).eval().to(device)
-    return Network(network, config, "random", None, path)
+    return Network(build_network(config).requires_grad_(False).eval(), config, "random", None, path)
+
+
+def copy_of(network: Network, device: torch.device) -> Network:
+    """One to be measured, which changes its weights: into a precision, or by training."""
+    return network._replace(module=copy.deepcopy(network.module).to(device))
 
 
 if __name__ == "__main__":

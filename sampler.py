@@ -1,26 +1,32 @@
-"""Generate images with one backbone, or with two that take turns (DuoDiff)."""
+"""Generate images with one backbone, with two that take turns (DuoDiff), or with a schedule of any number."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser, existing_file, real, whole
 from common.errors import InputError, command
 from generation.options import add_sampling_options, check_sampling_options, network_settings
+from generation.turns import Turns, check_length, turns_of
 
 if TYPE_CHECKING:
     import torch
 
     from common.config import Config
+    from models.inference import BackboneDenoiser, MiddleCache
     from models.loading import Network
+
+log = logging.getLogger(__name__)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    add_sampling_options(parser)
+    add_sampling_options(parser, one_network=False)
     parser.add_argument(
         "--checkpoint_path_late",
         type=existing_file,
@@ -38,107 +44,188 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--guidance_scale_late", type=real(0, 1000), help="of the full backbone; --guidance_scale if not said"
     )
     parser.add_argument(
+        "--schedule",
+        type=existing_file,
+        help="YAML file that names any number of networks and their timesteps, in place of --checkpoint_path",
+    )
+    parser.add_argument(
+        "--cache_interval",
+        type=whole(1),
+        default=1,
+        help="compute the middle blocks at every so many-th step of a network and reuse what they add between",
+    )
+    parser.add_argument(
+        "--cache_outer",
+        type=whole(1),
+        help="in blocks, and as many out blocks, that run at every step all the same; 1 if not said",
+    )
+    parser.add_argument(
         "--offload",
         action="store_true",
-        help="keep the idle one of two networks in host memory (CUDA); saves its memory",
+        help="keep the idle ones of several networks in host memory (CUDA); saves their memory",
     )
     args = check_sampling_options(parser, parser.parse_args(argv))
-    if (args.checkpoint_path_late is None) != (args.t_switch is None):
-        parser.error("--checkpoint_path_late and --t_switch go together")
-    for name in ("config_path_late", "guidance_scale_late", "offload"):
-        if getattr(args, name) not in (None, False) and not args.checkpoint_path_late:
-            parser.error(f"--{name} needs --checkpoint_path_late")
+    check_networks_named(parser, args)
     if args.offload and args.compile:
         parser.error("--offload moves the weights that --compile records the places of; give one of them")
+    if args.cache_outer and args.cache_interval == 1:
+        parser.error("--cache_outer needs a --cache_interval of 2 or more")
+    args.cache_outer = args.cache_outer or 1
     if args.guidance_scale_late is None:
         args.guidance_scale_late = args.guidance_scale
     return args
 
 
+def check_networks_named(parser: Parser, args: argparse.Namespace) -> None:
+    """End on options that name no network, or that name them twice."""
+    of_two = ("config_path_late", "guidance_scale_late")
+    if args.schedule:
+        for name in ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", *of_two):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} and --schedule, which says which networks run when: give one of them")
+        return
+    if not args.checkpoint_path:
+        parser.error("give --checkpoint_path, or --schedule")
+    if (args.checkpoint_path_late is None) != (args.t_switch is None):
+        parser.error("--checkpoint_path_late and --t_switch go together")
+    for name in (*of_two, "offload"):
+        if getattr(args, name) not in (None, False) and not args.checkpoint_path_late:
+            parser.error(f"--{name} needs --checkpoint_path_late")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    plan = turns_of(args)
 
     from common.distributed import is_main, joined_processes
-    from diffusion.sampling import SwitchingDenoiser
+    from diffusion.sampling import SwitchingDenoiser, timesteps_of_turns
     from generation.run import SamplingRun, settle_speed
     from models.inference import BackboneDenoiser, Offloader
-    from models.loading import check_range
 
     with joined_processes(args.device) as device:
         settle_speed(args, device)
-        networks = load_networks(args, "cpu" if args.offload else device)
+        networks = load_networks(args, plan, "cpu" if args.offload else device)
         run = SamplingRun(args, networks, shared_config(networks), device)
-        backbones = [
-            BackboneDenoiser(n.module, run.timesteps, run.dtype, device, compiled=args.compile) for n in networks
-        ]
-        denoisers = [run.guide(backbones[0], args.guidance_scale)]
-        switches = []
-        if len(networks) == 2:
-            denoisers.append(run.guide(backbones[1], args.guidance_scale_late, "--guidance_scale_late"))
-            switches.append(args.t_switch)
-        offloader = Offloader([n.module for n in networks], device) if args.offload else None
-        denoiser = SwitchingDenoiser(denoisers, switches, on_switch=offloader)
+        own = timesteps_of_turns(run.timesteps, plan.switches)
         if not args.allow_outside_range:
-            advice = "let another network run there (--checkpoint_path_late, --t_switch), or give --allow_outside_range"
-            for network, timesteps in zip(networks, denoiser.timesteps_of_each(run.timesteps), strict=True):
-                check_range(network, timesteps, advice)
+            check_ranges(args, plan, networks, own)
+        caches = make_caches(args, plan, networks, own)
+        backbones = [
+            BackboneDenoiser(network.module, run.timesteps, run.dtype, device, compiled=args.compile, cache=cache)
+            for network, cache in zip(networks, caches, strict=True)
+        ]
+        denoisers = [run.guide(backbones[turn.network], turn.guidance_scale, turn.option) for turn in plan.turns]
+        offloader = Offloader([network.module for network in networks], device) if args.offload else None
+        on_switch = offloader and (lambda turn: offloader(plan.turns[turn].network))
+        denoiser = SwitchingDenoiser(denoisers, plan.switches, on_switch)
+        if is_main():
+            compare_with_calibration(args, plan, len(run.timesteps))
 
         run.warm_up(denoiser)
         batches = run.run(denoiser)
         if is_main():
-            work = describe_work(args, networks, denoiser.steps_of_each(run.timesteps), len(batches))
-            summary = run.report(batches, work, sum(b["timesteps"] * b["flops_per_image_call"] for b in work))
+            work = describe_work(plan, networks, backbones, own, len(batches))
+            summary = run.report(batches, work, sum(b["flops_per_image"] for b in work))
             print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
             print(summary)
 
 
-def load_networks(args: argparse.Namespace, device: torch.device | str) -> list[Network]:
-    """The backbone, or the shallow and the full one, which fit each other and t_switch."""
+def load_networks(args: argparse.Namespace, plan: Turns, device: torch.device | str) -> list[Network]:
+    """The networks, which fit each other and the timesteps at which they take turns."""
     from models.loading import check_pair, load_network, stated_settings
 
     networks = []
-    for checkpoint, config in (
-        (args.checkpoint_path, args.config_path),
-        (args.checkpoint_path_late, args.config_path_late),
-    ):
-        if checkpoint:
-            stated = stated_settings(config, network_settings(args))
-            networks.append(load_network(checkpoint, stated, model="uvit", weights=args.weights, device=device))
-    if len(networks) == 2:
-        check_pair(*networks)
-        last = networks[0].config.diffusion_params.num_timesteps - 1
-        if args.t_switch > last:
-            raise InputError(f"--t_switch {args.t_switch} is out of range, wanted -1..{last}")
+    for checkpoint, config in plan.files:
+        stated = stated_settings(config, network_settings(args))
+        networks.append(load_network(checkpoint, stated, model="uvit", weights=args.weights, device=device))
+    for network in networks[:-1]:
+        check_pair(network, networks[-1])
+    check_length(args, networks[0].config.diffusion_params.num_timesteps)
     return networks
 
 
 def shared_config(networks: Sequence[Network]) -> Config:
-    """What the run goes by: the first network's, with the autoencoder that either names."""
+    """What the run goes by: the first network's, with the autoencoder that any of them names."""
     config = networks[0].config
     named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
     return dataclasses.replace(config, autoencoder=named[0]) if named else config
 
 
+def check_ranges(
+    args: argparse.Namespace, plan: Turns, networks: Sequence[Network], own: Sequence[Sequence[int]]
+) -> None:
+    """Raises InputError unless each network was trained on the timesteps of its turns. own: those of each turn."""
+    from models.loading import check_range
+
+    other = "--checkpoint_path_late, --t_switch" if args.schedule is None else f"see the stages in {args.schedule}"
+    for turn, timesteps in zip(plan.turns, own, strict=True):
+        advice = f"let another network run there ({other}), or give --allow_outside_range"
+        check_range(networks[turn.network], timesteps, advice)
+
+
+def make_caches(
+    args: argparse.Namespace, plan: Turns, networks: Sequence[Network], own: Sequence[Sequence[int]]
+) -> list[MiddleCache | None]:
+    """Of each network what --cache_interval asks for; None where it has no middle, or all are to be run."""
+    from models.inference import MiddleCache, refreshing
+
+    if args.cache_interval == 1:
+        return [None] * len(networks)
+    caches: list[MiddleCache | None] = []
+    for k, network in enumerate(networks):
+        turns = [timesteps for turn, timesteps in zip(plan.turns, own, strict=True) if turn.network == k]
+        cache = MiddleCache(args.cache_outer, refreshing(turns, args.cache_interval))
+        caches.append(cache if network.module.middle(args.cache_outer) else None)
+    if not any(cache and cache.refresh for cache in caches):
+        most = max(network.config.model_params.num_blocks for network in networks)
+        raise InputError(
+            f"--cache_interval {args.cache_interval}: no network that runs has blocks between the {args.cache_outer} "
+            f"outermost on either side (--cache_outer); the deepest has {most}"
+        )
+    return caches
+
+
+def compare_with_calibration(args: argparse.Namespace, plan: Turns, steps: int) -> None:
+    """Say where a schedule was made for sampling that differs from this."""
+    for name, value in (("solver", args.solver), ("steps", steps)):
+        if plan.calibration.get(name, value) != value:
+            log.warning("%s was made for %s %s, this is %s", args.schedule, name, plan.calibration[name], value)
+
+
 def describe_work(
-    args: argparse.Namespace, networks: Sequence[Network], steps: Sequence[int], batches: int
+    plan: Turns,
+    networks: Sequence[Network],
+    backbones: Sequence[BackboneDenoiser],
+    own: Sequence[Sequence[int]],
+    batches: int,
 ) -> list[dict[str, Any]]:
     """What each network did, for the report."""
     from models.flops import uvit_flops
 
-    names = ("shallow", "full") if len(networks) == 2 else ("backbone",)
-    scales = (args.guidance_scale, args.guidance_scale_late)
-    return [
-        {
+    described = []
+    for k, (name, network, backbone) in enumerate(zip(plan.names(), networks, backbones, strict=True)):
+        visited = [
+            (t, 2 if turn.guidance_scale else 1)  # guidance runs each image twice, with its class and without
+            for turn, timesteps in zip(plan.turns, own, strict=True)
+            for t in timesteps
+            if turn.network == k
+        ]
+        cache, whole = backbone.cache, uvit_flops(network.module)
+        around = uvit_flops(network.module, cache.outer) if cache else whole
+        reused = {t for t, _ in visited if cache and cache.reuses(t)}
+        costs = [passes * (around if t in reused else whole) for t, passes in visited]
+        work = {
             "name": name,
-            "timesteps": n,
-            "calls": n * batches,
-            # Guidance runs each image twice, with its class and without.
-            "flops_per_image_call": uvit_flops(network.module) * (2 if scale else 1),
+            "timesteps": len(visited),
+            "calls": len(visited) * batches,
+            "flops_per_image_call": statistics.mean(costs or [whole]),
+            "flops_per_image": sum(costs),
         }
-        | network.describe()
-        for name, network, n, scale in zip(names, networks, steps, scales, strict=False)
-    ]
+        if cache:
+            work["timesteps_reusing"] = len(reused)
+        described.append(work | network.describe())
+    return described
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def measure_sampling(
         steps = run.steps_of_each(timesteps)
         work = sum(count * flops[name] for name, count in steps.items())
         spent, share = seconds[run.name], statistics.median(in_network[run.name][1:])  # the first is to warm up
-        speed_up = ratio(seconds[Run(run.solver, None, timed).name], spent)
+        speed_up = ratio(seconds[run_name(run.solver, None)], spent)
         predicted = len(timesteps) * flops["full"] / work
         rows.append(
             {
@@ -119,10 +119,14 @@ class Run:
 
     def __init__(self, solver: str, t_switch: int | None, backbones: dict[str, Any]):
         self.solver, self.t_switch = solver, t_switch
-        self.name = f"{solver}, " + ("full" if t_switch is None else f"t_switch {t_switch}")
+        self.name = run_name(solver, t_switch)
         self.networks = ["full"] if t_switch is None else ["shallow", "full"]
         switches = [] if t_switch is None else [t_switch]
         self.denoiser = SwitchingDenoiser([backbones[name] for name in self.networks], switches)
 
     def steps_of_each(self, timesteps: list[int]) -> dict[str, int]:
         return dict(zip(self.networks, self.denoiser.steps_of_each(timesteps), strict=True))
+
+
+def run_name(solver: str, t_switch: int | None) -> str:
+    return f"{solver}, " + ("full" if t_switch is None else f"t_switch {t_switch}")

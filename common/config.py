@@ -193,9 +193,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises InputError for a file that is no YAML mapping, a key nobody reads or a value of the wrong type.
     """
+    return check_types(Config, read_mapping(path, "model_params", dict), str(path))
+
+
+def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
+    """The mapping in a YAML file of plain values, of which only one section's kind is checked.
+
+    Raises InputError for a file that is none.
+    """
     try:
         if (size := path.stat().st_size) > MOST_YAML_BYTES:
-            raise InputError(f"{path}: {size:,} bytes, a description of a network has at most {MOST_YAML_BYTES:,}")
+            raise InputError(f"{path}: {size:,} bytes, at most {MOST_YAML_BYTES:,} are taken")
         given = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except InputError:
         raise
@@ -203,9 +211,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(given, dict) or not isinstance(given.get("model_params"), dict):
-        raise InputError(f"{path}: wanted a mapping with a section model_params")
-    return check_types(Config, given, str(path))
+    if not isinstance(given, dict) or not isinstance(given.get(section), kind):
+        raise InputError(f"{path}: wanted a mapping with a section {section}")
+    return given
 
 
 def build_config(settings: Mapping[str, Any], where: str) -> Config:
@@ -213,7 +221,7 @@ def build_config(settings: Mapping[str, Any], where: str) -> Config:
 
     where: named in the message when something required is missing.
     """
-    return _build(Config, settings, where)
+    return build(Config, settings, where)
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -298,6 +306,10 @@ def _check_type(value: Any, wanted: Any, where: str) -> Any:
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return check_types(option, value, where)
+        if get_origin(option) is list and isinstance(value, list):
+            return [_check_type(item, get_args(option)[0], f"{where} {n}") for n, item in enumerate(value, 1)]
+        if option is Path and isinstance(value, str | Path):
+            return Path(value)
         if option is float and type(value) in (int, float) and abs(value) < 1e300:
             return float(value)
         if type(value) is option and not (option is int and abs(value) >= 2**63):
@@ -309,13 +321,16 @@ def _check_type(value: Any, wanted: Any, where: str) -> Any:
     raise InputError(f"{where} is {shown(value)}, wanted {names}")
 
 
-def _build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
+def build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass `cls`, and of those in it, from nested settings; None there means not given."""
     settings = check_types(cls, {key: value for key, value in settings.items() if value is not None}, where)
     hints = get_type_hints(cls)
     for name, value in settings.items():
-        if isinstance(value, Mapping):
-            (section,) = filter(dataclasses.is_dataclass, (hints[name], *get_args(hints[name])))
-            settings[name] = _build(section, value, where)
+        for section in filter(dataclasses.is_dataclass, (hints[name], *get_args(hints[name]))):
+            if isinstance(value, Mapping):
+                settings[name] = build(section, value, where)
+            elif isinstance(value, list):
+                settings[name] = [build(section, item, f"{where}: {name} {n}") for n, item in enumerate(value, 1)]
     required = [f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in settings]:
         raise InputError(f"{where}: {', '.join(missing)} not given")

@@ -20,8 +20,18 @@ from diffusion.solvers import Solver
 Denoiser = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
+def turn_at(t: int, switches: Sequence[int]) -> int:
+    """Whose turn it is at t, 0 for the first: the one place where this is decided. See `SwitchingDenoiser`."""
+    return sum(t <= switch for switch in switches)
+
+
+def timesteps_of_turns(timesteps: Sequence[int], switches: Sequence[int]) -> list[list[int]]:
+    """Which of the timesteps each turn has."""
+    return [[t for t in timesteps if turn_at(t, switches) == k] for k in range(len(switches) + 1)]
+
+
 class SwitchingDenoiser:
-    """Several denoisers that take turns as t falls; DuoDiff is the case of two.
+    """Several denoisers that take turns as t falls; DuoDiff is the case of two. One may come more than once.
 
     switches: one timestep between each two neighbours, falling. The first denoiser runs at every
     t > switches[0], the second at the t down to switches[1], ..., the last at every t <= switches[-1].
@@ -42,12 +52,12 @@ class SwitchingDenoiser:
         self.active: int | None = None
 
     def index(self, t: int) -> int:
-        """Which denoiser runs at t: the one place where this is decided."""
-        return sum(t <= switch for switch in self.switches)
+        """Which denoiser runs at t."""
+        return turn_at(t, self.switches)
 
     def timesteps_of_each(self, timesteps: Sequence[int]) -> list[list[int]]:
         """Which of the timesteps each denoiser runs."""
-        return [[t for t in timesteps if self.index(t) == k] for k in range(len(self.denoisers))]
+        return timesteps_of_turns(timesteps, self.switches)
 
     def steps_of_each(self, timesteps: Sequence[int]) -> list[int]:
         """How many of the timesteps each denoiser runs."""

@@ -12,8 +12,11 @@ from common.config import PARAMETRIZATIONS, PRECISIONS, SOLVERS
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmsolver++": 20, "unipc": 20}  # None: every timestep
 
 
-def add_sampling_options(parser: Parser) -> None:
-    parser.add_argument("--checkpoint_path", type=existing_file, required=True, help="weights: .pth or .safetensors")
+def add_sampling_options(parser: Parser, *, one_network: bool = True) -> None:
+    """one_network: --checkpoint_path is the only way to name it."""
+    parser.add_argument(
+        "--checkpoint_path", type=existing_file, required=one_network, help="weights: .pth or .safetensors"
+    )
     parser.add_argument(
         "--config_path",
         type=existing_file,

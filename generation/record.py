@@ -44,6 +44,9 @@ DECIDING = (
     *("seed", "solver", "steps", "eta", "clip_x0", "class_id", "guidance_scale", "guidance_scale_late"),
     *("t_switch", "threshold", "timesteps_save", "precision"),
 )
+# Those of them that came later, and what they are where nothing is said: that is not recorded, so that folders made
+# before can be gone on with.
+DECIDING_LATER = {"stages": None, "cache_interval": 1, "cache_outer": 1}
 # The options that decide how long they take: images made under others are not timed together.
 CONDITIONS = ("batch_size", "compile", "offload", "min_group")
 
@@ -69,6 +72,8 @@ class Batch(NamedTuple):
 def deciding_settings(args: argparse.Namespace, networks: Sequence[Network], device: torch.device) -> dict[str, Any]:
     """Everything the images depend on, as plain values: what run.json holds."""
     given = {name: getattr(args, name) for name in DECIDING if hasattr(args, name)}
+    later = {name: getattr(args, name, plain) for name, plain in DECIDING_LATER.items()}
+    given |= {name: value for name, value in later.items() if value != DECIDING_LATER[name]}
     autoencoders = [n.config.autoencoder for n in networks if n.config.autoencoder]
     paths = [Path(a.checkpoint_path) for a in autoencoders if a.checkpoint_path]
     return {

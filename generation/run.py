@@ -118,8 +118,11 @@ class SamplingRun:
             return
         size = len(mine[0])
         x = torch.zeros(size, *self.config.model_params.image_shape, device=self.device)
-        which = denoiser.index if isinstance(denoiser, SwitchingDenoiser) else lambda t: 0
-        for t in {which(t): t for t in self.timesteps}.values():
+        turns = [self.timesteps]
+        if isinstance(denoiser, SwitchingDenoiser):
+            turns = denoiser.timesteps_of_each(self.timesteps)
+        kinds_of_call = min(2, getattr(self.args, "cache_interval", 1))  # the second one reuses what the first computed
+        for t in (t for own in turns for t in own[:kinds_of_call]):
             for _ in range(3 if self.args.compile else 1):  # CUDA graphs are recorded on the second call
                 denoiser(x, t, self._classes(range(size)))
 

@@ -15,10 +15,14 @@ from models.uvit import UViT
 
 
 @torch.no_grad()
-def uvit_flops(uvit: UViT) -> int:
-    """Of one image through the whole network."""
+def uvit_flops(uvit: UViT, outer: int | None = None) -> int:
+    """Of one image through the whole network, or, with outer, around its middle (see `UViT.denoise_around`)."""
     uvit = _shapes_only(uvit)
-    return _count(lambda: uvit(*_inputs(uvit)))
+    x, timesteps, y = _inputs(uvit)
+    if outer is None:
+        return _count(lambda: uvit(x, timesteps, y))
+    residual = uvit.pos_embed  # anything of its shape
+    return _count(lambda: uvit.denoise_around(x, uvit.time_tokens(timesteps), y, outer, residual))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,43 @@ def to_working_precision(
     return dict(zip(timesteps, tokens.split(1), strict=True))
 
 
+def refreshing(turns: Iterable[Sequence[int]], interval: int) -> set[int]:
+    """The timesteps at which a network computes its middle: the first of each of its turns, every interval-th after."""
+    return {t for timesteps in turns for t in timesteps[::interval]}
+
+
+class MiddleCache:
+    """What the middle blocks of a U-ViT add to its tokens, kept from some timesteps for those that follow.
+
+    The features deep in a network change little from one step to the next: DeepCache (Ma et al., CVPR 2024,
+    arXiv 2312.00858) keeps those of a U-Net and runs its outermost levels with their skips; Delta-DiT (Chen et al.
+    2024, arXiv 2406.01125) keeps, of transformer blocks, the difference of what leaves and what enters, as here.
+
+    outer: in blocks and out blocks at the ends that always run, at most depth // 2. refresh: the timesteps at which
+    the middle is computed, see `refreshing`. It does not matter how often or for which batch the network was called
+    before: the first of the timesteps of a batch must be among them.
+    """
+
+    def __init__(self, outer: int, refresh: Collection[int]):
+        self.outer, self.refresh = outer, refresh
+        self.residual: Tensor | None = None  # (B, E + P, D)
+
+    def reuses(self, t: int) -> bool:
+        return t not in self.refresh
+
+    def at(self, t: int, batch_size: int) -> Tensor | None:
+        """The residual to use at t; None where it is to be computed, or there is none for such a batch."""
+        fits = self.residual is not None and len(self.residual) == batch_size
+        return self.residual if fits and self.reuses(t) else None
+
+
 class BackboneDenoiser:
     """A U-ViT as a denoiser. What comes and goes is fp32, whatever the network works in.
 
     timesteps: those it will be called at. device: where the images are; the network may come there later, see
     `Offloader`. compiled: through torch.compile, on CUDA with its graphs; batches of
     another size than the first run as they are, since a last batch is not worth a second compilation.
+    cache: None to run all blocks at every timestep.
     """
 
     def __init__(
@@ -40,21 +71,29 @@ class BackboneDenoiser:
         device: torch.device,
         *,
         compiled: bool = False,
+        cache: MiddleCache | None = None,
     ):
-        self.uvit = uvit
+        self.uvit, self.cache = uvit, cache
         self.time_tokens = to_working_precision(uvit, uvit, timesteps, dtype, device)
-        self.compiled = None
+        self.eager, self.compiled = uvit.denoise_around if cache else uvit.denoise, None
         if compiled:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
-            self.compiled = torch.compile(uvit.denoise, dynamic=False, mode=mode)
+            self.compiled = torch.compile(self.eager, dynamic=False, mode=mode)
         self.batch_size: int | None = None
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
         self.batch_size = self.batch_size or len(x_t)
-        if self.compiled is None or len(x_t) != self.batch_size:
-            return self.uvit.denoise(x_t, self.time_tokens[t], y).float()
-        torch.compiler.cudagraph_mark_step_begin()  # the output before this one may be overwritten
-        return self.compiled(x_t, self.time_tokens[t], y).float()
+        denoise = self.eager
+        if self.compiled is not None and len(x_t) == self.batch_size:
+            torch.compiler.cudagraph_mark_step_begin()  # the output before this one may be overwritten
+            denoise = self.compiled
+        if self.cache is None:
+            return denoise(x_t, self.time_tokens[t], y).float()
+        kept = self.cache.at(t, len(x_t))
+        output, residual = denoise(x_t, self.time_tokens[t], y, self.cache.outer, kept)
+        if kept is None:
+            self.cache.residual = residual.clone()  # out of the memory that a CUDA graph writes to again
+        return output.float()
 
 
 class EarlyExitTracer:

@@ -52,14 +52,15 @@ def load_network(
     path: Path,
     stated: Mapping[str, Any],
     *,
-    model: str,
+    model: str | None,
     weights: str = "ema",
     device: torch.device | str = "cpu",
 ) -> Network:
     """Build and load the network of a checkpoint, or of bare weights with settings.
 
     stated: settings from `stated_settings`; needed for bare weights only. model: the kind that is wanted,
-    "uvit" or "deediff_uvit". Raises InputError where the file does not fit, or contradicts what is stated.
+    "uvit" or "deediff_uvit", None for either (bare weights are then a uvit's). Raises InputError where the file does
+    not fit, or contradicts what is stated.
     """
     read = read_weights(path, weights)
     if weights == "raw" and read.kind == "ema":
@@ -92,8 +93,8 @@ def load_relative(path: Path, config: Config, device: torch.device | str = "cpu"
     return _loaded(path, read, build_config(settings, str(path)), "uvit", device)
 
 
-def _loaded(path: Path, read: Weights, config: Config, model: str, device: torch.device | str) -> Network:
-    if config.model != model:
+def _loaded(path: Path, read: Weights, config: Config, model: str | None, device: torch.device | str) -> Network:
+    if model not in (None, config.model):
         raise InputError(f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it")
     with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
         check_fit(build_network(config), read.state_dict, path)

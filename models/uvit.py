@@ -178,10 +178,37 @@ class UViT(nn.Module):
 
     def denoise(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """`forward` for those who have the `time_tokens` already, (B, D), or (1, D) for all."""
-        tokens, skips = self.embed(x, time, y), []
-        for layer in range(self.config.num_blocks):
+        return self.decode(self.run_blocks(range(self.config.num_blocks), self.embed(x, time, y), []))
+
+    def run_blocks(self, layers: range, tokens: Tensor, skips: list[Tensor]) -> Tensor:
+        for layer in layers:
             tokens = self.run_block(layer, tokens, skips)
-        return self.decode(tokens)
+        return tokens
+
+    def middle(self, outer: int) -> range:
+        """The layers without the first `outer` in blocks and the last `outer` out blocks.
+
+        A long skip that begins in there ends in there. Empty where outer > depth // 2.
+        """
+        return range(outer, self.config.num_blocks - outer)
+
+    def denoise_around(
+        self, x: Tensor, time: Tensor, y: Tensor | None, outer: int, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`denoise`, in which the residual of the middle, see `middle`, may be that of another call.
+
+        residual: (B, E + P, D), what the middle's blocks add to the tokens that enter the first of them; None to run
+        them. Returns the output (B, C, H, W) and the residual.
+        """
+        middle, skips = self.middle(outer), []
+        assert middle, f"no middle between {outer} blocks on either side of {self.config.num_blocks}"
+        before = self.run_blocks(range(middle.start), self.embed(x, time, y), skips)
+        if residual is None:
+            after = self.run_blocks(middle, before, skips)
+            residual = after - before
+        else:
+            after = before + residual
+        return self.decode(self.run_blocks(range(middle.stop, self.config.num_blocks), after, skips)), residual
 
 
 def per_image(timesteps: Tensor | float, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 import benchmark
+from models import loading
 from models.flops import uvit_flops
 from models.loading import load_network
 from tests.conftest import TINY
@@ -56,13 +57,35 @@ def test_sampling(full, shallow, tmp_path, run_quietly):
         assert all(n["share_of_matrix_rate"] > 0 for n in result["networks"])
         runs = {(r["solver"], r["t_switch"]): r for r in result["runs"]}
         assert len(runs) == 8
-        assert runs["ddpm", 3]["steps"] == {"shallow": 4, "full": 0} or runs["ddpm", 3]["steps"]["full"] == 0
+        steps = {t_switch: runs["ddpm", t_switch]["steps"] for t_switch in (None, 3, 19, -1)}  # t = 19, 14, 9, 4
+        assert steps[None] == {"full": 4} and steps[19] == {"shallow": 0, "full": 4}
+        assert steps[3] == steps[-1] == {"shallow": 4, "full": 0}
         assert runs["ddpm", 19]["speed_up_predicted"] == 1
         assert runs["ddpm", -1]["speed_up_predicted"] == pytest.approx(flops["full"] / flops["shallow"])
         for run in runs.values():
             assert 0 < run["images_per_second"] < run["images_per_second_network_only"]
             assert 0 < run["share_outside_network"] < 1
             assert run["speed_up_reached"] == pytest.approx(run["speed_up"] / run["speed_up_predicted"])
+
+
+def test_files_are_read_once(full, shallow, tmp_path, run_quietly, monkeypatch):
+    """Also for several precisions; and a copy that was trained, or rounded, is not the next one's network."""
+    read, reading = [], loading.read_weights
+
+    def counting(path, weights="ema"):
+        read.append(path)
+        return reading(path, weights)
+
+    monkeypatch.setattr(loading, "read_weights", counting)
+    out = ["--precision", "bf16", "fp32", "--output_folder", tmp_path / "b"]
+    flags = ["sample", *QUICK, *out, "--full", full, "--shallow", shallow, "--steps", 2, "--t_switch", 9]
+    run_quietly(benchmark.main, flags)
+    assert sorted(read) == sorted([full, shallow])
+    run_quietly(benchmark.main, ["train", *QUICK, *out, "--model", full])
+    assert len(read) == 3
+    network = benchmark.open_network(full)
+    benchmark.copy_of(network, torch.device("cpu")).module.bfloat16()
+    assert network.module.pos_embed.dtype == torch.float32
 
 
 @pytest.mark.parametrize("classifier_type", ["mlp_probe_per_layer", "attention_probe", "mlp_probe_per_timestep"])

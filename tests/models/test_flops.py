@@ -8,12 +8,19 @@ from tests.conftest import TINY
 N, D, PATCHES, P2C = 5, 32, 4, 16  # tokens, width, patches, values in a patch
 BLOCK = 2 * N * D * (3 * D + D + 8 * D) + 2 * 2 * N * N * D  # projections and MLP, then attention
 SKIP = 2 * N * 2 * D * D
+BLOCK_6, SKIP_6 = 2 * 6 * D * 12 * D + 4 * 6 * 6 * D, 2 * 6 * 2 * D * D  # with a token for the class
 EMBED = 2 * PATCHES * D * P2C
 HEAD = 2 * PATCHES * D * P2C + 2 * 9 * 64  # patches to pixels, then the 3 x 3 convolution
 
 
 def test_uvit_flops_are_those_of_its_products():
     assert uvit_flops(UViT(**TINY, depth=5)) == EMBED + 5 * BLOCK + 2 * SKIP + HEAD
+
+
+def test_around_the_middle_it_takes_the_outer_blocks_alone():
+    uvit = UViT(**TINY, depth=7, num_classes=3)
+    for outer, saved in ((1, 5 * BLOCK_6 + 2 * SKIP_6), (2, 3 * BLOCK_6 + SKIP_6), (3, BLOCK_6)):
+        assert uvit_flops(uvit, outer) == uvit_flops(uvit) - saved
 
 
 def test_early_exit_flops_add_up_layer_by_layer():

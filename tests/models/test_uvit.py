@@ -128,6 +128,32 @@ def test_one_timestep_stands_for_the_whole_batch():
     assert torch.equal(uvit(x, 7), uvit(x, torch.tensor([7, 7])))
 
 
+@torch.no_grad()
+def test_around_the_middle_with_the_residual_of_another_call():
+    """Seven blocks, of which the second in block and the last but one out block are the ends of the middle."""
+    uvit = perturbed(UViT(**TINY, depth=7)).eval()
+    (in_0, in_1, in_2), mid, (out_0, out_1, out_2) = uvit.in_blocks, uvit.mid_block, uvit.out_blocks
+    x, then = torch.randn(2, 2, 1, 8, 8)
+    time, later = uvit.time_tokens(torch.tensor([700, 690])).split(1)
+
+    first = in_0(uvit.embed(x, time, None))
+    second = in_1(first)
+    third = in_2(second)
+    last = out_1(out_0(mid(third), third), second)
+    output, residual = uvit.denoise_around(x, time, None, 1)
+    torch.testing.assert_close(residual, last - first)
+    assert torch.equal(output, uvit.denoise(x, time)), "bit for bit: computed, not put together"
+
+    enters = in_0(uvit.embed(then, later, None))
+    want = uvit.decode(out_2(enters + (last - first), enters))
+    output, same = uvit.denoise_around(then, later, None, 1, residual)
+    torch.testing.assert_close(output, want)
+    assert same is residual and not torch.allclose(output, uvit.denoise(then, later))
+
+    assert [list(uvit.middle(outer)) for outer in (1, 2, 3, 4)] == [[1, 2, 3, 4, 5], [2, 3, 4], [3], []]
+    assert not UViT(**TINY, depth=1).middle(1) and UViT(**TINY, depth=2).middle(1)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     uvit = perturbed(UViT(**TINY, depth=5))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])

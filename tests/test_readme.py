@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
+import shutil
 import string
 import zipfile
 from pathlib import Path
@@ -92,6 +94,7 @@ def test_the_walk(place, capsys):
     assert [words[1] for words in commands()] == [
         *("train.py", "main.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py"),
         *("-m", "-m", "sampler.py", "main.py", "sampler.py", "main.py", "train.py"),
+        *("sampler.py", "sampler.py"),
     ]
     walk = commands()[:7]
     values = {
@@ -141,11 +144,31 @@ def test_from_the_public_weights_to_duodiff(place, capsys):
 def test_networks_for_their_part(place):
     values = {"log_path": "logs", "full_model_path": "logs/celeba_uvit_5/celeba_uvit_last.pth"}
     train.main([*commands()[0][2:], *QUICK["train.py"], "--log_path", "logs", "--preview_steps", "0"])
-    for _, script, *words in commands()[12:]:
+    for _, script, *words in commands()[12:14]:
         argv = [string.Template(word).substitute(values) for word in words]
         SCRIPTS[script].main([*argv, *QUICK[script], *SMALL, "--n_steps", "3"])
     carried = [torch.load(path, weights_only=True)["config"] for path in sorted(place.glob("logs/*_[45]*/*.pth"))]
     assert [(config["t_min"], config["t_max"]) for config in carried] == [(None, None), (None, 499), (500, None)]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_cascades_and_caching(place, capsys):
+    """The example of a schedule, with one network's weights under each of its names."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (schedule,) = re.findall(r"```yaml\n# cascade.yaml(.*?)```", text, re.DOTALL)
+    (place / "cascade.yaml").write_text("#" + schedule)
+    train.main([*commands()[0][2:], *QUICK["train.py"], "--log_path", "trained", "--preview_steps", "0"])
+    for path in re.findall(r"checkpoint_path: (.*)", schedule):
+        (place / path).parent.mkdir(parents=True)
+        shutil.copy(place / "trained" / "celeba_uvit_5" / "celeba_uvit_last.pth", place / path)
+    for number, (_, script, *words) in enumerate(commands()[14:]):
+        values = {"full_model_path": "logs/celeba_uvit_13/celeba_uvit_last.pth", "output_folder": f"out{number}"}
+        argv = [string.Template(word).substitute(values) for word in words]
+        SCRIPTS[script].main([*argv, *QUICK[script]])
+    said = capsys.readouterr().out
+    assert "network 1 ran 2 timesteps, network 2 ran 1 timesteps, network 3 ran 1 timesteps" in said
+    backbone = json.loads((place / "out1" / "report" / "statistics.json").read_text())["backbones"][0]
+    assert backbone["timesteps_reusing"] == 2  # of 999, 749, 499, 249 the middle two
 
 
 def test_benchmarks():

@@ -1,4 +1,4 @@
-"""Put scored runs side by side: a table, and a picture of score against time."""
+"""Put scored runs side by side, over several seeds each if need be: a table, and a picture of score against time."""
 
 from __future__ import annotations
 
@@ -9,25 +9,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli import Parser
+from common.config import contradictions
 from common.errors import InputError, command
-from common.files import read_json, writable_folder
+from common.files import read_json, writable_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
 SAMPLES_SHOWN = 10
-
-
+CONFIDENCE = 0.95
 MEASURED = ("seconds_per_image", "network_flops_per_image")
+# Settings in which the seeds of one label may differ, beside paths: each seed may have networks of its own.
+OF_A_SEED = ("seed", "output_folder", "overwrite", "quiet", "schedule")
 
 
 class Run(NamedTuple):
     label: str
+    folder: Path
     score: float
     seconds_per_image: float
     flops_per_image: float
-    n_samples: int
+    seed: int
     basis: dict[str, Any]  # what scores must share to be compared
+    settings: dict[str, Any]  # what the seeds of one label must share beside
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds, and half of its confidence interval by Student's t; None for one seed."""
+
+    mean: float
+    half_width: float | None
+
+    def __format__(self, sign: str) -> str:
+        return f"{self.mean:{sign}.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
+
+
+class Summary(NamedTuple):
+    """All the seeds of one label."""
+
+    label: str
+    runs: list[Run]  # by seed
+    score: Estimate
+    difference: Estimate | None  # to the first label, seed by seed; None where the seeds are others
+    seconds_per_image: Estimate
+    flops_per_image: float
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,16 +66,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="LABEL=FOLDER",
         type=labelled,
-        help="scored samples; the first is the standard",
+        help="scored samples; the first is the standard. A label that is given several times has several seeds",
     )
     parser.add_argument("--metric", default="fid", help="which score of report/metrics.json")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the picture")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     args = parser.parse_args(argv)
     if args.output.suffix.lower() not in (".png", ".pdf", ".svg"):
         parser.error(f"--output {args.output}: wanted a .png, .pdf or .svg")
-    labels = [label for label, _ in args.runs]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        parser.error(f"the label {twice[0]} is given twice")
     return args
 
 
@@ -64,20 +91,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     runs = [read_run(label, folder, args.metric) for label, folder in args.runs]
     check_comparable(runs)
-    writable_folder(args.output.parent)
-    print(table(runs, args.metric))
+    summaries = summarised(runs)
+    for path in (args.output, args.json):
+        if path is not None:
+            writable_folder(path.parent)
+    print(table(summaries, args.metric))
 
     from common.plots import plot_comparison
 
     plot_comparison(
         args.output,
-        [run.label for run in runs],
-        [run.seconds_per_image for run in runs],
-        [run.score for run in runs],
+        [summary.label for summary in summaries],
+        [summary.seconds_per_image for summary in summaries],
+        [summary.score for summary in summaries],
         args.metric.upper(),
-        [first_samples(folder) for _, folder in args.runs],
+        [first_samples(summary.runs[0].folder) for summary in summaries],
     )
     print(f"picture: {args.output}")
+    if args.json:
+        write_json(args.json, numbers(summaries, args.metric))
+        print(f"numbers: {args.json}")
 
 
 def read_run(label: str, folder: Path, metric: str) -> Run:
@@ -92,10 +125,13 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
             raise InputError(f"{scored} has no {metric}; run fid.py with --metrics {metric}")
         basis = {key: scores[key] for key in ("n_samples", "reference", "feature_extractor")}
         basis |= {key: statistics[key] for key in ("device", "threads")}
-        numbers = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
-        if not all(map(math.isfinite, numbers)) or numbers[1] <= 0:
-            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {numbers}")
-        return Run(label, *numbers, int(scores["n_samples"]), basis)
+        values = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
+        if not all(map(math.isfinite, values)) or values[1] <= 0:
+            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {values}")
+        settings = dict(statistics["settings"])
+        seed = int(settings["seed"])
+        shared = {key: value for key, value in settings.items() if key not in OF_A_SEED and "_path" not in key}
+        return Run(label, folder, *values, seed, basis, shared)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -120,35 +156,119 @@ def first_samples(folder: Path) -> np.ndarray:
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Raises InputError where scores of two runs mean different things."""
-    for run in runs[1:]:
-        different = [key for key, value in run.basis.items() if value != runs[0].basis[key]]
-        if different:
+    """Raises InputError where scores of two runs mean different things, or one label stands for several."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        if different := [key for key, value in run.basis.items() if value != runs[0].basis[key]]:
             raise InputError(f"{run.label} cannot be compared with {runs[0].label}: other {', '.join(different)}")
+        same = first.setdefault(run.label, run)
+        if different := contradictions(same.settings, run.settings, none_counts=True):
+            raise InputError(
+                f"the label {run.label} is given to {same.folder} and {run.folder}, which differ in more than the "
+                f"seed: {', '.join(different)}"
+            )
+    for label in first:
+        seeds = [run.seed for run in runs if run.label == label]
+        if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+            raise InputError(f"the label {label} is given twice with seed {twice[0]}; its runs are to be other seeds")
 
 
-def table(runs: Sequence[Run], metric: str) -> str:
-    """Score, time and cost of each run; the speed-up is that of the measured time against the first."""
-    unit, name = flops_unit(max(run.flops_per_image for run in runs))
-    header = ("run", metric.upper(), "s/image", f"{name}/image", "speed-up")
-    rows = [
-        (
-            run.label,
-            f"{run.score:.3f}",
-            f"{run.seconds_per_image:.4f}",
-            f"{run.flops_per_image / unit:.3g}",
-            f"{runs[0].seconds_per_image / run.seconds_per_image:.2f}x",
+def summarised(runs: Sequence[Run]) -> list[Summary]:
+    """One summary a label, in the order of their first runs."""
+    by_label: dict[str, list[Run]] = {}
+    for run in runs:
+        by_label.setdefault(run.label, []).append(run)
+    for of_label in by_label.values():
+        of_label.sort(key=lambda run: run.seed)
+    standard = by_label[runs[0].label]
+    paired = all([run.seed for run in of] == [run.seed for run in standard] for of in by_label.values())
+    return [
+        Summary(
+            label,
+            of_label,
+            estimate([run.score for run in of_label]),
+            estimate([run.score - ours.score for run, ours in zip(of_label, standard, strict=True)])
+            if paired
+            else None,
+            estimate([run.seconds_per_image for run in of_label]),
+            sum(run.flops_per_image for run in of_label) / len(of_label),
         )
-        for run in runs
+        for label, of_label in by_label.items()
     ]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return Estimate(mean, None)
+
+    from scipy.special import stdtrit
+
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    return Estimate(mean, float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(n))
+
+
+def table(summaries: Sequence[Summary], metric: str) -> str:
+    """Score, time and cost of each label; the speed-up is that of the measured time against the first.
+
+    Where there are several seeds: their number if it is not always the same, and the paired difference to the first.
+    """
+    standard = summaries[0]
+    unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))
+    counts = sorted({len(summary.runs) for summary in summaries})
+    paired = counts[-1] > 1 and standard.difference is not None
+    columns = [
+        ("run", [summary.label for summary in summaries]),
+        ("seeds", [str(len(summary.runs)) for summary in summaries] if len(counts) > 1 else None),
+        (metric.upper(), [f"{summary.score}" for summary in summaries]),
+        (
+            f"minus {standard.label}",
+            ["", *(f"{summary.difference:+}" for summary in summaries[1:])] if paired else None,
+        ),
+        ("s/image", [f"{summary.seconds_per_image.mean:.4f}" for summary in summaries]),
+        (f"{name}/image", [f"{summary.flops_per_image / unit:.3g}" for summary in summaries]),
+        ("speed-up", [f"{speed_up(summary, standard):.2f}x" for summary in summaries]),
+    ]
+    columns = [(header, *cells) for header, cells in columns if cells is not None]
+    widths = [max(map(len, column)) for column in columns]
     lines = [
         "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
-        for row in (header, *rows)
+        for row in zip(*columns, strict=True)
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    lines[1:1] = ["-" * len(lines[0])]
+    if counts[-1] > 1:
+        seeds = f"{counts[0]} seeds" if len(counts) == 1 else "the seeds"
+        lines.append(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
+    return "\n".join(lines)
+
+
+def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
+    """What --json writes: of each label its means with the half widths of their intervals, and the seeds' own."""
+    return {
+        "metric": metric,
+        "confidence": CONFIDENCE,
+        **summaries[0].runs[0].basis,
+        "labels": [
+            {
+                "label": summary.label,
+                "seeds": summary.seeds,
+                "folders": [str(run.folder) for run in summary.runs],
+                "scores": [run.score for run in summary.runs],
+                "score": summary.score._asdict(),
+                "difference": summary.difference and summary.difference._asdict(),
+                "seconds_per_image": summary.seconds_per_image._asdict(),
+                "flops_per_image": summary.flops_per_image,
+                "speed_up": speed_up(summary, summaries[0]),
+            }
+            for summary in summaries
+        ],
+    }
+
+
+def speed_up(summary: Summary, standard: Summary) -> float:
+    return standard.seconds_per_image.mean / summary.seconds_per_image.mean
 
 
 def flops_unit(largest: float) -> tuple[float, str]:

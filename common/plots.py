@@ -13,6 +13,10 @@ from common.files import replacing
 
 BLUE, GREY = "#2a6f97", "#8d99ae"
 MARKERS = "os^Dv<>pP*XhHd"
+FEW = 6  # labels that a legend inside the axes has room for
+WIDE = 4  # scores that are further apart than this factor are drawn on a logarithmic axis
+
+Interval = tuple[float, float | None]  # a mean, and half the width of its interval where there is one
 
 
 def plot_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, depth: int, threshold: float) -> None:
@@ -40,28 +44,34 @@ def plot_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, 
 def plot_comparison(
     path: Path,
     labels: Sequence[str],
-    seconds: Sequence[float],
-    scores: Sequence[float],
+    seconds: Sequence[Interval],
+    scores: Sequence[Interval],
     metric: str,
     strips: Sequence[np.ndarray],
 ) -> None:
-    """Score against time, one point a run; beside it the first samples of each run.
+    """Score against time, one point a label; beside it the first samples of each.
 
-    strips: uint8 (H, W) or (H, W, 3), one a run.
+    strips: uint8 (H, W) or (H, W, 3), one a label.
     """
     rows = len(labels)
     figure = Figure(figsize=(13, max(4.5, 0.8 * rows + 0.6)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
     axes = left.subplots()
-    for i, (label, x, y) in enumerate(zip(labels, seconds, scores, strict=True)):
-        marker = MARKERS[i % len(MARKERS)]
-        axes.scatter(x, y, s=80, marker=marker, color=f"C{i % 10}", label=label, zorder=3)
-    axes.axhline(scores[0], color="C0", linestyle=":", linewidth=1)
+    for i, (label, (x, x_error), (y, y_error)) in enumerate(zip(labels, seconds, scores, strict=True)):
+        style = {"fmt": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}", "markersize": 9, "capsize": 4}
+        axes.errorbar(x, y, yerr=y_error, xerr=x_error, label=label, zorder=3, **style)
+    means = [score for score, _ in scores]
+    axes.axhline(means[0], color="C0", linestyle=":", linewidth=1)
+    if 0 < WIDE * min(means) < max(means):
+        axes.set_yscale("log")
     axes.set(xlabel="seconds per image, measured", ylabel=metric, title=f"{metric} against time")
-    axes.set_xlim(left=0, right=1.08 * max(seconds))
+    axes.set_xlim(left=0, right=1.08 * max(x + (error or 0) for x, error in seconds))
     axes.margins(y=0.15)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    if rows <= FEW:
+        axes.legend()
+    else:
+        left.legend(loc="outside lower center", ncols=2)
     for i, (label, strip, axis) in enumerate(
         zip(labels, strips, right.subplots(rows, squeeze=False)[:, 0], strict=True)
     ):

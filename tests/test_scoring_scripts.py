@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
@@ -225,9 +226,50 @@ def test_compare(scored, run_quietly):
     assert Image.open(picture).size[0] > 300
 
 
+def sampled_and_scored(folder, score, seconds, seed, **settings):
+    """The least that compare.py wants of a run."""
+    (folder / "report").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(folder / "000000.png")
+    scores = {"fid": score, "n_samples": 100, "reference": "digits", "feature_extractor": "classifier"}
+    (folder / "report" / "metrics.json").write_text(json.dumps(scores))
+    statistics = {"device": "cpu", "threads": 2, "seconds_per_image": seconds, "network_flops_per_image": 1e6}
+    statistics["settings"] = {"seed": seed, "checkpoint_path": f"shallow_{seed}.pth", "steps": 50} | settings
+    (folder / "report" / "statistics.json").write_text(json.dumps(statistics))
+    return folder
+
+
+def test_compare_over_seeds(tmp_path, run_quietly, fails):
+    """Against scipy's own intervals; the paired one is the narrower where seeds shift both alike."""
+    scores = {"full": [10.0, 12.0, 14.5], "quick": [11.0, 13.1, 15.4]}
+    runs = [
+        f"{label}={sampled_and_scored(tmp_path / f'{label}_{seed}', score, 0.01 if label == 'full' else 0.004, seed)}"
+        for label, of_label in scores.items()
+        for seed, score in enumerate(of_label)
+    ]
+    out, numbers = ["--output", tmp_path / "x.png"], tmp_path / "x.json"
+    lines = run_quietly(compare.main, [*runs, *out, "--json", numbers]).splitlines()
+    full, quick = json.loads(numbers.read_text())["labels"]
+    for told, values in ((full["score"], scores["full"]), (quick["score"], scores["quick"])):
+        low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+        assert told["mean"] - told["half_width"] == pytest.approx(low)
+        assert told["mean"] + told["half_width"] == pytest.approx(high)
+    assert quick["difference"]["mean"] == pytest.approx(1.0)
+    assert quick["difference"]["half_width"] == pytest.approx(0.1 * 4.3027 / np.sqrt(3), rel=1e-4)
+    assert full["seeds"] == [0, 1, 2] and quick["speed_up"] == pytest.approx(2.5)
+    assert "minus full" in lines[0] and "+1.000 ± 0.248" in lines[3] and lines[3].endswith("2.50x")
+    assert "3 seeds" in lines[4]
+
+    without_one = run_quietly(compare.main, [*runs[:-1], *out]).splitlines()
+    assert "seeds" in without_one[0] and "minus" not in without_one[0]
+    other = sampled_and_scored(tmp_path / "other", 9.0, 0.01, 3, steps=20)
+    fails(compare.main, [*runs, f"full={other}", *out], "label full", "steps (50 and 20)")
+    again = sampled_and_scored(tmp_path / "again", 9.0, 0.01, 2)
+    fails(compare.main, [*runs, f"full={again}", *out], "label full", "seed 2")
+
+
 def test_compare_with_bad_input(scored, real, fails):
     fails(compare.main, ["slow"], "LABEL=FOLDER")
-    fails(compare.main, [f"a={scored / 'slow'}", f"a={scored / 'quick'}"], "twice")
+    fails(compare.main, [f"a={scored / 'slow'}", f"a={scored / 'quick'}"], "label a", "steps (20 and 5)")
     fails(compare.main, [f"a={scored / 'slow'}", f"b={real}"], "statistics.json")
     fails(compare.main, [f"a={scored / 'slow'}", "--metric", "kid"], "no kid")
     path = scored / "quick" / "report" / "metrics.json"

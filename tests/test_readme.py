@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 import benchmark
+import calibrate
 import compare
 import eesampler
 import fid
@@ -29,7 +30,7 @@ from data import pack
 from models.loading import build_network
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {module.__name__ + ".py": module for module in (train, main, sampler, eesampler, fid, compare)}
+SCRIPTS = {module.__name__ + ".py": module for module in (train, main, sampler, eesampler, fid, compare, calibrate)}
 SMALL = ["--embed_dim", "32", "--num_heads", "4"]
 # What makes a command quick; options given twice count the last time.
 QUICK = {
@@ -51,6 +52,7 @@ QUICK = {
     "eesampler.py": ["--solver", "ddim", "--steps", "4", "--batch_size", "3", "--device", "cpu", "--quiet"],
     "fid.py": ["--feature_extractor", "extractor.pt", "--cache_dir", "cache", "--device", "cpu", "--quiet"],
     "compare.py": [],
+    "calibrate.py": ["--solver", "ddim", "--steps", "4", "--batch_size", "4", "--device", "cpu", "--quiet"],
 }
 
 
@@ -93,7 +95,7 @@ def place(tmp_path, monkeypatch):
 def test_the_walk(place, capsys):
     assert [words[1] for words in commands()] == [
         *("train.py", "main.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py"),
-        *("-m", "-m", "sampler.py", "main.py", "sampler.py", "main.py", "train.py"),
+        *("-m", "-m", "sampler.py", "main.py", "sampler.py", "calibrate.py", "sampler.py", "main.py", "train.py"),
         *("sampler.py", "sampler.py"),
     ]
     walk = commands()[:7]
@@ -141,10 +143,24 @@ def test_from_the_public_weights_to_duodiff(place, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_where_to_switch(place, capsys):
+    values = {"log_path": "logs", "output_folder": "out", "seed": "1"}
+    values |= {f"{name}_model_path": f"logs/{name}/celeba_uvit_last.pth" for name in ("shallow", "full")}
+    flags = [*commands()[0][2:], *QUICK["train.py"], "--log_path", "logs", "--preview_steps", "0"]
+    for name, depth in (("shallow", "3"), ("full", "5")):
+        train.main([*flags, "--depth", depth, "--exp_name", name])
+    for _, script, *words in commands()[12:14]:
+        argv = [string.Template(word).substitute(values) for word in words]
+        SCRIPTS[script].main([*argv, *QUICK[script], "--n_images", "8", "--speedup", "1"])
+    assert capsys.readouterr().out.count("chosen: t_switch") == 2
+    assert (place / "logs" / "calibration.yaml").exists() and (place / "out" / "report" / "calibration.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_networks_for_their_part(place):
     values = {"log_path": "logs", "full_model_path": "logs/celeba_uvit_5/celeba_uvit_last.pth"}
     train.main([*commands()[0][2:], *QUICK["train.py"], "--log_path", "logs", "--preview_steps", "0"])
-    for _, script, *words in commands()[12:14]:
+    for _, script, *words in commands()[14:16]:
         argv = [string.Template(word).substitute(values) for word in words]
         SCRIPTS[script].main([*argv, *QUICK[script], *SMALL, "--n_steps", "3"])
     carried = [torch.load(path, weights_only=True)["config"] for path in sorted(place.glob("logs/*_[45]*/*.pth"))]
@@ -161,7 +177,7 @@ def test_cascades_and_caching(place, capsys):
     for path in re.findall(r"checkpoint_path: (.*)", schedule):
         (place / path).parent.mkdir(parents=True)
         shutil.copy(place / "trained" / "celeba_uvit_5" / "celeba_uvit_last.pth", place / path)
-    for number, (_, script, *words) in enumerate(commands()[14:]):
+    for number, (_, script, *words) in enumerate(commands()[16:]):
         values = {"full_model_path": "logs/celeba_uvit_13/celeba_uvit_last.pth", "output_folder": f"out{number}"}
         argv = [string.Template(word).substitute(values) for word in words]
         SCRIPTS[script].main([*argv, *QUICK[script]])

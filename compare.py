@@ -12,6 +12,7 @@ from common.cli import Parser
 from common.config import contradictions
 from common.errors import InputError, command
 from common.files import read_json, writable_folder, write_json
+from common.tables import table as aligned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,19 +230,12 @@ def table(summaries: Sequence[Summary], metric: str) -> str:
         (f"{name}/image", [f"{summary.flops_per_image / unit:.3g}" for summary in summaries]),
         ("speed-up", [f"{speed_up(summary, standard):.2f}x" for summary in summaries]),
     ]
-    columns = [(header, *cells) for header, cells in columns if cells is not None]
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in zip(*columns, strict=True)
-    ]
-    lines[1:1] = ["-" * len(lines[0])]
+    columns = [(header, cells) for header, cells in columns if cells is not None]
+    text = aligned([header for header, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)), left=1)
     if counts[-1] > 1:
         seeds = f"{counts[0]} seeds" if len(counts) == 1 else "the seeds"
-        lines.append(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
-    return "\n".join(lines)
+        text += f"\nmeans over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)"
+    return text
 
 
 def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:

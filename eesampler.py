@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from common.distributed import is_main, joined_processes
     from generation.exits import ExitRecorder
-    from generation.run import SamplingRun, settle_speed
+    from generation.run import SamplingRun, guide, settle_speed
     from models.inference import EarlyExitTracer
     from models.loading import check_range, load_network, stated_settings
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         limits = {"threshold": args.threshold, "min_group": args.min_group}
         trace = EarlyExitTracer(network.module, run.timesteps, run.dtype, device, compiled=args.compile, **limits)
         recorder = ExitRecorder(trace, passes=2 if args.guidance_scale else 1)
-        denoiser = run.guide(recorder, args.guidance_scale)
+        denoiser = guide(network.config, recorder, args.guidance_scale)
         run.warm_up(network.module)
         batches = run.run(denoiser, of_batch=recorder.end_batch)
         if is_main():

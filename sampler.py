@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import logging
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from calibration.options import CALIBRATION_OPTIONS, add_calibration_options
 from common.cli import Parser, existing_file, real, whole
 from common.errors import InputError, command
 from generation.options import add_sampling_options, check_sampling_options, network_settings
@@ -17,6 +19,7 @@ from generation.turns import Turns, check_length, turns_of
 if TYPE_CHECKING:
     import torch
 
+    from calibration.run import Calibration
     from common.config import Config
     from models.inference import BackboneDenoiser, MiddleCache
     from models.loading import Network
@@ -37,9 +40,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--t_switch",
-        type=whole(-1),
-        help="timestep: the shallow backbone runs at every t > t_switch, the full one at the rest",
+        type=lambda text: text if text == "auto" else whole(-1)(text),
+        help="timestep: the shallow backbone runs at every t > t_switch, the full one at the rest; auto: found first, "
+        "as calibrate.py does it",
     )
+    add_calibration_options(parser.add_argument_group("for --t_switch auto"))
     parser.add_argument(
         "--guidance_scale_late", type=real(0, 1000), help="of the full backbone; --guidance_scale if not said"
     )
@@ -66,6 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = check_sampling_options(parser, parser.parse_args(argv))
     check_networks_named(parser, args)
+    check_calibration_options(parser, args)
     if args.offload and args.compile:
         parser.error("--offload moves the weights that --compile records the places of; give one of them")
     if args.cache_outer and args.cache_interval == 1:
@@ -74,6 +80,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.guidance_scale_late is None:
         args.guidance_scale_late = args.guidance_scale
     return args
+
+
+def check_calibration_options(parser: Parser, args: argparse.Namespace) -> None:
+    """End on options of --t_switch auto without it, and on what it cannot do."""
+    if args.t_switch != "auto":
+        for name in CALIBRATION_OPTIONS:
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} belongs to --t_switch auto")
+    elif not args.dataset:
+        parser.error("--t_switch auto: measures on real images; give --dataset")
+    elif args.offload or args.cache_interval > 1 or args.guidance_scale_late is not None:
+        parser.error(
+            "--t_switch auto: not with --offload, --cache_interval or --guidance_scale_late; run calibrate.py first"
+        )
 
 
 def check_networks_named(parser: Parser, args: argparse.Namespace) -> None:
@@ -100,12 +120,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from common.distributed import is_main, joined_processes
     from diffusion.sampling import SwitchingDenoiser, timesteps_of_turns
-    from generation.run import SamplingRun, settle_speed
+    from generation.run import SamplingRun, guide, settle_speed
     from models.inference import BackboneDenoiser, Offloader
 
     with joined_processes(args.device) as device:
         settle_speed(args, device)
         networks = load_networks(args, plan, "cpu" if args.offload else device)
+        calibration = None
+        if args.t_switch == "auto":
+            calibration = settle_switch(args, networks, device)
+            plan = turns_of(args)
         run = SamplingRun(args, networks, shared_config(networks), device)
         own = timesteps_of_turns(run.timesteps, plan.switches)
         if not args.allow_outside_range:
@@ -115,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             BackboneDenoiser(network.module, run.timesteps, run.dtype, device, compiled=args.compile, cache=cache)
             for network, cache in zip(networks, caches, strict=True)
         ]
-        denoisers = [run.guide(backbones[turn.network], turn.guidance_scale, turn.option) for turn in plan.turns]
+        denoisers = [
+            guide(run.config, backbones[turn.network], turn.guidance_scale, turn.option) for turn in plan.turns
+        ]
         offloader = Offloader([network.module for network in networks], device) if args.offload else None
         on_switch = offloader and (lambda turn: offloader(plan.turns[turn].network))
         denoiser = SwitchingDenoiser(denoisers, plan.switches, on_switch)
@@ -123,12 +149,49 @@ def main(argv: Sequence[str] | None = None) -> None:
             compare_with_calibration(args, plan, len(run.timesteps))
 
         run.warm_up(denoiser)
-        batches = run.run(denoiser)
+        batches = run.run(denoiser, on_begin=calibration and (lambda: save_calibration(args, calibration)))
         if is_main():
             work = describe_work(plan, networks, backbones, own, len(batches))
             summary = run.report(batches, work, sum(b["flops_per_image"] for b in work))
             print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
             print(summary)
+
+
+def settle_switch(args: argparse.Namespace, networks: Sequence[Network], device: torch.device) -> Calibration | None:
+    """Put a timestep in the place of --t_switch auto: that of the run that goes on here, or the best one.
+
+    Times vary, so a run that goes on must not choose anew. Returns, on process 0, what was measured now.
+    """
+    from calibration.report import in_words
+    from calibration.run import calibrate
+    from common.distributed import on_main
+    from common.files import read_json
+
+    calibration = None
+
+    def choose() -> int:
+        nonlocal calibration
+        record = args.output_folder / "report" / "run.json"
+        there = read_json(record) if record.exists() and not args.overwrite else None
+        if isinstance(there, dict) and type(t_switch := there.get("t_switch")) is int:
+            print(f"t_switch {t_switch}, as it was chosen when this run began")
+            return t_switch
+        # Copies: measuring puts weights into the working precision, which is done once.
+        copies = [network._replace(module=copy.deepcopy(network.module)) for network in networks]
+        calibration = calibrate(args, copies, device)
+        print(in_words(calibration))
+        return calibration.chosen.t_switch(calibration.steps.timesteps)
+
+    args.t_switch = on_main(choose)
+    return calibration
+
+
+def save_calibration(args: argparse.Namespace, calibration: Calibration) -> None:
+    """Into the report of the run."""
+    from calibration.report import save
+
+    files = [(args.checkpoint_path, args.config_path), (args.checkpoint_path_late, args.config_path_late)]
+    save(args.output_folder / "report" / "calibration.yaml", calibration, files, args)
 
 
 def load_networks(args: argparse.Namespace, plan: Turns, device: torch.device | str) -> list[Network]:

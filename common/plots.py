@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from common.files import replacing
 
-BLUE, GREY = "#2a6f97", "#8d99ae"
+BLUE, GREY, ORANGE = "#2a6f97", "#8d99ae", "#bc6c25"
 MARKERS = "os^Dv<>pP*XhHd"
 FEW = 6  # labels that a legend inside the axes has room for
 WIDE = 4  # scores that are further apart than this factor are drawn on a logarithmic axis
@@ -122,6 +123,68 @@ def _measured_and_predicted(axis: Axes, i: int, label: str, points: Sequence[Mea
     x, measured, predicted = np.asarray(points).T
     axis.plot(x, 1000 * predicted, color=f"C{i}", linewidth=1, linestyle="--", label=f"{label}: predicted")
     axis.scatter(x, 1000 * measured, s=40, marker=MARKERS[i % len(MARKERS)], color=f"C{i}", label=f"{label}: measured")
+
+
+class Curve(NamedTuple):
+    """What a calibration found, option by option, rising in speed: arrays (O,)."""
+
+    x: np.ndarray  # t_switch, or the speed-up again
+    x_label: str
+    divergence: np.ndarray
+    error: np.ndarray  # its standard error
+    label: str  # what divergence is here
+    speed_up: np.ndarray
+    chosen: int
+    chosen_label: str
+    scores: Mapping[int, tuple[float, float]]  # by the number of the option: mean, standard error; may be empty
+    falling: bool  # x from high to low, as sampling goes
+
+
+def plot_calibration(path: Path, curve: Curve, errors: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    """Divergence and speed-up of every option, scores where there are some, and the networks' errors over t.
+
+    errors: label -> timesteps, mean squared error of eps, its standard error.
+    """
+    panels = 3 if curve.scores else 2
+    figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
+    left, *middle, right = figure.subplots(1, panels)
+
+    left.plot(curve.x, curve.divergence, color=BLUE, label=curve.label)
+    low, high = curve.divergence - 2 * curve.error, curve.divergence + 2 * curve.error
+    left.fill_between(curve.x, low, high, color=BLUE, alpha=0.25, linewidth=0)
+    left.set(
+        ylabel=curve.label, title="What a switch costs, and what it saves" if curve.falling else "What speed costs"
+    )
+    # Near the image divergence grows out of all proportion; what is to be seen lies before that.
+    left.set_ylim(0, max(4 * curve.divergence[curve.chosen], curve.divergence[-1] / 20, 1e-12))
+    if curve.falling:
+        other = left.twinx()
+        other.plot(curve.x, curve.speed_up, color=ORANGE, linestyle="--")
+        other.set_ylabel("predicted speed-up", color=ORANGE)
+    left.yaxis.label.set_color(BLUE)
+
+    for axis in middle:
+        numbers = sorted(curve.scores)
+        means, spread = np.array([curve.scores[number] for number in numbers]).T
+        axis.errorbar(curve.x[numbers], means, yerr=spread, color=BLUE, marker="o", capsize=4)
+        axis.set(ylabel="score", title="Scores of samples (mean and standard error over seeds)")
+    for axis in (left, *middle):
+        axis.axvline(curve.x[curve.chosen], color=GREY, linestyle=":", label=curve.chosen_label)
+        axis.set_xlabel(curve.x_label)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper left" if axis is left else "best")
+        if curve.falling:
+            axis.invert_xaxis()
+
+    for i, (label, (timesteps, mean, error)) in enumerate(errors.items()):
+        right.plot(timesteps, mean, color=f"C{i}", label=label)
+        right.fill_between(timesteps, mean - 2 * error, mean + 2 * error, color=f"C{i}", alpha=0.25, linewidth=0)
+    right.set(yscale="log", xlabel="timestep t (noise on the left, image on the right)")
+    right.set(ylabel="mean squared error of eps", title="Error of each network (band: 2 standard errors)")
+    right.invert_xaxis()
+    right.grid(alpha=0.3, which="both")
+    right.legend()
+    _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -67,10 +67,7 @@ class Solver:
 
         draw_noise: called once if the step is random, otherwise not at all.
         """
-        parametrization = self.parametrization
-        if self.clip_x0:
-            model_output = to_x0(self.schedule, model_output, x_t, t, parametrization).clamp(-1, 1)
-            parametrization = "predict_original"
+        model_output, parametrization = self._clipped(model_output, x_t, t)
         if self.name == "ddpm" and s == t - 1:
             noise = draw_noise() if t > 0 else None
             return ddpm_step(self.schedule, model_output, x_t, t, noise, parametrization)
@@ -78,6 +75,17 @@ class Solver:
         eps = to_eps(self.schedule, model_output, x_t, t, parametrization)
         noise = draw_noise() if eta > 0 and s >= 0 else None
         return ddim_step(x_t, eps, self.schedule.alpha_bar(t), self.schedule.alpha_bar(s), eta, noise)
+
+    def eps(self, model_output: Tensor, x_t: Tensor, t: int) -> Tensor:
+        """The noise that the solver takes to be in x_t, (B, C, H, W)."""
+        model_output, parametrization = self._clipped(model_output, x_t, t)
+        return to_eps(self.schedule, model_output, x_t, t, parametrization)
+
+    def _clipped(self, model_output: Tensor, x_t: Tensor, t: int) -> tuple[Tensor, str]:
+        """What the solver goes by, and its parametrization."""
+        if not self.clip_x0:
+            return model_output, self.parametrization
+        return to_x0(self.schedule, model_output, x_t, t, self.parametrization).clamp(-1, 1), "predict_original"
 
 
 @dataclass

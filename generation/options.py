@@ -34,23 +34,12 @@ def add_sampling_options(parser: Parser, *, one_network: bool = True) -> None:
     parser.add_argument("--seed", type=SEED, default=0, help="sample i depends on this and i alone")
     parser.add_argument("--n_samples", type=whole(1, 10_000_000), help="as many as --batch_size if not said")
     parser.add_argument("--batch_size", type=whole(1), default=128, help="samples made at a time")
-    parser.add_argument("--solver", choices=SOLVERS, default="ddpm")
-    parser.add_argument(
-        "--steps", type=whole(1), help="network calls per image; if not said, every t for ddpm, 50 for ddim, else 20"
-    )
-    parser.add_argument("--eta", type=real(0, 1), help="of ddim: 0 deterministic (if not said), 1 as random as ddpm")
-    parser.add_argument("--clip_x0", action="store_true", help="hold the predicted clean image to [-1, 1]")
+    add_solver_options(parser)
     parser.add_argument(
         "--class_id",
         nargs="+",
         default=["random"],
         help="random, or one class, or several that take turns (class-conditional networks only)",
-    )
-    parser.add_argument(
-        "--guidance_scale",
-        type=real(0, 1000),
-        default=0.0,
-        help="s in cond + s (cond - uncond); 0: off. Needs a network with a class for none",
     )
     parser.add_argument(
         "--timesteps_save",
@@ -68,27 +57,50 @@ def add_sampling_options(parser: Parser, *, one_network: bool = True) -> None:
     add_common_options(parser)
 
 
+def add_solver_options(parser: Parser) -> None:
+    parser.add_argument("--solver", choices=SOLVERS, default="ddpm")
+    parser.add_argument(
+        "--steps", type=whole(1), help="network calls per image; if not said, every t for ddpm, 50 for ddim, else 20"
+    )
+    parser.add_argument("--eta", type=real(0, 1), help="of ddim: 0 deterministic (if not said), 1 as random as ddpm")
+    parser.add_argument("--clip_x0", action="store_true", help="hold the predicted clean image to [-1, 1]")
+    parser.add_argument(
+        "--guidance_scale",
+        type=real(0, 1000),
+        default=0.0,
+        help="s in cond + s (cond - uncond); 0: off. Needs a network with a class for none",
+    )
+
+
 def add_speed_options(parser: Parser) -> None:
+    add_precision_option(parser)
+    parser.add_argument("--compile", action="store_true", help="compile the networks first (torch.compile): a minute")
+
+
+def add_precision_option(parser: Parser) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         help="of the networks; bf16 if not said where the device calculates in it, else fp32",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the networks first (torch.compile): a minute")
 
 
 def check_sampling_options(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other options; end on combinations that make no sense."""
-    if args.solver != "ddim" and args.eta is not None:
-        parser.error(f"--eta belongs to --solver ddim, not {args.solver}")
-    args.eta = args.eta or 0.0
+    check_solver_options(parser, args)
     args.n_samples = args.n_samples or args.batch_size
-    args.steps = args.steps or DEFAULT_STEPS[args.solver]
     if args.class_id != ["random"]:
         if wrong := [text for text in args.class_id if not text.isdecimal()]:
             parser.error(f"--class_id {wrong[0]}: give random, or whole numbers")
         args.class_id = [int(text) for text in args.class_id]
     return args
+
+
+def check_solver_options(parser: Parser, args: argparse.Namespace) -> None:
+    if args.solver != "ddim" and args.eta is not None:
+        parser.error(f"--eta belongs to --solver ddim, not {args.solver}")
+    args.eta = args.eta or 0.0
+    args.steps = args.steps or DEFAULT_STEPS[args.solver]
 
 
 def network_settings(args: argparse.Namespace) -> dict[str, Any]:

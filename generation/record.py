@@ -46,7 +46,7 @@ DECIDING = (
 )
 # Those of them that came later, and what they are where nothing is said: that is not recorded, so that folders made
 # before can be gone on with.
-DECIDING_LATER = {"stages": None, "cache_interval": 1, "cache_outer": 1}
+DECIDING_LATER = {"stages": None, "cache_interval": 1, "cache_outer": 1, "speedup": None, "budget": None}
 # The options that decide how long they take: images made under others are not timed together.
 CONDITIONS = ("batch_size", "compile", "offload", "min_group")
 
@@ -55,7 +55,7 @@ BATCH_NAME = re.compile(r"(\d{6,})-(\d{6,})\.npz")
 # What this project writes into report/; anything else there is the user's.
 REPORT_NAMES = {
     *("grid_image.png", "frames.png", "frames", "statistics.json", "metrics.json", "exits.npz", "exit_layer.png"),
-    *("run.json", "batches"),
+    *("run.json", "batches", "calibration.yaml", "calibration.json", "calibration.png"),
 }
 
 

@@ -46,6 +46,21 @@ def settle_speed(args: argparse.Namespace, device: torch.device) -> None:
         check_compiler(device)
 
 
+def guide(config: Config, denoiser: Denoiser, scale: float, option: str = "--guidance_scale") -> Denoiser:
+    """The denoiser under classifier-free guidance, or as it is for a scale of 0.
+
+    option: named in the InputError for a network that has no class for none.
+    """
+    if scale == 0:
+        return denoiser
+    if config.no_class is None:
+        raise InputError(
+            f'{option} {scale:g}: the network has no class that stands for "no class" '
+            f"(num_classes={config.model_params.num_classes}, {len(config.classes)} of them real); leave it out"
+        )
+    return guided(denoiser, scale, config.no_class)
+
+
 class SamplingRun:
     """Checks everything that can be checked at once, then makes the samples that are not there yet.
 
@@ -99,18 +114,6 @@ class SamplingRun:
             classes = torch.tensor([self.class_ids[i % len(self.class_ids)] for i in indices])
         return classes.to(self.device)
 
-    def guide(self, denoiser: Denoiser, scale: float, option: str = "--guidance_scale") -> Denoiser:
-        """The denoiser under classifier-free guidance, or as it is for a scale of 0."""
-        if scale == 0:
-            return denoiser
-        if self.config.no_class is None:
-            params = self.config.model_params
-            raise InputError(
-                f'{option} {scale:g}: the network has no class that stands for "no class" '
-                f"(num_classes={params.num_classes}, {len(self.config.classes)} of them real); leave it out"
-            )
-        return guided(denoiser, scale, self.config.no_class)
-
     @torch.inference_mode()
     def warm_up(self, denoiser: Denoiser) -> None:
         """Run each network once, so that what only first calls cost is not in the timing."""
@@ -126,13 +129,25 @@ class SamplingRun:
             for _ in range(3 if self.args.compile else 1):  # CUDA graphs are recorded on the second call
                 denoiser(x, t, self._classes(range(size)))
 
-    def run(self, denoiser: Denoiser, of_batch: Callable[[], dict[str, np.ndarray]] | None = None) -> list[Batch]:
+    def run(
+        self,
+        denoiser: Denoiser,
+        of_batch: Callable[[], dict[str, np.ndarray]] | None = None,
+        on_begin: Callable[[], None] | None = None,
+    ) -> list[Batch]:
         """Make and save the samples that are missing, this process's share of them.
 
-        of_batch: called when a batch has been made; what it returns is kept with the batch. Returns all batches
-        of the run, those of other processes and of earlier attempts among them, on process 0; none on the others.
+        of_batch: called when a batch has been made; what it returns is kept with the batch. on_begin: called on
+        process 0 before the first image, when report/ holds nothing of other runs. Returns all batches of the run,
+        those of other processes and of earlier attempts among them, on process 0; none on the others.
         """
-        on_main(lambda: self.record.begin(self.args.n_samples, self.to_do))
+
+        def begin() -> None:
+            self.record.begin(self.args.n_samples, self.to_do)
+            if on_begin is not None:
+                on_begin()
+
+        on_main(begin)
         mine = share(self.to_do)
         total = len(mine) * len(self.timesteps)
         with going_on_later(), tqdm(total=total, unit="step", disable=True if self.args.quiet else None) as bar:

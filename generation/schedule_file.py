@@ -107,6 +107,14 @@ def read_schedule(path: Path) -> ScheduleFile:
     return replace(schedule, stages=stages)
 
 
+def is_calibration(path: Path) -> bool:
+    """Whether it is a file that a calibration wrote, and may write again."""
+    try:
+        return isinstance(read_mapping(path, "stages", list).get("calibration"), dict)
+    except InputError:
+        return False
+
+
 def write_schedule(path: Path, schedule: ScheduleFile) -> None:
     """Paths are written as seen from the folder of the file, so that a folder with its checkpoints can be moved."""
 

@@ -34,7 +34,10 @@ class Turns(NamedTuple):
 
 
 def turns_of(args: argparse.Namespace) -> Turns:
-    """What sampler.py's options say. With --schedule the turns become args.stages, as plain values for the record."""
+    """What sampler.py's options say. With --schedule the turns become args.stages, as plain values for the record.
+
+    As long as --t_switch is "auto" the networks are right, and the switch is to be settled.
+    """
     if args.schedule is None:
         files = [(args.checkpoint_path, args.config_path), (args.checkpoint_path_late, args.config_path_late)]
         turns = [Turn(0, args.guidance_scale, "--guidance_scale")]
@@ -63,7 +66,7 @@ def check_length(args: argparse.Namespace, num_timesteps: int) -> None:
     """Raises InputError unless the switch, or the schedule, is of the networks' own noise schedule."""
     last = num_timesteps - 1
     if args.schedule is None:
-        if args.t_switch is not None and args.t_switch > last:
+        if args.t_switch not in (None, "auto") and args.t_switch > last:
             raise InputError(f"--t_switch {args.t_switch} is out of range, wanted -1..{last}")
     elif args.stages[0]["t_max"] != last:
         raise InputError(f"{args.schedule}: stages from t = {args.stages[0]['t_max']} on, the networks' are {last}..0")

@@ -1,0 +1,110 @@
+"""What each network predicts on real images, noised as the sampler meets them, and what a call of it costs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarking.measure import in_turns
+from common.errors import InputError
+from common.seeds import nth_seed
+from data.dataset import ImageDataset
+from diffusion.sampling import Denoiser, SeededNoise
+from diffusion.solvers import Solver
+
+
+class Predictions(NamedTuple):
+    """K networks, S timesteps, N images: mean squares over the D numbers of an image, float64.
+
+    NaN where a network does not know the timestep.
+    """
+
+    error: np.ndarray  # (K, S, N) of eps against the noise that was added
+    distance: np.ndarray  # (K, S, N) of eps to the last network's
+    dimensions: int  # D
+
+
+def choose_images(dataset: ImageDataset, n: int, seed: int) -> list[int]:
+    """n of the images, each as likely. Raises InputError if there are fewer."""
+    if n > len(dataset):
+        raise InputError(f"--n_images {n}: the dataset has {len(dataset)} images")
+    return sorted(np.random.default_rng(seed).choice(len(dataset), n, replace=False).tolist())
+
+
+@torch.inference_mode()
+def measure_predictions(
+    denoisers: Sequence[Denoiser],
+    known: Sequence[range],
+    solver: Solver,
+    timesteps: Sequence[int],
+    dataset: ImageDataset,
+    indices: Sequence[int],
+    *,
+    conditional: bool,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    quiet: bool = False,
+) -> Predictions:
+    """Let every network predict the noise of the same noisy images, at each of the timesteps.
+
+    known: of each network, the timesteps that it may be asked about. solver: what makes eps of a model output.
+    conditional: give the networks the images' labels. The noise depends on the seed, the image's place among the
+    indices and the timestep.
+    """
+    shape = (len(denoisers), len(timesteps), len(indices))
+    error, distance = np.full(shape, np.nan), np.full(shape, np.nan)
+    starts = range(0, len(indices), batch_size)
+    with tqdm(total=len(starts) * len(timesteps), unit="step", disable=True if quiet else None) as bar:
+        for start in starts:
+            rows = slice(start, start + batch_size)
+            numbers = range(len(indices))[rows]
+            noise = SeededNoise([nth_seed(seed, "calibration", i) for i in numbers], device)
+            images, labels = dataset.__getitems__([indices[i] for i in numbers])
+            x0 = dataset.to_x0(images.to(device), None, noise)
+            y = labels.to(device) if conditional else None
+            for s, t in enumerate(timesteps):
+                eps = noise(*x0.shape[1:])
+                x_t = solver.schedule.q_sample(x0, t, eps)
+                predicted = [
+                    solver.eps(denoiser(x_t, t, y), x_t, t) if t in able else None
+                    for denoiser, able in zip(denoisers, known, strict=True)
+                ]
+                for k, of_network in enumerate(predicted):
+                    if of_network is not None:
+                        error[k, s, rows] = mean_square(of_network - eps)
+                        distance[k, s, rows] = mean_square(of_network - predicted[-1])
+                bar.update()
+    return Predictions(error, distance, x0[0].numel())
+
+
+def mean_square(difference: Tensor) -> np.ndarray:
+    """(B, C, H, W) -> (B,)."""
+    return difference.double().square().mean(dim=(1, 2, 3)).cpu().numpy()
+
+
+@torch.inference_mode()
+def seconds_per_call(
+    denoisers: Sequence[Denoiser],
+    timesteps: Sequence[int],
+    image_shape: tuple[int, int, int],
+    classes: int,
+    batch_size: int,
+    device: torch.device,
+) -> list[float]:
+    """Of each denoiser, at its timestep, with a batch of that size; measured in turns.
+
+    classes: how many the networks know; 0 for none.
+    """
+    x = torch.randn(batch_size, *image_shape, device=device)
+    y = torch.arange(batch_size, device=device) % classes if classes else None
+    calls = enumerate(zip(denoisers, timesteps, strict=True))
+    tasks = {str(k): partial(denoiser, x, t, y) for k, (denoiser, t) in calls}
+    return [statistics.median(of_one) for of_one in in_turns(tasks, 5, device, quiet=True).values()]

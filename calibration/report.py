@@ -1,0 +1,238 @@
+"""A calibration in words, as a table, as files and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.choice import KNEE, Option, mean_and_se
+from calibration.run import Calibration
+from common.files import write_json
+from common.plots import Curve, plot_calibration
+from common.tables import table
+from generation.schedule_file import ScheduleFile, Stage, write_schedule
+from models.loading import Network
+
+ROWS = 14  # of the table, beside the chosen one
+WIDE = 0.05  # of all timesteps: how far the choice may wander over resampled images before that is said
+
+
+def in_words(calibration: Calibration) -> str:
+    """What was chosen, by which rule, and how certain that is."""
+    chosen, timesteps = calibration.chosen, calibration.steps.timesteps
+    n = calibration.predictions.error.shape[-1]
+    what = f"--{calibration.rule}"
+    if calibration.rule == "knee":
+        what = f"the knee: beyond, time saved gets more than {KNEE:g} times as dear as what was saved before"
+    lines = [f"chosen: {name_of(calibration, chosen)}, predicted {chosen.speed_up:.2f}x ({what})"]
+    if len(calibration.networks) == 2:
+        low, high = np.percentile([o.t_switch(timesteps) for o in calibration.others], [5, 95], method="nearest")
+        lines.append(f"other {n} images as likely would choose t_switch {low}..{high} (90 % of resamplings)")
+        if high - low > WIDE * (timesteps[0] + 1):
+            lines.append(f"that is a wide range: --n_images {4 * n} would halve it")
+    else:
+        low, high = np.percentile([o.speed_up for o in calibration.others], [5, 95])
+        lines.append(f"other {n} images as likely would choose {low:.2f}x..{high:.2f}x (90 % of resamplings)")
+    if chosen.excess_se and abs(chosen.excess) < 2 * chosen.excess_se:
+        enough = int(np.ceil(n * (2 * chosen.excess_se / abs(chosen.excess)) ** 2)) if chosen.excess else None
+        more = f"; about --n_images {enough} would settle it" if enough and enough < 10**6 else ""
+        lines.append(f"too few images to tell whether its excess error is above or below 0{more}")
+    return "\n".join(lines)
+
+
+def name_of(calibration: Calibration, option: Option) -> str:
+    """For a line: the switch, or how many timesteps each network has."""
+    if len(calibration.networks) == 2 and np.all(np.diff(option.networks) >= 0):
+        return f"t_switch {option.t_switch(calibration.steps.timesteps)}"
+    return " + ".join(map(str, counts(calibration, option))) + " timesteps"
+
+
+def blocks_of(network: Network) -> str:
+    number = network.config.model_params.num_blocks
+    return f"{number} block" + "s" * (number > 1)
+
+
+def counts(calibration: Calibration, option: Option) -> list[int]:
+    return [int((option.networks == k).sum()) for k in range(len(calibration.networks))]
+
+
+def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | None = None) -> str:
+    """Some options, the chosen one among them, marked. scores: by the number of the option, one a seed."""
+    options, dimensions = calibration.options, calibration.predictions.dimensions
+    number = options.index(calibration.chosen)
+    shown = {*np.linspace(0, len(options) - 1, min(ROWS, len(options))).round().astype(int).tolist(), number}
+    shown |= set(scores or ())
+    names = [blocks_of(network) for network in calibration.networks]
+    two = len(calibration.networks) == 2
+    unit = "nats" if calibration.random else "shift^2"
+    head = [
+        "",
+        *(["t_switch"] if two else []),
+        *names,
+        "speed-up",
+        unit,
+        f"{unit}/dim",
+        "excess",
+        *(["score"] * bool(scores)),
+    ]
+    rows = []
+    for i in sorted(shown):
+        option = options[i]
+        row = ["->" if i == number else ""]
+        row += [option.t_switch(calibration.steps.timesteps)] if two else []
+        row += [*counts(calibration, option), f"{option.speed_up:.2f}x"]
+        row += [
+            with_error(dimensions * option.divergence, dimensions * option.divergence_se),
+            f"{option.divergence:.2g}",
+        ]
+        row += [with_error(dimensions * option.excess, dimensions * option.excess_se)]
+        if scores:
+            row += [with_error(*mean_and_se_of(scores[i])) if i in scores else ""]
+        rows.append(row)
+    notes = [
+        f"{unit}: the divergence of the sampler's path from the full network's, per image and per dimension"
+        if calibration.random
+        else f"{unit}: squared shifts of the image off the full network's steps, per image and per dimension",
+        "excess: the same weights times (squared error of eps - that of the full network); below 0 it is the better",
+    ]
+    if calibration.random:
+        shifts = ", ".join(
+            f"{name} {shift:.2g}" for name, shift in zip(names[:-1], calibration.last_shift, strict=False)
+        )
+        notes.append(
+            "the last step adds no noise and is the full network's; another would shift the image there, squared and "
+            f"per dimension, by {shifts}"
+        )
+    return "\n".join([table(head, rows), *notes])
+
+
+def with_error(mean: float, error: float) -> str:
+    return f"{mean:.3g}" + (f" ± {error:.1g}" if error else "")
+
+
+def mean_and_se_of(scores: Sequence[float]) -> tuple[float, float]:
+    return mean_and_se(np.array(scores)) if len(scores) > 1 else (scores[0], 0.0)
+
+
+def stages_of(calibration: Calibration, option: Option, files: Sequence[tuple[Path, Path | None]]) -> list[Stage]:
+    """files: weights and description of each network."""
+    timesteps, networks = calibration.steps.timesteps, option.networks
+    starts = [i for i in range(len(networks)) if i == 0 or networks[i] != networks[i - 1]]
+    highest = [timesteps[i] for i in starts]
+    return [
+        Stage(checkpoint_path=files[networks[i]][0], config_path=files[networks[i]][1], t_min=lowest, t_max=t)
+        for i, t, lowest in zip(starts, highest, [*(t + 1 for t in highest[1:]), 0], strict=True)
+    ]
+
+
+def about(calibration: Calibration, args: argparse.Namespace) -> dict[str, Any]:
+    """What the result depends on, and the choice, as plain values."""
+    return {
+        **{name: getattr(args, name) for name in ("solver", "eta", "clip_x0", "guidance_scale", "dataset", "seed")},
+        "steps": len(calibration.steps.timesteps),
+        "n_images": calibration.predictions.error.shape[-1],
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+        "measure": "divergence" if calibration.random else "squared shift",
+        "rule": calibration.rule,
+    }
+
+
+def option_values(calibration: Calibration, option: Option) -> dict[str, Any]:
+    dimensions = calibration.predictions.dimensions
+    values: dict[str, Any] = {"steps_of_each": counts(calibration, option), "speed_up": option.speed_up}
+    if len(calibration.networks) == 2:
+        values = {"t_switch": option.t_switch(calibration.steps.timesteps)} | values
+    for name in ("divergence", "excess"):
+        mean, se = getattr(option, name), getattr(option, f"{name}_se")
+        values |= {name: dimensions * mean, f"{name}_se": dimensions * se, f"{name}_per_dimension": mean}
+    return values
+
+
+def save(
+    path: Path,
+    calibration: Calibration,
+    files: Sequence[tuple[Path, Path | None]],
+    args: argparse.Namespace,
+    scores: Mapping[int, Sequence[float]] | None = None,
+) -> None:
+    """Write the schedule to path (.yaml), and beside it all numbers (.json) and the picture (.png).
+
+    files: weights and description of each network. scores: see `as_table`.
+    """
+    chosen, timesteps = calibration.chosen, calibration.steps.timesteps
+    values, stages = option_values(calibration, chosen), stages_of(calibration, chosen, files)
+    write_schedule(
+        path,
+        ScheduleFile(stages=stages, t_switch=values.get("t_switch"), calibration=about(calibration, args) | values),
+    )
+    networks = [
+        {
+            "checkpoint": str(network.path),
+            "blocks": network.config.model_params.num_blocks,
+            "ms_per_call": 1000 * float(seconds),
+            **{name: over_images(values) for name, values in (("error", error), ("distance", distance))},
+        }
+        for network, seconds, error, distance in zip(
+            calibration.networks,
+            calibration.steps.costs,
+            calibration.predictions.error,
+            calibration.predictions.distance,
+            strict=True,
+        )
+    ]
+    options = [option_values(calibration, option) for option in calibration.options]
+    for number, of_option in (scores or {}).items():
+        options[number]["scores"] = list(of_option)
+    content = about(calibration, args) | {
+        "dimensions": calibration.predictions.dimensions,
+        "timesteps": list(timesteps),
+        "networks": networks,
+        "options": options,
+        "chosen": values,
+    }
+    write_json(path.with_suffix(".json"), content)
+    plot_calibration(path.with_suffix(".png"), curve_of(calibration, scores or {}), error_curves(calibration))
+
+
+def over_images(values: np.ndarray) -> dict[str, list[float | None]]:
+    """Mean and standard error of (S, N) over images; None where they are not known."""
+    mean, error = values.mean(axis=-1), values.std(axis=-1, ddof=1) / values.shape[-1] ** 0.5
+    return {
+        name: [float(x) if np.isfinite(x) else None for x in numbers]
+        for name, numbers in (("mean", mean), ("standard_error", error))
+    }
+
+
+def curve_of(calibration: Calibration, scores: Mapping[int, Sequence[float]]) -> Curve:
+    options, two = calibration.options, len(calibration.networks) == 2
+    dimensions = calibration.predictions.dimensions
+    speed_up = np.array([option.speed_up for option in options])
+    x = np.array([option.t_switch(calibration.steps.timesteps) for option in options]) if two else speed_up
+    return Curve(
+        x=x,
+        x_label="t_switch (noise on the left, image on the right)" if two else "predicted speed-up",
+        divergence=dimensions * np.array([option.divergence for option in options]),
+        error=dimensions * np.array([option.divergence_se for option in options]),
+        label="divergence (nats per image)" if calibration.random else "squared shift per image",
+        speed_up=speed_up,
+        chosen=options.index(calibration.chosen),
+        chosen_label=f"chosen: {name_of(calibration, calibration.chosen)}",
+        scores={number: mean_and_se_of(of_option) for number, of_option in scores.items()},
+        falling=two,
+    )
+
+
+def error_curves(calibration: Calibration) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each network by its name: timesteps, mean squared error of eps, its standard error."""
+    timesteps, curves = np.array(calibration.steps.timesteps), {}
+    for network, values in zip(calibration.networks, calibration.predictions.error, strict=True):
+        known = np.isfinite(values).all(axis=-1)
+        label = f"{blocks_of(network)} ({network.path.parent.name}/{network.path.name})"
+        mean, error = values[known].mean(axis=-1), values[known].std(axis=-1, ddof=1) / values.shape[-1] ** 0.5
+        curves[label] = (timesteps[known], mean, error)
+    return curves

@@ -1,0 +1,106 @@
+"""A calibration from the networks to the choice."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from calibration.choice import Option, Steps, cascades, choose, chosen_of_other_images, switches
+from calibration.measure import Predictions, choose_images, measure_predictions, seconds_per_call
+from common.devices import DTYPES
+from common.errors import InputError
+from data import open_dataset
+from diffusion import NoiseSchedule
+from diffusion.divergence import step_weights
+from diffusion.solvers import make_solver, spaced_timesteps
+from generation.run import guide
+from models.inference import BackboneDenoiser
+from models.loading import Network, check_range
+
+
+class Calibration(NamedTuple):
+    """What was measured of K networks, the full one last, and what follows from it."""
+
+    networks: Sequence[Network]
+    predictions: Predictions
+    steps: Steps
+    random: bool  # divergence is in nats of the sampler's path; if not, it is the squared shift
+    last_shift: (
+        np.ndarray
+    )  # (K,) squared shift per dimension at the last step, which adds no noise; NaN: not known there
+    options: list[Option]  # rising in speed
+    chosen: Option
+    others: list[Option]  # chosen of other images as likely
+    rule: str
+
+
+def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: torch.device) -> Calibration:
+    """Measure, and choose. Puts the networks into their working precision.
+
+    args: those of calibration.options and of the solver, with batch_size, seed, precision, and free where more than two
+    networks may take turns in any order. Raises InputError where they do not fit, or cannot do what is asked.
+    """
+    full = networks[-1]
+    config = full.config
+    schedule = NoiseSchedule(**config.diffusion_params.schedule)
+    timesteps = spaced_timesteps(schedule.num_timesteps, args.steps)
+    solver = make_solver(args.solver, schedule, config.parametrization, args.eta, args.clip_x0)
+    if args.clip_x0 and config.autoencoder:
+        raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
+    known = [range(schedule.num_timesteps)] * len(networks)
+    if not args.allow_outside_range:
+        known = [network.config.trained_timesteps for network in networks]
+        check_range(full, timesteps, "what the others are held against must be known everywhere")
+    params = config.model_params
+    dataset = open_dataset(
+        args.dataset,
+        args.data_path,
+        img_size=params.img_size,
+        in_chans=params.in_chans,
+        num_classes=params.num_classes,
+        crop=args.crop or (config.crop if config.dataset == args.dataset else None),
+    )
+    indices = choose_images(dataset, args.n_images, args.seed)
+    denoisers = [
+        guide(
+            network.config,
+            BackboneDenoiser(network.module, timesteps, DTYPES[args.precision], device),
+            args.guidance_scale,
+        )
+        for network in networks
+    ]
+    visited = [[t for t in timesteps if t in able] for able in known]
+    if idle := [network for network, own in zip(networks, visited, strict=True) if not own]:
+        raise InputError(f"{idle[0].path} was trained on none of the timesteps of this sampler")
+    classes = len(config.classes)
+    costs = seconds_per_call(
+        denoisers, [own[0] for own in visited], params.image_shape, classes, args.batch_size, device
+    )
+    predictions = measure_predictions(
+        *(denoisers, known, solver, timesteps, dataset, indices),
+        conditional=bool(config.classes),
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=device,
+        quiet=args.quiet,
+    )
+
+    weights = step_weights(solver, timesteps)
+    weight = np.where(weights.random, weights.kl, weights.shift**2)[:, None]  # (S, 1)
+    divergence, excess = weight * predictions.distance, weight * (predictions.error - predictions.error[-1])
+    last_shift, random = divergence[:, -1].mean(axis=-1), bool(weights.random.any())
+    if random:  # the last step adds no noise: another network than the full one would be infinitely far from it
+        divergence[:-1, -1] = excess[:-1, -1] = np.nan
+    steps = Steps(timesteps, np.array(costs), divergence, excess)
+    free = getattr(args, "free", False)
+    options = switches(steps) if len(networks) == 2 and not free else cascades(steps, free)
+    chosen = choose(options, args.speedup, args.budget)
+    others = chosen_of_other_images(steps, options, args.speedup, args.budget)
+    rule = "knee"
+    if args.speedup is not None or args.budget is not None:
+        rule = f"speedup {args.speedup:g}" if args.budget is None else f"budget {args.budget:g}"
+    return Calibration(networks, predictions, steps, random, last_shift, options, chosen, others, rule)

@@ -1,0 +1,61 @@
+"""How far apart two samplers get that differ in their network: what a difference in eps weighs at each step.
+
+A step of every solver here moves x_t to x_s = a x_t + c eps + std z, linear in the noise eps that the network
+predicts. The factors are taken from the solver itself, so that they hold for any of them.
+
+- Where a step is random, the two samplers draw x_s from Gaussians of one variance, and their Kullback-Leibler
+  divergence is c^2 |eps - eps'|^2 / (2 std^2) nats. Summed over the steps it is the divergence of the two paths (chain
+  rule), which bounds that of the images. With every timestep of DDPM the factor is beta_t^2 / (2 var_t alpha_t
+  (1 - alpha_bar_t)), that of the variational bound: Ho et al. 2020, Eq. 8 and 12.
+- Where it is not, they move to different places: by c^2 |eps - eps'|^2 at this step alone, the squared shift.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from diffusion.solvers import Solver
+
+
+class StepWeights(NamedTuple):
+    """Of each step, (S,) float64."""
+
+    shift: np.ndarray  # c: how far x_s moves with eps
+    std: np.ndarray  # of the noise that is added; 0 where the step is deterministic
+
+    @property
+    def random(self) -> np.ndarray:
+        """(S,) bool. Of a random solver the last step is none: it adds no noise."""
+        return self.std > 0
+
+    @property
+    def kl(self) -> np.ndarray:
+        """Nats per squared distance of eps; infinite where a step is deterministic."""
+        with np.errstate(divide="ignore"):
+            return self.shift**2 / (2 * self.std**2)
+
+
+def step_weights(solver: Solver, timesteps: Sequence[int]) -> StepWeights:
+    """What the solver's steps through these timesteps, down to the clean image, do with eps and with noise.
+
+    Of solvers that remember predictions it is the step's own use of eps; the part that later steps make of it is
+    left out, and so is the first-order step at a switch.
+    """
+    solver = dataclasses.replace(solver, parametrization="predict_noise", clip_x0=False)
+    zero, one = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in (0, 1))
+    factors = []
+    solver.begin(timesteps)
+    for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        of_eps, of_noise = (
+            float(copy.deepcopy(solver).step(eps, zero, t, s, lambda noise=noise: noise))
+            for eps, noise in ((one, zero), (zero, one))
+        )
+        factors.append((of_eps, of_noise))
+        solver.step(zero, zero, t, s, lambda: zero)  # now in the midst of the run, with a memory of zeros
+    return StepWeights(*np.array(factors).T)

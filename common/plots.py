@@ -187,6 +187,34 @@ def plot_calibration(path: Path, curve: Curve, errors: Mapping[str, tuple[np.nda
     _save(figure, path)
 
 
+def plot_switches(
+    path: Path,
+    switches: Sequence[int],
+    scores: Sequence[Interval],
+    divergences: Sequence[float],
+    chosen: Mapping[str, int],
+) -> None:
+    """Scores of samples over t_switch, and the divergence that was measured before there were any.
+
+    chosen: the switch of each rule, by its name.
+    """
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    means, errors = [mean for mean, _ in scores], [error or 0 for _, error in scores]
+    axes.errorbar(switches, means, yerr=errors, color=BLUE, marker="o", capsize=4)
+    other = axes.twinx()
+    other.plot(switches, divergences, color=ORANGE, linestyle="--")
+    other.set_ylabel("divergence (nats per image)", color=ORANGE)
+    for i, (rule, t_switch) in enumerate(chosen.items()):
+        axes.axvline(t_switch, color=f"C{i}", linestyle=":", linewidth=1 + 0.8 * (len(chosen) - i), label=rule)
+    axes.set(xlabel="t_switch (noise on the left, image on the right)", title="Where to switch")
+    axes.set_ylabel("score", color=BLUE)
+    axes.invert_xaxis()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -203,10 +203,10 @@ def test_configs_describe_networks(path):
     config = build_config(settings | {"model": model}, str(path))
     params = config.model_params
     name, _, blocks = path.stem.removesuffix("_public").partition("_")[2].partition("_")
-    full = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21, "digits": 7}[name]
+    full = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21, "digits": 7, "emoji16": 7}[name]
     assert params.num_blocks == int(blocks or full)
     assert (params.mlp_ratio, params.qkv_bias) == (4, False)
-    if name != "digits":
+    if name not in ("digits", "emoji16"):
         width, heads = {"imagenet64": (768, 12), "imagenet256": (1024, 16)}.get(name, (512, 8))
         assert (params.embed_dim, params.num_heads, params.mlp_time_embed) == (width, heads, False)
         assert params.normalize_timesteps == (name in ("celeba", "cifar10") and "public" not in path.stem)

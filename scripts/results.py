@@ -1,0 +1,489 @@
+"""Measure DuoDiff and what one would do instead, on digits and on small colour images, and write docs/results.md.
+
+It calls the project's scripts and prints each call as a command. A run that was stopped goes on where it was when it
+is given again; what it makes lies in results/, which may be removed to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import Parser
+from common.errors import InputError, command
+from common.files import read_json, sha256_of, writable_folder, write_json
+
+SEEDS = (0, 1, 2)  # of samples, and of the shallow networks they are made with
+SOLVER = "ddpm"
+GRID = (999, 900, 800, 700, 600, 500, 400, 300, 200, 100)
+THRESHOLDS = (0.1, 0.2)  # of early exit
+INTERVALS = (2, 3)  # of caching
+SPEEDUP = 1.5  # that one of the rules for the switch asks for
+KNEE, KNEEDLE, LEAST_EXCESS, NO_EXCESS = "knee", "farthest from the chord", "least excess", "fastest without excess"
+TIMED_ROUNDS = 5
+# How the shallow network learns, beside --t_min of its own range: which help of the full one it has.
+VARIANTS = {
+    "all timesteps": (),
+    "own range": (),
+    "warm start": ("--init_from",),
+    "distilled": ("--distill_from",),
+    "all three": ("--init_from", "--distill_from"),
+}
+ON_OWN_RANGE = ("own range", "all three")
+
+EMOJI = "emoji-datasource-google@15.1.2"
+EMOJI_SHA256 = "d44462c604b8b8ddeea1bded87031fe73beadd92b9569d977dbd6224e45dc850"
+EMOJI_IMAGES, EMOJI_NAMES = "package/img/google/64/", "package/emoji.json"
+NO_CATEGORY = "Component"  # of emoji.json: parts of others
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """What is done on one set of images."""
+
+    name: str
+    about: str
+    img_size: int
+    in_chans: int
+    configs: tuple[str, str, str]  # the full network's, the shallow one's and that of early exit
+    extractor: Path  # of the features that samples are scored in
+    classifier_steps: int = 0  # that it is trained for; 0: it is there
+    data: tuple[str, ...]  # flags
+    full_steps: int
+    shallow_steps: int  # on all timesteps; other kinds of training have the same time
+    exit_steps: int
+    n_samples: int
+    sampling_steps: int = 50
+    timed_steps: int = 60  # of a training that is timed
+    n_calibration: int = 256
+
+    def quick(self) -> ImageSet:
+        """The same with little of everything: to see it work, not to believe the numbers."""
+        few = {"n_samples": 40, "sampling_steps": 10, "timed_steps": 6, "n_calibration": 16}
+        for name in ("full_steps", "shallow_steps", "exit_steps", "classifier_steps"):
+            few[name] = -(-getattr(self, name) // 50)
+        return replace(self, **few)
+
+
+class Runner:
+    """Calls scripts, each with the same arguments once: what is done is kept in commands.json, with its seconds."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "commands.json"
+        self.seconds: dict[str, float] = read_json(self.path) if self.path.exists() else {}
+
+    def __call__(self, module: str, *argv: object, going_on: Sequence[str] | None = None) -> None:
+        """going_on: the arguments in place of argv, where a part is done already."""
+        script = f"-m {module}" if "." in module else f"{module}.py"
+        words = [str(word) for word in argv]
+        line = f"python {script} {shlex.join(words)}"
+        if line in self.seconds:
+            return
+        if going_on is not None:
+            words = [str(word) for word in going_on]
+        print(f"\n$ python {script} {shlex.join(words)}", flush=True)
+        started = time.perf_counter()
+        importlib.import_module(module).main(words)
+        self.seconds[line] = time.perf_counter() - started
+        write_json(self.path, self.seconds)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="FOLDER",
+        help="colour images, a sub-folder for each of their classes; if not said, emoji, which npm fetches",
+    )
+    parser.add_argument("--sets", nargs="+", choices=("digits", "colour"), default=("digits", "colour"), help="which")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="little of everything, to see that it works; all of it, the document too, goes to results/quick",
+    )
+    args = parser.parse_args(argv)
+    if args.folder and "colour" not in args.sets:
+        parser.error(f"{args.folder}: colour images belong to --sets colour")
+    return args
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    work = writable_folder(Path("results/quick" if args.quick else "results"))
+    sets = []
+    if "digits" in args.sets:
+        sets.append(digits())
+    if "colour" in args.sets:
+        sets.append(colour(work, args.folder or fetched_emoji(Path("results")), is_emoji=args.folder is None))
+    if args.quick:
+        sets = [images.quick() for images in sets]
+
+    from benchmarking.measure import describe_machine
+    from common.devices import pick_device
+    from scripts.results_document import write_document
+
+    run = Runner(work)
+    measured = [Experiment(images, work / images.name, run).measure() for images in sets]
+    document = (work if args.quick else writable_folder(Path("docs"))) / "results.md"
+    machine = describe_machine(pick_device("auto"))
+    write_document(document, measured, machine, sum(run.seconds.values()), quick=args.quick)
+    print(f"\n-> {document}; it took {sum(run.seconds.values()) / 60:.1f} minutes in all")
+
+
+def digits() -> ImageSet:
+    return ImageSet(
+        name="digits",
+        about="the project's handwritten digits, 8 x 8 grey",
+        img_size=8,
+        in_chans=1,
+        configs=("uvit_digits", "uvit_digits_1", "deediff_digits"),
+        extractor=Path("scripts/digits_classifier.pt"),
+        data=("--dataset", "digits"),
+        full_steps=2000,
+        shallow_steps=2000,
+        exit_steps=1000,
+        n_samples=1000,
+    )
+
+
+def colour(work: Path, folder: Path, is_emoji: bool) -> ImageSet:
+    """Raises InputError where the folder has no classes of images."""
+    classes_of(folder)
+    name = "emoji" if is_emoji else "images"
+    return ImageSet(
+        name=name,
+        about=f"{f'emoji of 64 x 64 ({EMOJI})' if is_emoji else f'the images in {folder}'}, reduced to 16 x 16 colour",
+        img_size=16,
+        in_chans=3,
+        configs=("uvit_emoji16", "uvit_emoji16_1", "deediff_emoji16"),
+        extractor=work / name / "classifier.pt",
+        classifier_steps=600,
+        data=("--dataset", "folder", "--data_path", str(folder)),
+        full_steps=5000,
+        shallow_steps=2000,
+        exit_steps=1000,
+        n_samples=500,
+    )
+
+
+def classes_of(folder: Path) -> list[str]:
+    """Its sub-folders. Raises InputError where there are not two with images, or images beside them."""
+    from data.files import image_names
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    names = list(image_names(folder))
+    classes = sorted({name.split("/")[0] for name in names if "/" in name})
+    if len(classes) < 2 or any("/" not in name for name in names):
+        raise InputError(
+            f"{folder}: wanted a sub-folder of images for each class, two at least (their classifier is what scores)"
+        )
+    return classes
+
+
+def fetched_emoji(folder: Path) -> Path:
+    """The emoji in a folder for each category, fetched by npm if they are not there. Raises InputError if it cannot."""
+    images = writable_folder(folder) / "emoji_64"
+    if images.is_dir():
+        return images
+    archive = folder / "emoji-datasource-google-15.1.2.tgz"
+    if not archive.exists():
+        npm = shutil.which("npm")
+        if npm is None:
+            raise InputError("npm, which fetches the emoji, is not there: install Node.js, or name a folder of images")
+        argv = ["npm", "pack", EMOJI, "--pack-destination", str(folder)]
+        print(f"$ {shlex.join(argv)}", flush=True)
+        done = subprocess.run([npm, *argv[1:]], capture_output=True, text=True, check=False)
+        if done.returncode or not archive.exists():
+            said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["it said nothing"]
+            raise InputError(
+                f"npm pack {EMOJI} failed ({said[0]:.200}); is there a network? Or name a folder of images"
+            )
+    if sha256_of(archive) != EMOJI_SHA256:
+        raise InputError(f"{archive} is not the one that is expected (SHA-256 {EMOJI_SHA256[:8]}...): remove it")
+    unpack_emoji(archive, images)
+    archive.unlink()
+    return images
+
+
+def unpack_emoji(archive: Path, images: Path) -> None:
+    """The images of 64 x 64, each into the folder of its category; there are all of them or none."""
+    partial = images.with_name(images.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        names = tar.extractfile(EMOJI_NAMES)
+        assert names is not None, f"{EMOJI_NAMES} is a file"
+        categories = categories_of(json.load(names))
+        for member in tar:
+            category = categories.get(member.name.removeprefix(EMOJI_IMAGES))
+            if category and member.isfile() and member.name.startswith(EMOJI_IMAGES):
+                target = partial / category / Path(member.name).name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(tar.extractfile(member).read())
+    partial.rename(images)
+
+
+def categories_of(emoji: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The category of each image, of skin tones too, as a name for a folder."""
+    found = {}
+    for entry in emoji:
+        if entry["category"] != NO_CATEGORY:
+            category = "_".join(entry["category"].lower().replace("&", " ").split())
+            for image in (entry, *entry.get("skin_variations", {}).values()):
+                found[image["image"]] = category
+    return found
+
+
+class Experiment:
+    """All that is measured on one set of images."""
+
+    def __init__(self, images: ImageSet, work: Path, run: Runner):
+        self.images, self.work, self.run = images, writable_folder(work), run
+        self.data = images.data
+        self.full = self.checkpoint("full")
+        self.sampling = ("--solver", SOLVER, "--steps", images.sampling_steps)
+
+    def measure(self) -> dict[str, Any]:
+        """Everything, as plain values, which are also kept in results.json."""
+        self.prepare()
+        rates = self.step_rates()
+        steps = {name: self.equal_time(name, rates) for name in VARIANTS}
+        for seed in SEEDS:
+            self.train_shallow("all timesteps", seed, steps["all timesteps"])
+        calibrations = [self.calibrate(seed) for seed in SEEDS]
+        options = averaged(calibrations)
+        rules = chosen_by_rules(options)
+        chosen = rules.get(KNEE) or rules[f"speed-up {SPEEDUP:g}"]
+        for seed in SEEDS:
+            for name in VARIANTS:
+                self.train_shallow(name, seed, steps[name], t_min=chosen["t_switch"] + 1)
+
+        switches = {**grid_of(options), **{option["t_switch"]: option for option in rules.values()}}
+        switches = dict(sorted(switches.items(), reverse=True))
+        result = {
+            "name": self.images.name,
+            "about": self.images.about,
+            "score": f"Fréchet distance in the features of {self.images.extractor}",
+            "training": {"full": self.images.full_steps, "exits": self.images.exit_steps, "shallow": steps},
+            "step_rates": rates,
+            "sampling": {"solver": SOLVER, "steps": self.images.sampling_steps},
+            "blocks": [network["blocks"] for network in calibrations[0]["networks"]],
+            "t_switch": chosen["t_switch"],
+            "grid": sorted(grid_of(options), reverse=True),
+            "switches": list(switches.values()),
+            "rules": {name: option["t_switch"] for name, option in rules.items()},
+            "knees": [knee_or_none(averaged([calibration])) for calibration in calibrations],
+        }
+        # Seed by seed, so that a machine that is slower for a while is so for all of them.
+        table, variants, grid = [], [], []
+        for seed in SEEDS:
+            table += self.methods(seed, chosen["t_switch"])
+            variants += [(name, self.duo(chosen["t_switch"], seed, name)) for name in VARIANTS]
+            grid += [(name_of_switch(s), self.duo(t, seed)) for t, s in switches.items()]
+        result["table"] = self.compare("methods", table)
+        result["variants"] = self.compare("training", variants)
+        result["scores"] = self.compare("switches", grid)
+        write_json(self.work / "results.json", result)
+        return result
+
+    def prepare(self) -> None:
+        """The images as the networks see them, what scores them, the full network and its exits."""
+        images = self.images
+        if images.classifier_steps:
+            shape = ("--img_size", images.img_size, "--in_chans", images.in_chans)
+            source = Path(images.data[-1])
+            classes = ("--num_classes", len(classes_of(source)))
+            packed = self.work / "packed"
+            self.run("data.pack", *images.data, *shape, *classes, "--output", packed)
+            self.data = (*images.data[:-1], str(packed))
+            classifying = ("--n_steps", images.classifier_steps, "--output", images.extractor)
+            self.run("scripts.train_classifier", *self.data, *shape, *classes, *classifying)
+        full, _, exits = images.configs
+        self.train("train", "full", full, images.full_steps, 0)
+        heads = ("--model", "deediff_uvit", "--load_backbone", self.full, "--freeze_backbone")
+        self.train("main", "exits", exits, images.exit_steps, 0, *heads)
+
+    def checkpoint(self, name: str, model: str = "uvit") -> Path:
+        return self.work / name / f"{self.images.data[1]}_{model}_last.pth"
+
+    def train(
+        self, script: str, name: str, config: str, n_steps: int, seed: int, *flags: object, log_every: int = 500
+    ) -> None:
+        """Go on with what is there of it; a training that was begun with others' weights goes on with its own."""
+        argv = [*flags, "--config_path", f"configs/{config}.yaml", "--exp_name", name, "--n_steps", n_steps]
+        argv += [*self.data, "--batch_size", 128, "--lr", 2e-3, "--beta1", 0.9, "--num_warmup_steps", 100]
+        argv += ["--log_every_n_steps", log_every, "--save_every_n_steps", 500, "--preview_steps", 0]
+        argv += ["--log_path", self.work, "--seed", seed]
+        going_on = None
+        if any((self.work / name).glob("*_last.pth")):
+            start = argv.index("--init_from") if "--init_from" in argv else len(argv)
+            going_on = [*argv[:start], *argv[start + 2 :], "--resume"]
+        self.run(script, *argv, going_on=going_on)
+
+    def train_shallow(self, variant: str, seed: int, n_steps: int, t_min: int = 0) -> None:
+        flags: list[object] = [word for flag in VARIANTS[variant] for word in (flag, self.full)]
+        if variant in ON_OWN_RANGE:
+            flags += ["--t_min", t_min]
+        name = shallow_name(variant, seed)
+        self.train("main", name, self.images.configs[1], n_steps, seed, "--model", "uvit", *flags)
+
+    def step_rates(self) -> dict[str, list[float]]:
+        """Steps per second of plain training and of distillation, in turns: the other kinds cost as much as plain."""
+        path = self.work / "step_rates.json"
+        if path.exists():  # the same numbers of steps when a run goes on
+            return read_json(path)
+        rates: dict[str, list[float]] = {"plain": [], "distilled": []}
+        n, every = self.images.timed_steps, self.images.timed_steps // 3
+        for number in range(TIMED_ROUNDS):
+            for kind, measured in rates.items():
+                flags = ["--model", "uvit", *(("--distill_from", self.full) if kind == "distilled" else ())]
+                name = f"timed_{kind}_{number}"
+                self.train("main", name, self.images.configs[1], n, 0, *flags, log_every=every)
+                lines = (self.work / name / "metrics.jsonl").read_text().splitlines()
+                measured.append(statistics.mean(json.loads(line)["steps_per_second"] for line in lines[1:]))
+        write_json(path, rates)
+        return rates
+
+    def equal_time(self, variant: str, rates: Mapping[str, Sequence[float]]) -> int:
+        """Steps of a kind of training that take the time of shallow_steps plain ones."""
+        taught = "--distill_from" in VARIANTS[variant]
+        return steps_at_equal_time(self.images.shallow_steps, rates["plain"], rates["distilled" if taught else "plain"])
+
+    def calibrate(self, seed: int) -> dict[str, Any]:
+        """Of every switch what calibrate.py says."""
+        output = self.work / f"calibration_{seed}.yaml"
+        networks = (self.checkpoint(shallow_name("all timesteps", seed)), self.full)
+        # The rules are applied to the mean over seeds afterwards; --speedup 1 is one that never fails.
+        measuring = ("--n_images", self.images.n_calibration, "--speedup", 1, "--output", output)
+        self.run("calibrate", "--checkpoint_path", *networks, *self.data, *self.sampling, *measuring)
+        return read_json(output.with_suffix(".json"))
+
+    def methods(self, seed: int, t_switch: int) -> list[tuple[str, Path]]:
+        """Folders of scored samples by label, the full network first."""
+        full, shallow = ("--checkpoint_path", self.full), self.checkpoint(shallow_name("all timesteps", seed))
+        n = self.images.sampling_steps
+        runs = [("full", self.duo(GRID[0], seed)), ("DuoDiff", self.duo(t_switch, seed))]
+        exits = ("--checkpoint_path", self.checkpoint("exits", "deediff_uvit"))
+        for threshold in THRESHOLDS:
+            name = f"early exit {threshold:g}"
+            runs.append((name, self.sampled(name, seed, *exits, "--threshold", threshold, script="eesampler")))
+        for interval in INTERVALS:
+            name = f"caching, every {interval}"
+            runs.append((name, self.sampled(name, seed, *full, "--cache_interval", interval)))
+        both = self.duo(t_switch, seed, "all timesteps", "--cache_interval", INTERVALS[0])
+        runs.append((f"DuoDiff, caching, every {INTERVALS[0]}", both))
+        for solver, steps in (("ddpm", n // 2), ("dpmsolver++", n // 2), ("dpmsolver++", n // 5)):
+            name = f"full, {solver}, {steps} steps"
+            runs.append((name, self.sampled(name, seed, *full, "--solver", solver, "--steps", steps)))
+        runs.append(("shallow alone", self.sampled("shallow alone", seed, "--checkpoint_path", shallow)))
+        return runs
+
+    def duo(self, t_switch: int, seed: int, variant: str = "all timesteps", *flags: object) -> Path:
+        """Scored samples of a shallow network and the full one; of that alone where the switch is at the start."""
+        if t_switch == GRID[0]:
+            return self.sampled("full", seed, "--checkpoint_path", self.full)
+        networks = ("--checkpoint_path", self.checkpoint(shallow_name(variant, seed)))
+        networks += ("--checkpoint_path_late", self.full, "--t_switch", t_switch)
+        name = f"switch {t_switch} {variant} {' '.join(map(str, flags))}"
+        return self.sampled(name, seed, *networks, *flags)
+
+    def sampled(self, name: str, seed: int, *argv: object, script: str = "sampler") -> Path:
+        name = "".join(c if c.isalnum() or c == "." else "_" for c in name.replace("--", "").strip())
+        folder = self.work / "samples" / f"{name}_{seed}"
+        # Of options given twice the last one counts: argv may name another solver.
+        some = ("--n_samples", self.images.n_samples, "--batch_size", min(250, self.images.n_samples))
+        self.run(script, *self.sampling, *argv, *some, "--seed", seed, "--output_folder", folder)
+        scoring = ("--feature_extractor", self.images.extractor, "--cache_dir", self.work / "cache")
+        self.run("fid", "--samples_path", folder, *self.data, *scoring)
+        return folder
+
+    def compare(self, name: str, runs: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+        """The numbers of compare.py, and its picture."""
+        picture = self.work / f"{name}.png"
+        labelled = [f"{label}={folder}" for label, folder in runs]
+        self.run("compare", *labelled, "--output", picture, "--json", picture.with_suffix(".json"))
+        return read_json(picture.with_suffix(".json")) | {"picture": str(picture)}
+
+
+def shallow_name(variant: str, seed: int) -> str:
+    return f"shallow_{variant.replace(' ', '_')}_{seed}"
+
+
+def name_of_switch(option: Mapping[str, Any]) -> str:
+    return "full" if option["steps_of_each"][0] == 0 else f"t_switch {option['t_switch']}"
+
+
+def steps_at_equal_time(steps: int, plain: Sequence[float], other: Sequence[float]) -> int:
+    """plain, other: steps per second, measured in turns. The median of the rounds' ratios counts."""
+    return max(1, round(steps * statistics.median(b / a for a, b in zip(plain, other, strict=True))))
+
+
+def averaged(calibrations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The options over several calibrations: means, of speed-ups in time; standard errors too, for they measured on
+    the same images."""
+    options = []
+    for same in zip(*(calibration["options"] for calibration in calibrations), strict=True):
+        option = {key: same[0][key] for key in ("t_switch", "steps_of_each")}
+        option["speed_up"] = statistics.harmonic_mean([of["speed_up"] for of in same])
+        for key in ("divergence", "divergence_se", "divergence_per_dimension", "excess", "excess_se"):
+            option[key] = statistics.mean(of[key] for of in same)
+        options.append(option)
+    return options
+
+
+def grid_of(options: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The options of the grid by their switch, which is the next timestep that the sampler visits."""
+    reached = (next((o for o in options if o["t_switch"] <= t), None) for t in GRID)
+    return {option["t_switch"]: option for option in reached if option is not None}
+
+
+def chosen_by_rules(options: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each rule chooses. options: rising in speed, the full network alone first. KNEE is calibrate.py's own."""
+    quickest, most = options[-1]["speed_up"], options[-1]["divergence"]
+
+    def from_chord(option: Mapping[str, Any]) -> float:
+        """How far below the line from the first option to the last (Satopaa et al. 2011)."""
+        saved, all_saved = (1 - 1 / speed_up for speed_up in (option["speed_up"], quickest))
+        return saved / all_saved - option["divergence"] / most if all_saved > 0 and most > 0 else 0.0
+
+    rules = {
+        KNEEDLE: max(options, key=from_chord),
+        LEAST_EXCESS: min(options, key=lambda option: option["excess"]),
+        NO_EXCESS: [option for option in options if option["excess"] <= 2 * option["excess_se"]][-1],
+        f"speed-up {SPEEDUP:g}": next((o for o in options if o["speed_up"] >= SPEEDUP), options[-1]),
+    }
+    found = knee_or_none(options)
+    of_knee = {KNEE: next(option for option in options if option["t_switch"] == found)} if found is not None else {}
+    return of_knee | rules
+
+
+def knee_or_none(options: Sequence[Mapping[str, Any]]) -> int | None:
+    """The switch that calibrate.py chooses if nothing else is said; None where it finds no knee."""
+    from calibration.choice import choose
+
+    try:
+        return choose([SimpleNamespace(**option) for option in options]).t_switch
+    except InputError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""docs/results.md from what scripts/results.py measured: every number and every judgement comes of those."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import replacing
+
+WITHIN = 0.05  # of the best score: what a rule for the switch is to reach
+KNEE = "knee"
+
+
+def write_document(
+    path: Path, measured: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], seconds: float, quick: bool = False
+) -> None:
+    """The document, and beside it its pictures.
+
+    measured: of each set of images what its results.json holds. machine: of benchmarking.measure. seconds: it took.
+    quick: say that the numbers are worth nothing.
+    """
+    sections = [introduction(measured, machine, seconds, quick)]
+    for of_set in measured:
+        pictures = [path.with_name(f"{path.stem}_{of_set['name']}{suffix}.png") for suffix in ("", "_switch")]
+        shutil.copyfile(of_set["table"]["picture"], pictures[0])
+        draw_switches(pictures[1], of_set)
+        sections += [section(of_set), methods(of_set, pictures[0].name)]
+        sections += [training(of_set), switching(of_set, pictures[1].name)]
+    sections.append(repeating(measured))
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def introduction(measured: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], seconds: float, quick: bool) -> str:
+    about = ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int))
+    table = measured[0]["table"]
+    seeds = len(table["labels"][0]["seeds"])
+    lines = [
+        "# Results",
+        "",
+        *(["**Made with `--quick`: it shows that everything works; the numbers are worth nothing.**", ""] * quick),
+        f"Measured by `bash scripts/results.sh` in {seconds / 60:.0f} minutes; the same command repeats it, and writes",
+        f"this page anew. Machine: {about}.",
+        "",
+        f"Each score is the mean over {seeds} seeds ± half of its {table['confidence']:.0%} confidence interval",
+        "(Student's t); lower is better. A seed is that of the samples and, with it, of the shallow network's training;",
+        "the full network and the early-exit heads were trained once. Differences are paired: the same seed, so the same",
+        "noise. An effect counts as one here if the interval of its difference leaves out 0. FLOPs do not depend on the",
+        "machine, seconds do.",
+    ]
+    return "\n".join(lines)
+
+
+def section(of_set: Mapping[str, Any]) -> str:
+    n_blocks, training = of_set["blocks"], of_set["training"]
+    sampling = of_set["sampling"]
+    return "\n".join(
+        [
+            f"## {of_set['name'].capitalize()}",
+            "",
+            f"Images: {of_set['about']}. Networks: the full one has {n_blocks[-1]} blocks "
+            f"({training['full']} steps of training), the shallow one {n_blocks[0]} "
+            f"({training['shallow']['all timesteps']} steps); the early-exit heads learned for {training['exits']} "
+            f"steps. If nothing else is said, {of_set['table']['n_samples']} samples by `--solver {sampling['solver']} "
+            f"--steps {sampling['steps']}`. Score: {of_set['score']}.",
+        ]
+    )
+
+
+def methods(of_set: Mapping[str, Any], picture: str) -> str:
+    """DuoDiff and what one would do instead, on the same clock."""
+    labels = of_set["table"]["labels"]
+    full, others = labels[0], labels[1:]
+    lines = [
+        "### Score against time",
+        "",
+        f"DuoDiff switches at t = {of_set['t_switch']}, which calibrate.py's rule chose (see below).",
+        "",
+        comparison_table(labels),
+        "",
+        f"![Score against time, with samples]({picture})",
+        "",
+    ]
+    lines += [
+        f"- {label['label']}: {label['speed_up']:.2f}x the speed of full; {judged(label, full)}." for label in others
+    ]
+    front = [label["label"] for label in labels if not any(beats(other, label) for other in labels)]
+    lines.append(f"- Nothing else here is faster and scores better than: {listed(front)}.")
+    for label in others:
+        if by := [other["label"] for other in labels if beats(other, label)]:
+            lines.append(f"- {label['label']} is behind {listed(by)}, faster and with a better mean score.")
+    return "\n".join(lines)
+
+
+def training(of_set: Mapping[str, Any]) -> str:
+    """How the shallow network should learn, at equal training time."""
+    labels, steps, rates = of_set["variants"]["labels"], of_set["training"]["shallow"], of_set["step_rates"]
+    ratios = [b / a for a, b in zip(rates["plain"], rates["distilled"], strict=True)]
+    lines = [
+        "### Training the shallow network, at equal time",
+        "",
+        f"A step of distillation, in turns with plain ones, ran at {min(ratios):.2f} to {max(ratios):.2f} of their "
+        f"speed in {len(ratios)} rounds; so it had fewer steps. The full network, which two of the kinds learn from, was "
+        f"there anyway: its training is not counted. All sampled with the switch at t = {of_set['t_switch']}, above "
+        "which lies their own range.",
+        "",
+        *markdown_table(
+            ("shallow network", "steps", "score", "minus all timesteps"),
+            [(of["label"], str(steps[of["label"]]), shown(of["score"]), difference(of)) for of in labels],
+        ),
+        "",
+    ]
+    lines += [f"- {label['label']}: {judged(label, labels[0])}." for label in labels[1:]]
+    best = min(labels, key=lambda label: label["score"]["mean"])
+    lines.append(f"- The best mean score is that of: {best['label']}.")
+    return "\n".join(lines)
+
+
+def switching(of_set: Mapping[str, Any], picture: str) -> str:
+    """What calibrate.py chose against the best of the grid, and how well divergence foretells scores."""
+    rows = switches_with_scores(of_set)
+    grid = [row for row in rows if row["t_switch"] in of_set["grid"]]
+    by_switch = {row["t_switch"]: row for row in rows}
+    chosen_by: dict[int, list[str]] = {}
+    for rule, t_switch in of_set["rules"].items():
+        chosen_by.setdefault(t_switch, []).append(rule)
+    lines = [
+        "### Where to switch",
+        "",
+        "Divergence (nats per image, along the sampler's path) and excess error (the change of the variational bound, "
+        "nats per image; below 0 the shallow network is the better) as calibrate.py measured them, means over the "
+        "seeds' shallow networks; the scores are of samples.",
+        "",
+        *markdown_table(
+            ("t_switch", "shallow + full", "speed-up", "divergence", "excess", "score", "minus full", "chosen by"),
+            [
+                (
+                    f"{row['t_switch']}{'' if row in grid else ' (not of the grid)'}",
+                    " + ".join(map(str, row["steps_of_each"])),
+                    f"{row['measured_speed_up']:.2f}x",
+                    f"{row['divergence']:.3g}",
+                    f"{row['excess']:+.3g} ± {row['excess_se']:.1g}",
+                    shown(row["score"]),
+                    difference(row),
+                    listed(chosen_by.get(row["t_switch"], [])),
+                )
+                for row in rows
+            ],
+        ),
+        "",
+        f"![Score and divergence against t_switch]({picture})",
+        "",
+    ]
+    if KNEE not in of_set["rules"]:
+        lines.append("- calibrate.py found no knee in the mean curve: its default rule chooses nothing here.")
+    lines += [f"- {verdict(rule, by_switch[t_switch], grid)}" for rule, t_switch in of_set["rules"].items()]
+    knees = ["none" if t is None else str(t) for t in of_set["knees"]]
+    lines.append(f"- The knee of each seed's own shallow network: {', '.join(knees)}.")
+    lines.append(f"- {correlations(grid)}")
+    return "\n".join(lines)
+
+
+def switches_with_scores(of_set: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What calibrate.py says of each switch beside what its samples scored."""
+    labels = of_set["scores"]["labels"]
+    return [
+        {**switch, **{key: label[key] for key in ("score", "difference")}, "measured_speed_up": label["speed_up"]}
+        for switch, label in zip(of_set["switches"], labels, strict=True)
+    ]
+
+
+def verdict(rule: str, chosen: Mapping[str, Any], grid: Sequence[Mapping[str, Any]]) -> str:
+    """Whether a rule's switch is as fast as the grid's best, and within 5 % of it; and of those as fast as itself."""
+    best = min(grid, key=score_of)
+    as_fast = [row for row in grid if not slower(row, chosen)]
+    excess, ok = against(chosen, best)
+    speed = "slower than it" if slower(chosen, best) else "as fast or faster"
+    text = f"{rule} chose t_switch {chosen['t_switch']}: {excess} the best of the grid (t_switch {best['t_switch']}), "
+    text += (
+        f"{speed}; within {WITHIN:.0%} at the same speed or better: {'yes' if ok and speed[0] == 'a' else '**no**'}."
+    )
+    if not as_fast:
+        return text + " It is faster than all of the grid."
+    rival = min(as_fast, key=score_of)
+    if rival is not best:
+        excess, ok = against(chosen, rival)
+        text += f" Of the grid's switches that are as fast as it, t_switch {rival['t_switch']} is the best: {excess} "
+        text += f"it; within {WITHIN:.0%}: {'yes' if ok else '**no**'}."
+    return text
+
+
+def against(chosen: Mapping[str, Any], best: Mapping[str, Any]) -> tuple[str, bool]:
+    """ "1.2 % above", and whether that is within 5 %."""
+    more = score_of(chosen) / score_of(best) - 1
+    return f"{abs(more):.1%} {'above' if more >= 0 else 'below'}".replace("%", " %"), more <= WITHIN
+
+
+def score_of(row: Mapping[str, Any]) -> float:
+    return row["score"]["mean"]
+
+
+def slower(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """By the steps that the full network runs, which no machine's mood changes."""
+    return row["steps_of_each"][1] > other["steps_of_each"][1]
+
+
+def correlations(grid: Sequence[Mapping[str, Any]]) -> str:
+    from scipy.stats import pearsonr, spearmanr
+
+    scores, texts = [score_of(row) for row in grid], []
+    for name in ("divergence", "excess"):
+        values = [row[name] for row in grid]
+        both = pearsonr(values, scores).statistic, spearmanr(values, scores).statistic
+        texts.append(f"of {name} and score {both[0]:.2f} (of their ranks {both[1]:.2f})")
+    return f"Correlation over the grid: {', '.join(texts)}."
+
+
+def draw_switches(path: Path, of_set: Mapping[str, Any]) -> None:
+    from common.plots import plot_switches
+
+    rows = switches_with_scores(of_set)
+    plot_switches(
+        path,
+        [row["t_switch"] for row in rows],
+        [(row["score"]["mean"], row["score"]["half_width"]) for row in rows],
+        [row["divergence"] for row in rows],
+        of_set["rules"],
+    )
+
+
+def repeating(measured: Sequence[Mapping[str, Any]]) -> str:
+    """How much of the numbers the next run may find otherwise."""
+    lines = ["## How much a repeat may differ", ""]
+    for of_set in measured:
+        labels = [label for name in ("table", "variants", "scores") for label in of_set[name]["labels"]]
+        widths = {}
+        for name in ("score", "seconds_per_image"):
+            relative = [(label[name]["half_width"] or 0) / label[name]["mean"] for label in labels]
+            widths[name] = f"{sorted(relative)[len(relative) // 2]:.1%}".replace("%", " %")
+            widths[name] += f" ({max(relative):.1%})".replace("%", " %")
+        lines.append(
+            f"- {of_set['name']}: half of the interval is, in the middle (at most), {widths['score']} of a score and "
+            f"{widths['seconds_per_image']} of the seconds."
+        )
+    lines += [
+        "",
+        "On the same machine and with the same versions training and samples repeat themselves but for the numbers of "
+        "steps at equal time and the calibrated switch, which follow from measured times; another CPU or version of "
+        "torch rounds differently, and after thousands of steps of training its networks are other ones of the same "
+        "kind, as with another seed. The intervals are over sampling seeds and shallow networks: they do not tell how "
+        "another full network would score.",
+    ]
+    return "\n".join(lines)
+
+
+def comparison_table(labels: Sequence[Mapping[str, Any]]) -> str:
+    from compare import flops_unit
+
+    unit, name = flops_unit(max(label["flops_per_image"] for label in labels))
+    rows = [
+        (
+            label["label"],
+            shown(label["score"]),
+            difference(label),
+            f"{1000 * label['seconds_per_image']['mean']:.2f}",
+            f"{label['flops_per_image'] / unit:.3g}",
+            f"{label['speed_up']:.2f}x",
+        )
+        for label in labels
+    ]
+    return "\n".join(markdown_table(("", "score", "minus full", "ms/image", f"{name}/image", "speed-up"), rows))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def shown(estimate: Mapping[str, float | None], sign: str = "") -> str:
+    text = f"{estimate['mean']:{sign}.2f}"
+    return text if estimate["half_width"] is None else f"{text} ± {estimate['half_width']:.2f}"
+
+
+def difference(label: Mapping[str, Any]) -> str:
+    """To the first label; nothing for that one itself."""
+    of = label["difference"]
+    return "" if of is None or of["mean"] == 0 == of["half_width"] else shown(of, "+")
+
+
+def judged(label: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """In words, what its score is against the first one's."""
+    of, scale = label["difference"], first["score"]["mean"]
+    relative = f"{of['mean'] / scale:+.1%}".replace("%", " %")
+    if of["half_width"] is None or abs(of["mean"]) <= of["half_width"]:
+        return f"no difference in score from {first['label']} that these seeds could tell ({relative})"
+    return f"the score is {'worse' if of['mean'] > 0 else 'better'} than that of {first['label']} ({relative})"
+
+
+def beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Faster, and with a better mean score."""
+    return (
+        one["seconds_per_image"]["mean"] < other["seconds_per_image"]["mean"]
+        and one["score"]["mean"] < other["score"]["mean"]
+    )
+
+
+def listed(words: Sequence[str]) -> str:
+    return ", ".join(words)

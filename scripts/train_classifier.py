@@ -1,0 +1,110 @@
+"""Train a small classifier of a dataset's classes: its features are what small images are scored with.
+
+It writes a TorchScript module that maps uint8 (N, C, H, W) to the 64 features before its last layer, for
+fid.py --feature_extractor. scripts/digits_classifier.pt came of
+
+    python scripts/train_classifier.py --dataset digits --img_size 8 --in_chans 1 --num_classes 10 \\
+        --output scripts/digits_classifier.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import SEED, Parser, existing_path, whole
+from common.errors import InputError, command
+from common.files import replacing, writable_folder
+from data import DATASETS, open_dataset
+
+BATCH_SIZE, HELD_OUT = 128, 297
+LEAST_SIDE = 2  # of the features before the last layers
+
+
+class Classifier(nn.Module):
+    """Features for scoring; `classify` is for training and for judging it."""
+
+    def __init__(self, img_size: int, in_chans: int, num_classes: int) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(in_chans, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+        channels, side = 32, img_size
+        while side > LEAST_SIDE:
+            layers += [nn.Conv2d(channels, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)]
+            channels, side = 64, side // 2
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side**2, 64))
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> (N, 64)."""
+        return self.features(images.float() / 127.5 - 1)
+
+    @torch.jit.export
+    def classify(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> logits (N, num_classes)."""
+        return self.head(F.relu(self.forward(images)))
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dataset", choices=tuple(DATASETS), required=True)
+    parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
+    parser.add_argument("--img_size", type=whole(LEAST_SIDE), required=True, help="side of the images")
+    parser.add_argument("--in_chans", type=whole(1), default=3, help="channels: 3 colour, 1 grey")
+    parser.add_argument("--num_classes", type=whole(2), required=True)
+    parser.add_argument("--n_steps", type=whole(1), default=1500, help=f"optimiser steps of {BATCH_SIZE} images")
+    parser.add_argument("--seed", type=SEED, default=0, help="weights and batches follow from it")
+    parser.add_argument("--output", type=Path, required=True, help="the TorchScript file")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    shape = {"img_size": args.img_size, "in_chans": args.in_chans, "num_classes": args.num_classes}
+    dataset = open_dataset(args.dataset, args.data_path, **shape)
+    if len(dataset) < 2 * HELD_OUT:
+        raise InputError(f"{len(dataset)} images are too few: {HELD_OUT} are held out, and more are to learn from")
+    writable_folder(args.output.parent)
+    images, labels = dataset.__getitems__(torch.randperm(len(dataset)).tolist())
+    classifier = Classifier(**shape)
+    train(classifier, images[HELD_OUT:], labels[HELD_OUT:], args.n_steps)
+
+    parts = {"training": slice(HELD_OUT, None), "held-out": slice(0, HELD_OUT)}
+    for name, part in parts.items():
+        print(f"{name} accuracy {accuracy(classifier, images[part], labels[part]):.4f}")
+    with replacing(args.output) as temporary:
+        torch.jit.script(classifier).save(str(temporary))
+    print(f"{args.output} ({args.output.stat().st_size / 1024:.0f} KB)")
+
+
+def train(classifier: Classifier, images: Tensor, labels: Tensor, n_steps: int) -> None:
+    """images: uint8 (N, C, H, W). labels: (N,). Leaves the classifier in evaluation mode."""
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    for _ in range(n_steps):
+        chosen = torch.randint(len(images), (BATCH_SIZE,))
+        loss = F.cross_entropy(classifier.classify(images[chosen]), labels[chosen], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    classifier.eval()
+
+
+@torch.no_grad()
+def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+    """The share of images that it puts into their class."""
+    return (classifier.classify(images).argmax(1) == labels).float().mean().item()
+
+
+if __name__ == "__main__":
+    main()

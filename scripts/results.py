@@ -64,6 +64,7 @@ class ImageSet:
     extractor: Path  # of the features that samples are scored in
     classifier_steps: int = 0  # that it is trained for; 0: it is there
     data: tuple[str, ...]  # flags
+    training_batch: int = 128
     full_steps: int
     shallow_steps: int  # on all timesteps; other kinds of training have the same time
     exit_steps: int
@@ -158,7 +159,7 @@ def digits() -> ImageSet:
         extractor=Path("scripts/digits_classifier.pt"),
         data=("--dataset", "digits"),
         full_steps=2000,
-        shallow_steps=2000,
+        shallow_steps=1500,
         exit_steps=1000,
         n_samples=1000,
     )
@@ -177,8 +178,9 @@ def colour(work: Path, folder: Path, is_emoji: bool) -> ImageSet:
         extractor=work / name / "classifier.pt",
         classifier_steps=600,
         data=("--dataset", "folder", "--data_path", str(folder)),
-        full_steps=5000,
-        shallow_steps=2000,
+        training_batch=64,
+        full_steps=4500,
+        shallow_steps=1500,
         exit_steps=1000,
         n_samples=500,
     )
@@ -259,7 +261,8 @@ class Experiment:
         self.images, self.work, self.run = images, writable_folder(work), run
         self.data = images.data
         self.full = self.checkpoint("full")
-        self.sampling = ("--solver", SOLVER, "--steps", images.sampling_steps)
+        # The same numbers everywhere: not every machine calculates in bf16.
+        self.sampling = ("--solver", SOLVER, "--steps", images.sampling_steps, "--precision", "fp32")
 
     def measure(self) -> dict[str, Any]:
         """Everything, as plain values, which are also kept in results.json."""
@@ -329,7 +332,7 @@ class Experiment:
     ) -> None:
         """Go on with what is there of it; a training that was begun with others' weights goes on with its own."""
         argv = [*flags, "--config_path", f"configs/{config}.yaml", "--exp_name", name, "--n_steps", n_steps]
-        argv += [*self.data, "--batch_size", 128, "--lr", 2e-3, "--beta1", 0.9, "--num_warmup_steps", 100]
+        argv += [*self.data, "--batch_size", self.images.training_batch, "--lr", 2e-3, "--beta1", 0.9, "--num_warmup_steps", 100]
         argv += ["--log_every_n_steps", log_every, "--save_every_n_steps", 500, "--preview_steps", 0]
         argv += ["--log_path", self.work, "--seed", seed]
         going_on = None

@@ -161,7 +161,7 @@ def verify(
     sampling += (
         ["--clip_x0"] * args.clip_x0 + ["--quiet"] * args.quiet + ["--allow_outside_range"] * args.allow_outside_range
     )
-    sampling += ["--guidance_scale", args.guidance_scale, "--precision", args.precision, "--weights", args.weights]
+    sampling += ["--precision", args.precision, "--weights", args.weights]
     sampling += ["--batch_size", min(args.batch_size, args.n_samples), "--n_samples", args.n_samples]
     scoring = ["--dataset", args.dataset, "--feature_extractor", args.feature_extractor] + ["--quiet"] * args.quiet
     for argv, names in (
@@ -175,7 +175,8 @@ def verify(
     for number in sorted(numbers):
         name = "-".join(map(str, name_of(calibration, options[number]).replace("+ ", "").split()))
         schedule = folder / f"{name}.yaml"
-        write_schedule(schedule, ScheduleFile(stages=stages_of(calibration, options[number], files)))
+        stages = stages_of(calibration, options[number], files, args.guidance_scale)
+        write_schedule(schedule, ScheduleFile(stages=stages))
         for seed in args.sample_seeds:
             samples = folder / f"{name}_seed-{seed}"
             run(sampler.main, ["--schedule", schedule, "--seed", seed, "--output_folder", samples, *sampling])

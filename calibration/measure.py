@@ -57,7 +57,7 @@ def measure_predictions(
 
     known: of each network, the timesteps that it may be asked about. solver: what makes eps of a model output.
     conditional: give the networks the images' labels. The noise depends on the seed, the image's place among the
-    indices and the timestep.
+    indices and the timestep's in its list.
     """
     shape = (len(denoisers), len(timesteps), len(indices))
     error, distance = np.full(shape, np.nan), np.full(shape, np.nan)

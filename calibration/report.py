@@ -118,13 +118,21 @@ def mean_and_se_of(scores: Sequence[float]) -> tuple[float, float]:
     return mean_and_se(np.array(scores)) if len(scores) > 1 else (scores[0], 0.0)
 
 
-def stages_of(calibration: Calibration, option: Option, files: Sequence[tuple[Path, Path | None]]) -> list[Stage]:
-    """files: weights and description of each network."""
+def stages_of(
+    calibration: Calibration, option: Option, files: Sequence[tuple[Path, Path | None]], guidance_scale: float
+) -> list[Stage]:
+    """files: weights and description of each network. guidance_scale: that it was measured with; 0 is left unsaid."""
     timesteps, networks = calibration.steps.timesteps, option.networks
     starts = [i for i in range(len(networks)) if i == 0 or networks[i] != networks[i - 1]]
     highest = [timesteps[i] for i in starts]
     return [
-        Stage(checkpoint_path=files[networks[i]][0], config_path=files[networks[i]][1], t_min=lowest, t_max=t)
+        Stage(
+            checkpoint_path=files[networks[i]][0],
+            config_path=files[networks[i]][1],
+            t_min=lowest,
+            t_max=t,
+            guidance_scale=guidance_scale or None,
+        )
         for i, t, lowest in zip(starts, highest, [*(t + 1 for t in highest[1:]), 0], strict=True)
     ]
 
@@ -165,7 +173,7 @@ def save(
     files: weights and description of each network. scores: see `as_table`.
     """
     chosen, timesteps = calibration.chosen, calibration.steps.timesteps
-    values, stages = option_values(calibration, chosen), stages_of(calibration, chosen, files)
+    values, stages = option_values(calibration, chosen), stages_of(calibration, chosen, files, args.guidance_scale)
     write_schedule(
         path,
         ScheduleFile(stages=stages, t_switch=values.get("t_switch"), calibration=about(calibration, args) | values),

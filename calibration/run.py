@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from diffusion import NoiseSchedule
 from diffusion.divergence import step_weights
 from diffusion.solvers import make_solver, spaced_timesteps
 from generation.run import guide
+from models.flops import uvit_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network, check_range
 
@@ -51,6 +53,7 @@ def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: tor
     solver = make_solver(args.solver, schedule, config.parametrization, args.eta, args.clip_x0)
     if args.clip_x0 and config.autoencoder:
         raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
+    check_growing(networks)
     known = [range(schedule.num_timesteps)] * len(networks)
     if not args.allow_outside_range:
         known = [network.config.trained_timesteps for network in networks]
@@ -104,3 +107,12 @@ def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: tor
     if args.speedup is not None or args.budget is not None:
         rule = f"speedup {args.speedup:g}" if args.budget is None else f"budget {args.budget:g}"
     return Calibration(networks, predictions, steps, random, last_shift, options, chosen, others, rule)
+
+
+def check_growing(networks: Sequence[Network]) -> None:
+    """Raises InputError unless each network calculates at least as much as the one before it, so that it is slower."""
+    for one, other in itertools.pairwise(networks):
+        if uvit_flops(one.module) > uvit_flops(other.module):
+            raise InputError(
+                f"{one.path} is larger than {other.path}: give the networks from small to large, the full one last"
+            )

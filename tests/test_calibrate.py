@@ -123,6 +123,8 @@ def test_classes_and_guidance(runs, tmp_path, run_quietly, fails):
         contents(tmp_path / f"{name}.yaml")["networks"][0]["error"]["mean"] for name in ("plain", "guided")
     )
     assert not np.allclose(plain, guided)
+    scales = [[s.guidance_scale for s in read_schedule(tmp_path / f"{n}.yaml").stages] for n in ("plain", "guided")]
+    assert set(scales[0]) == {None} and set(scales[1]) == {1}, "it is sampled as it was measured"
     classes = runs / "classes" / "digits_uvit_last.pth"
     flags = ["--checkpoint_path", classes, classes, *QUICK, "--guidance_scale", 1, "--output", tmp_path / "x.yaml"]
     fails(calibrate.main, flags, "--guidance_scale 1", "no class")
@@ -133,7 +135,8 @@ def test_refusals(pair, shallow, middle, full, runs, tmp_path, fails):
     fails(calibrate.main, ["--checkpoint_path", full, *QUICK, *out], "two networks or more")
     classes = runs / "classes" / "digits_uvit_last.pth"
     fails(calibrate.main, ["--checkpoint_path", classes, full, *QUICK, *out], "num_classes (10 and -1)")
-    fails(calibrate.main, ["--checkpoint_path", full, middle, *QUICK, *out], "trained on t = 10..19 alone")
+    fails(calibrate.main, ["--checkpoint_path", shallow, middle, *QUICK, *out], "trained on t = 10..19 alone")
+    fails(calibrate.main, ["--checkpoint_path", full, shallow, *QUICK, *out], "from small to large")
     fails(calibrate.main, [*pair, *out, "--n_images", 5000], "--n_images 5000: the dataset has 1797")
     fails(calibrate.main, [*pair, *out, "--steps", 21], "--steps 21")
     fails(calibrate.main, [*pair, *out, "--speedup", 500], "--speedup 500", "is the most these networks can do")

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import InputError
 
-KNEE = 1.5  # how many times dearer than the time saved before it the last time saved may be
+DEARER = 1.5  # how many times dearer than the time saved before it the last time saved may be
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,14 +156,14 @@ def choose(options: Sequence[Option], speed_up: float | None = None, budget: flo
     found = knee(options)
     if found is options[-1] and len(options) > 1:
         raise InputError(
-            f"time saved never gets {KNEE:g} times as dear as what was saved before, up to {found.speed_up:.2f}x: the "
+            f"up to {found.speed_up:.2f}x time saved never gets {DEARER:g} times as dear as what was saved before: the "
             "curve has no knee; say --speedup or --budget"
         )
     return found
 
 
 def knee(options: Sequence[Option]) -> Option:
-    """The fastest option at which time is not yet KNEE times as dear as before.
+    """The fastest option at which time is not yet DEARER times as dear as before.
 
     The price of time is the divergence that the step to an option adds, over the time that this step saves; it is
     held against the mean price of all time saved up to there. The ratio is the slope of the curve in logarithms: 1
@@ -180,7 +180,7 @@ def knee(options: Sequence[Option]) -> Option:
             (option.divergence - slowest.divergence) / saved,
             (option.divergence - before.divergence) / saved_here,
         )
-        if price_here <= KNEE * price:
+        if price_here <= DEARER * price:
             chosen = option
         before = option
     return chosen

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from calibration.choice import KNEE, Option, mean_and_se
-from calibration.run import Calibration
+from calibration.choice import DEARER, Option, mean_and_se
+from calibration.run import KNEE, KNEE_OF_DDPM, Calibration
 from common.files import write_json
 from common.plots import Curve, plot_calibration
 from common.tables import table
@@ -25,9 +25,10 @@ def in_words(calibration: Calibration) -> str:
     """What was chosen, by which rule, and how certain that is."""
     chosen, timesteps = calibration.chosen, calibration.steps.timesteps
     n = calibration.predictions.error.shape[-1]
-    what = f"--{calibration.rule}"
-    if calibration.rule == "knee":
-        what = f"the knee: beyond, time saved gets more than {KNEE:g} times as dear as what was saved before"
+    what = calibration.rule
+    if what in (KNEE, KNEE_OF_DDPM):
+        curve = "" if what == KNEE else " of the divergence that ddpm has at these steps"
+        what = f"the knee{curve}: beyond, time saved gets more than {DEARER:g} times as dear as what was saved before"
     lines = [f"chosen: {name_of(calibration, chosen)}, predicted {chosen.speed_up:.2f}x ({what})"]
     if len(calibration.networks) == 2:
         low, high = np.percentile([o.t_switch(timesteps) for o in calibration.others], [5, 95], method="nearest")

@@ -10,18 +10,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from calibration.choice import Option, Steps, cascades, choose, chosen_of_other_images, switches
+from calibration.choice import Option, Steps, cascades, choose, chosen_of_other_images, evaluated, switches
 from calibration.measure import Predictions, choose_images, measure_predictions, seconds_per_call
 from common.devices import DTYPES
 from common.errors import InputError
 from data import open_dataset
 from diffusion import NoiseSchedule
 from diffusion.divergence import step_weights
-from diffusion.solvers import make_solver, spaced_timesteps
+from diffusion.solvers import Solver, make_solver, spaced_timesteps
 from generation.run import guide
 from models.flops import uvit_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network, check_range
+
+KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by their option
 
 
 class Calibration(NamedTuple):
@@ -92,21 +94,42 @@ def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: tor
         quiet=args.quiet,
     )
 
+    steps, random = weighed(predictions, solver, timesteps, costs)
+    rule, judge = rule_of(args), steps
+    if rule == KNEE and not random:
+        # Squared shifts grow too evenly to have a knee where scores begin to suffer.
+        rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", schedule, config.parametrization)
+        judge, _ = weighed(predictions, ancestral, timesteps, costs)
+    free = getattr(args, "free", False)
+    options = switches(judge) if len(networks) == 2 and not free else cascades(judge, free)
+    choices = [
+        choose(options, args.speedup, args.budget),
+        *chosen_of_other_images(judge, options, args.speedup, args.budget),
+    ]
+    numbers = [options.index(option) for option in choices]
+    options = [evaluated(steps, option.networks) for option in options]
+    chosen, *others = (options[number] for number in numbers)
+    last = step_weights(solver, timesteps).shift[-1] ** 2 * predictions.distance[:, -1].mean(axis=-1)
+    return Calibration(networks, predictions, steps, random, last, options, chosen, others, rule)
+
+
+def weighed(
+    predictions: Predictions, solver: Solver, timesteps: Sequence[int], costs: Sequence[float]
+) -> tuple[Steps, bool]:
+    """What the predictions come to under a solver, and whether that draws noise: divergence, or squared shifts."""
     weights = step_weights(solver, timesteps)
     weight = np.where(weights.random, weights.kl, weights.shift**2)[:, None]  # (S, 1)
     divergence, excess = weight * predictions.distance, weight * (predictions.error - predictions.error[-1])
-    last_shift, random = divergence[:, -1].mean(axis=-1), bool(weights.random.any())
-    if random:  # the last step adds no noise: another network than the full one would be infinitely far from it
+    if random := bool(weights.random.any()):
+        # The last step adds no noise: another network than the full one would be infinitely far from it.
         divergence[:-1, -1] = excess[:-1, -1] = np.nan
-    steps = Steps(timesteps, np.array(costs), divergence, excess)
-    free = getattr(args, "free", False)
-    options = switches(steps) if len(networks) == 2 and not free else cascades(steps, free)
-    chosen = choose(options, args.speedup, args.budget)
-    others = chosen_of_other_images(steps, options, args.speedup, args.budget)
-    rule = "knee"
-    if args.speedup is not None or args.budget is not None:
-        rule = f"speedup {args.speedup:g}" if args.budget is None else f"budget {args.budget:g}"
-    return Calibration(networks, predictions, steps, random, last_shift, options, chosen, others, rule)
+    return Steps(timesteps, np.array(costs), divergence, excess), random
+
+
+def rule_of(args: argparse.Namespace) -> str:
+    if args.speedup is not None:
+        return f"--speedup {args.speedup:g}"
+    return KNEE if args.budget is None else f"--budget {args.budget:g}"
 
 
 def check_growing(networks: Sequence[Network]) -> None:

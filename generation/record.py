@@ -46,7 +46,10 @@ DECIDING = (
 )
 # Those of them that came later, and what they are where nothing is said: that is not recorded, so that folders made
 # before can be gone on with.
-DECIDING_LATER = {"stages": None, "cache_interval": 1, "cache_outer": 1, "speedup": None, "budget": None}
+DECIDING_LATER = {
+    **{"stages": None, "cache_interval": 1, "cache_outer": 1},
+    **{"dataset": None, "n_images": 256, "speedup": None, "budget": None},  # of --t_switch auto
+}
 # The options that decide how long they take: images made under others are not timed together.
 CONDITIONS = ("batch_size", "compile", "offload", "min_group")
 

@@ -332,7 +332,8 @@ class Experiment:
     ) -> None:
         """Go on with what is there of it; a training that was begun with others' weights goes on with its own."""
         argv = [*flags, "--config_path", f"configs/{config}.yaml", "--exp_name", name, "--n_steps", n_steps]
-        argv += [*self.data, "--batch_size", self.images.training_batch, "--lr", 2e-3, "--beta1", 0.9, "--num_warmup_steps", 100]
+        argv += [*self.data, "--batch_size", self.images.training_batch]
+        argv += ["--lr", 2e-3, "--beta1", 0.9, "--num_warmup_steps", 100]
         argv += ["--log_every_n_steps", log_every, "--save_every_n_steps", 500, "--preview_steps", 0]
         argv += ["--log_path", self.work, "--seed", seed]
         going_on = None

@@ -45,10 +45,10 @@ def introduction(measured: Sequence[Mapping[str, Any]], machine: Mapping[str, An
         f"this page anew. Machine: {about}.",
         "",
         f"Each score is the mean over {seeds} seeds ± half of its {table['confidence']:.0%} confidence interval",
-        "(Student's t); lower is better. A seed is that of the samples and, with it, of the shallow network's training;",
-        "the full network and the early-exit heads were trained once. Differences are paired: the same seed, so the same",
-        "noise. An effect counts as one here if the interval of its difference leaves out 0. FLOPs do not depend on the",
-        "machine, seconds do.",
+        "(Student's t); lower is better. A seed is that of the samples and, with it, of the shallow network's",
+        "training; the full network and the early-exit heads were trained once. Differences are paired: the same",
+        "seed, so the same noise. An effect counts as one here if the interval of its difference leaves out 0. FLOPs",
+        "do not depend on the machine, seconds do.",
     ]
     return "\n".join(lines)
 
@@ -102,9 +102,9 @@ def training(of_set: Mapping[str, Any]) -> str:
         "### Training the shallow network, at equal time",
         "",
         f"A step of distillation, in turns with plain ones, ran at {min(ratios):.2f} to {max(ratios):.2f} of their "
-        f"speed in {len(ratios)} rounds; so it had fewer steps. The full network, which two of the kinds learn from, was "
-        f"there anyway: its training is not counted. All sampled with the switch at t = {of_set['t_switch']}, above "
-        "which lies their own range.",
+        f"speed in {len(ratios)} rounds; so it had fewer steps. The full network, which two of the kinds learn from, "
+        "was there anyway: its training is not counted. All sampled with the switch at "
+        f"t = {of_set['t_switch']}, above which lies their own range.",
         "",
         *markdown_table(
             ("shallow network", "steps", "score", "minus all timesteps"),

@@ -73,6 +73,20 @@ def test_deterministic_solvers_speak_of_shifts(solver, pair, tmp_path, run_quiet
     assert alone.t_max == 19 and alone.t_min == 0
 
 
+def test_without_noise_the_knee_is_that_of_ddpm(pair, tmp_path, run_quietly, fails):
+    """Both say the same, be it that there is none: with the same images, noise and steps."""
+    chosen = []
+    for solver in ("ddpm", "ddim"):
+        out = tmp_path / f"{solver}.yaml"
+        run_quietly(calibrate.main, [*pair, "--solver", solver, "--steps", 20, "--seed", 3, "--output", out])
+        chosen.append(contents(out))
+    ancestral, deterministic = chosen
+    assert (ancestral["rule"], deterministic["rule"]) == ("knee", "knee of ddpm")
+    assert ancestral["chosen"]["t_switch"] == deterministic["chosen"]["t_switch"]
+    assert deterministic["measure"] == "squared shift"
+    assert deterministic["chosen"]["divergence"] != ancestral["chosen"]["divergence"]
+
+
 def test_the_schedule_samples(pair, shallow, full, tmp_path, run_quietly):
     """What calibrate.py writes sampler.py reads, and it makes what the plain number makes."""
     out = tmp_path / "c.yaml"

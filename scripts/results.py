@@ -35,6 +35,7 @@ THRESHOLDS = (0.1, 0.2)  # of early exit
 INTERVALS = (2, 3)  # of caching
 SPEEDUP = 1.5  # that one of the rules for the switch asks for
 KNEE, KNEEDLE, LEAST_EXCESS, NO_EXCESS = "knee", "farthest from the chord", "least excess", "fastest without excess"
+AT_SPEEDUP = f"speed-up {SPEEDUP:g}"
 TIMED_ROUNDS = 5
 # How the shallow network learns, beside --t_min of its own range: which help of the full one it has.
 VARIANTS = {
@@ -158,7 +159,7 @@ def digits() -> ImageSet:
         extractor=Path("scripts/digits_classifier.pt"),
         data=("--dataset", "digits"),
         full_steps=2000,
-        shallow_steps=2000,
+        shallow_steps=1500,
         exit_steps=1000,
         n_samples=1000,
     )
@@ -271,7 +272,8 @@ class Experiment:
         calibrations = [self.calibrate(seed) for seed in SEEDS]
         options = averaged(calibrations)
         rules = chosen_by_rules(options)
-        chosen = rules.get(KNEE) or rules[f"speed-up {SPEEDUP:g}"]
+        rule = KNEE if KNEE in rules else AT_SPEEDUP
+        chosen = rules[rule]
         for seed in SEEDS:
             for name in VARIANTS:
                 self.train_shallow(name, seed, steps[name], t_min=chosen["t_switch"] + 1)
@@ -287,6 +289,7 @@ class Experiment:
             "sampling": {"solver": SOLVER, "steps": self.images.sampling_steps},
             "blocks": [network["blocks"] for network in calibrations[0]["networks"]],
             "t_switch": chosen["t_switch"],
+            "rule": rule,
             "grid": sorted(grid_of(options), reverse=True),
             "switches": list(switches.values()),
             "rules": {name: option["t_switch"] for name, option in rules.items()},
@@ -386,12 +389,12 @@ class Experiment:
             name = f"early exit {threshold:g}"
             runs.append((name, self.sampled(name, seed, *exits, "--threshold", threshold, script="eesampler")))
         for interval in INTERVALS:
-            name = f"caching, every {interval}"
+            name = f"caching every {interval}"
             runs.append((name, self.sampled(name, seed, *full, "--cache_interval", interval)))
         both = self.duo(t_switch, seed, "all timesteps", "--cache_interval", INTERVALS[0])
-        runs.append((f"DuoDiff, caching, every {INTERVALS[0]}", both))
+        runs.append((f"DuoDiff + caching every {INTERVALS[0]}", both))
         for solver, steps in (("ddpm", n // 2), ("dpmsolver++", n // 2), ("dpmsolver++", n // 5)):
-            name = f"full, {solver}, {steps} steps"
+            name = f"full by {solver} in {steps} steps"
             runs.append((name, self.sampled(name, seed, *full, "--solver", solver, "--steps", steps)))
         runs.append(("shallow alone", self.sampled("shallow alone", seed, "--checkpoint_path", shallow)))
         return runs
@@ -468,7 +471,7 @@ def chosen_by_rules(options: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
         KNEEDLE: max(options, key=from_chord),
         LEAST_EXCESS: min(options, key=lambda option: option["excess"]),
         NO_EXCESS: [option for option in options if option["excess"] <= 2 * option["excess_se"]][-1],
-        f"speed-up {SPEEDUP:g}": next((o for o in options if o["speed_up"] >= SPEEDUP), options[-1]),
+        AT_SPEEDUP: next((o for o in options if o["speed_up"] >= SPEEDUP), options[-1]),
     }
     found = knee_or_none(options)
     of_knee = {KNEE: next(option for option in options if option["t_switch"] == found)} if found is not None else {}

@@ -89,7 +89,7 @@ class Runner:
         self.seconds: dict[str, float] = read_json(self.path) if self.path.exists() else {}
 
     def __call__(self, module: str, *argv: object, going_on: Sequence[str] | None = None) -> None:
-        """going_on: the arguments in place of argv, where a part is done already."""
+        """going_on: the arguments in place of argv, where a part is done already; empty if all of it is."""
         script = f"-m {module}" if "." in module else f"{module}.py"
         words = [str(word) for word in argv]
         line = f"python {script} {shlex.join(words)}"
@@ -97,9 +97,10 @@ class Runner:
             return
         if going_on is not None:
             words = [str(word) for word in going_on]
-        print(f"\n$ python {script} {shlex.join(words)}", flush=True)
+        print(f"\n$ python {script} {shlex.join(words)}" if words else f"done before: {line}", flush=True)
         started = time.perf_counter()
-        importlib.import_module(module).main(words)
+        if words:
+            importlib.import_module(module).main(words)
         self.seconds[line] = time.perf_counter() - started
         write_json(self.path, self.seconds)
 
@@ -330,15 +331,19 @@ class Experiment:
     def train(
         self, script: str, name: str, config: str, n_steps: int, seed: int, *flags: object, log_every: int = 500
     ) -> None:
-        """Go on with what is there of it; a training that was begun with others' weights goes on with its own."""
+        """Go on with what is there of it. A training that was begun with others' weights goes on with its own."""
+        from training.checkpoint import step_of
+
         argv = [*flags, "--config_path", f"configs/{config}.yaml", "--exp_name", name, "--n_steps", n_steps]
         argv += [*self.data, "--batch_size", 128, "--lr", 2e-3, "--beta1", 0.9, "--num_warmup_steps", 100]
         argv += ["--log_every_n_steps", log_every, "--save_every_n_steps", 500, "--preview_steps", 0]
         argv += ["--log_path", self.work, "--seed", seed]
         going_on = None
-        if any((self.work / name).glob("*_last.pth")):
+        for checkpoint in (self.work / name).glob("*_last.pth"):
             start = argv.index("--init_from") if "--init_from" in argv else len(argv)
-            going_on = [*argv[:start], *argv[start + 2 :], "--resume"]
+            # Stopped between its last checkpoint and the note that it is done, a training has nothing left to do.
+            finished = step_of(checkpoint) == n_steps
+            going_on = [] if finished else [*argv[:start], *argv[start + 2 :], "--resume"]
         self.run(script, *argv, going_on=going_on)
 
     def train_shallow(self, variant: str, seed: int, n_steps: int, t_min: int = 0) -> None:

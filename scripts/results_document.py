@@ -184,6 +184,8 @@ def verdict(rule: str, chosen: Mapping[str, Any], grid: Sequence[Mapping[str, An
     rival = min(as_fast, key=score_of)
     if rival is best:
         return text
+    if rival is chosen:
+        return f"{text} Of those as fast as the chosen one none has a better mean score."
     return (
         f"{text} Of those as fast as the chosen one the best is t_switch {rival['t_switch']}: {against(chosen, rival)}."
     )

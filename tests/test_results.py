@@ -68,7 +68,7 @@ def measured(tmp_path):
         "rule": "knee",
         "grid": [999, 799, 599, 199],
         "switches": OPTIONS,
-        "rules": {"knee": 399, "least excess": 599},
+        "rules": {"knee": 399, "least excess": 599, "speed-up 1.5": 199},
         "knees": [399, 599, None],
         "table": compared(
             tmp_path,
@@ -109,6 +109,8 @@ def test_the_document_says_what_the_numbers_say(measured, tmp_path):
         "within 5 %: yes.",
         "least excess chose t_switch 599. The best of the grid is t_switch 999: the chosen one scores 4.0 % above it; "
         "within 5 %: yes.",
+        "speed-up 1.5 chose t_switch 199. The best of the grid is t_switch 999: the chosen one scores 40.0 % above it; "
+        "within 5 %: **no**. At its speed or faster: yes. Of those as fast as the chosen one none has a better mean",
         "own shallow network: 399, 599, none.",
         "(of their ranks 1.00)",
     ):
@@ -162,6 +164,7 @@ def test_a_command_that_is_done_is_not_done_again(tmp_path, monkeypatch, capsys)
     run("compare", "a b", 1)
     results.Runner(tmp_path)("compare", "a b", 1)
     results.Runner(tmp_path)("compare", "a b", 2, going_on=["--resume"])
+    results.Runner(tmp_path)("compare", "a b", 3, going_on=[])
     assert calls == [["a b", "1"], ["--resume"]]
     assert "$ python compare.py 'a b' 1\n" in capsys.readouterr().out
 

@@ -211,7 +211,7 @@ def plot_switches(
     axes.set_ylabel("score", color=BLUE)
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside lower center", ncols=5)
     _save(figure, path)
 
 

@@ -35,6 +35,7 @@ THRESHOLDS = (0.1, 0.2)  # of early exit
 INTERVALS = (2, 3)  # of caching
 SPEEDUP = 1.5  # that one of the rules for the switch asks for
 KNEE, KNEEDLE, LEAST_EXCESS, NO_EXCESS = "knee", "farthest from the chord", "least excess", "fastest without excess"
+AT_SPEEDUP = f"speed-up {SPEEDUP:g}"
 TIMED_ROUNDS = 5
 # How the shallow network learns, beside --t_min of its own range: which help of the full one it has.
 VARIANTS = {
@@ -89,7 +90,7 @@ class Runner:
         self.seconds: dict[str, float] = read_json(self.path) if self.path.exists() else {}
 
     def __call__(self, module: str, *argv: object, going_on: Sequence[str] | None = None) -> None:
-        """going_on: the arguments in place of argv, where a part is done already."""
+        """going_on: the arguments in place of argv, where a part is done already; empty if all of it is."""
         script = f"-m {module}" if "." in module else f"{module}.py"
         words = [str(word) for word in argv]
         line = f"python {script} {shlex.join(words)}"
@@ -97,9 +98,10 @@ class Runner:
             return
         if going_on is not None:
             words = [str(word) for word in going_on]
-        print(f"\n$ python {script} {shlex.join(words)}", flush=True)
+        print(f"\n$ python {script} {shlex.join(words)}" if words else f"done before: {line}", flush=True)
         started = time.perf_counter()
-        importlib.import_module(module).main(words)
+        if words:
+            importlib.import_module(module).main(words)
         self.seconds[line] = time.perf_counter() - started
         write_json(self.path, self.seconds)
 
@@ -274,7 +276,8 @@ class Experiment:
         calibrations = [self.calibrate(seed) for seed in SEEDS]
         options = averaged(calibrations)
         rules = chosen_by_rules(options)
-        chosen = rules.get(KNEE) or rules[f"speed-up {SPEEDUP:g}"]
+        rule = KNEE if KNEE in rules else AT_SPEEDUP
+        chosen = rules[rule]
         for seed in SEEDS:
             for name in VARIANTS:
                 self.train_shallow(name, seed, steps[name], t_min=chosen["t_switch"] + 1)
@@ -290,6 +293,7 @@ class Experiment:
             "sampling": {"solver": SOLVER, "steps": self.images.sampling_steps},
             "blocks": [network["blocks"] for network in calibrations[0]["networks"]],
             "t_switch": chosen["t_switch"],
+            "rule": rule,
             "grid": sorted(grid_of(options), reverse=True),
             "switches": list(switches.values()),
             "rules": {name: option["t_switch"] for name, option in rules.items()},
@@ -330,16 +334,20 @@ class Experiment:
     def train(
         self, script: str, name: str, config: str, n_steps: int, seed: int, *flags: object, log_every: int = 500
     ) -> None:
-        """Go on with what is there of it; a training that was begun with others' weights goes on with its own."""
+        """Go on with what is there of it. A training that was begun with others' weights goes on with its own."""
+        from training.checkpoint import step_of
+
         argv = [*flags, "--config_path", f"configs/{config}.yaml", "--exp_name", name, "--n_steps", n_steps]
         argv += [*self.data, "--batch_size", self.images.training_batch]
         argv += ["--lr", 2e-3, "--beta1", 0.9, "--num_warmup_steps", 100]
         argv += ["--log_every_n_steps", log_every, "--save_every_n_steps", 500, "--preview_steps", 0]
         argv += ["--log_path", self.work, "--seed", seed]
         going_on = None
-        if any((self.work / name).glob("*_last.pth")):
+        for checkpoint in (self.work / name).glob("*_last.pth"):
             start = argv.index("--init_from") if "--init_from" in argv else len(argv)
-            going_on = [*argv[:start], *argv[start + 2 :], "--resume"]
+            # Stopped between its last checkpoint and the note that it is done, a training has nothing left to do.
+            finished = step_of(checkpoint) == n_steps
+            going_on = [] if finished else [*argv[:start], *argv[start + 2 :], "--resume"]
         self.run(script, *argv, going_on=going_on)
 
     def train_shallow(self, variant: str, seed: int, n_steps: int, t_min: int = 0) -> None:
@@ -390,12 +398,12 @@ class Experiment:
             name = f"early exit {threshold:g}"
             runs.append((name, self.sampled(name, seed, *exits, "--threshold", threshold, script="eesampler")))
         for interval in INTERVALS:
-            name = f"caching, every {interval}"
+            name = f"caching every {interval}"
             runs.append((name, self.sampled(name, seed, *full, "--cache_interval", interval)))
         both = self.duo(t_switch, seed, "all timesteps", "--cache_interval", INTERVALS[0])
-        runs.append((f"DuoDiff, caching, every {INTERVALS[0]}", both))
+        runs.append((f"DuoDiff + caching every {INTERVALS[0]}", both))
         for solver, steps in (("ddpm", n // 2), ("dpmsolver++", n // 2), ("dpmsolver++", n // 5)):
-            name = f"full, {solver}, {steps} steps"
+            name = f"full by {solver} in {steps} steps"
             runs.append((name, self.sampled(name, seed, *full, "--solver", solver, "--steps", steps)))
         runs.append(("shallow alone", self.sampled("shallow alone", seed, "--checkpoint_path", shallow)))
         return runs
@@ -472,7 +480,7 @@ def chosen_by_rules(options: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
         KNEEDLE: max(options, key=from_chord),
         LEAST_EXCESS: min(options, key=lambda option: option["excess"]),
         NO_EXCESS: [option for option in options if option["excess"] <= 2 * option["excess_se"]][-1],
-        f"speed-up {SPEEDUP:g}": next((o for o in options if o["speed_up"] >= SPEEDUP), options[-1]),
+        AT_SPEEDUP: next((o for o in options if o["speed_up"] >= SPEEDUP), options[-1]),
     }
     found = knee_or_none(options)
     of_knee = {KNEE: next(option for option in options if option["t_switch"] == found)} if found is not None else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,13 @@ def introduction(measured: Sequence[Mapping[str, Any]], machine: Mapping[str, An
         "# Results",
         "",
         *(["**Made with `--quick`: it shows that everything works; the numbers are worth nothing.**", ""] * quick),
-        f"Measured by `bash scripts/results.sh` in {seconds / 60:.0f} minutes; the same command repeats it, and writes",
-        f"this page anew. Machine: {about}.",
+        f"Measured by `bash scripts/results.sh` in {seconds / 60:.0f} minutes; the same command, without `results/`, "
+        f"repeats it and writes this page anew. Machine: {about}.",
         "",
-        f"Each score is the mean over {seeds} seeds ± half of its {table['confidence']:.0%} confidence interval",
-        "(Student's t); lower is better. A seed is that of the samples and, with it, of the shallow network's",
-        "training; the full network and the early-exit heads were trained once. Differences are paired: the same",
-        "seed, so the same noise. An effect counts as one here if the interval of its difference leaves out 0. FLOPs",
+        f"Each score is the mean over {seeds} seeds ± half of its {percent(table['confidence'])} confidence interval "
+        "(Student's t); lower is better. A seed is that of the samples and, with it, of the shallow network's "
+        "training; the full network and the early-exit heads were trained once. Differences are paired: the same "
+        "seed, so the same noise. An effect counts as one here if the interval of its difference leaves out 0. FLOPs "
         "do not depend on the machine, seconds do.",
     ]
     return "\n".join(lines)
@@ -76,7 +77,7 @@ def methods(of_set: Mapping[str, Any], picture: str) -> str:
     lines = [
         "### Score against time",
         "",
-        f"DuoDiff switches at t = {of_set['t_switch']}, which calibrate.py's rule chose (see below).",
+        f'DuoDiff switches at t = {of_set["t_switch"]}, by the rule "{of_set["rule"]}" (see below).',
         "",
         comparison_table(labels),
         "",
@@ -86,11 +87,12 @@ def methods(of_set: Mapping[str, Any], picture: str) -> str:
     lines += [
         f"- {label['label']}: {label['speed_up']:.2f}x the speed of full; {judged(label, full)}." for label in others
     ]
-    front = [label["label"] for label in labels if not any(beats(other, label) for other in labels)]
-    lines.append(f"- Nothing else here is faster and scores better than: {listed(front)}.")
-    for label in others:
-        if by := [other["label"] for other in labels if beats(other, label)]:
-            lines.append(f"- {label['label']} is behind {listed(by)}, faster and with a better mean score.")
+    behind = {label["label"]: [other for other in labels if beats(other, label)] for label in labels}
+    front = [name for name, ahead in behind.items() if not ahead]
+    lines.append(f"- Nothing else here is faster and has a better mean score than: {', '.join(front)}.")
+    beaten = [f"{name} ({min(ahead, key=score_of)['label']})" for name, ahead in behind.items() if ahead]
+    if beaten:
+        lines.append(f"- The others, and what is faster and has the best mean score: {', '.join(beaten)}.")
     return "\n".join(lines)
 
 
@@ -102,9 +104,9 @@ def training(of_set: Mapping[str, Any]) -> str:
         "### Training the shallow network, at equal time",
         "",
         f"A step of distillation, in turns with plain ones, ran at {min(ratios):.2f} to {max(ratios):.2f} of their "
-        f"speed in {len(ratios)} rounds; so it had fewer steps. The full network, which two of the kinds learn from, "
-        "was there anyway: its training is not counted. All sampled with the switch at "
-        f"t = {of_set['t_switch']}, above which lies their own range.",
+        f"speed in {len(ratios)} rounds: the median ratio gives its number of steps. The full network, which some of "
+        "the kinds begin with or learn from, was there anyway: its training is not counted. All sampled with the "
+        f"switch at t = {of_set['t_switch']}, above which lies their own range.",
         "",
         *markdown_table(
             ("shallow network", "steps", "score", "minus all timesteps"),
@@ -140,11 +142,11 @@ def switching(of_set: Mapping[str, Any], picture: str) -> str:
                     f"{row['t_switch']}{'' if row in grid else ' (not of the grid)'}",
                     " + ".join(map(str, row["steps_of_each"])),
                     f"{row['measured_speed_up']:.2f}x",
-                    f"{row['divergence']:.3g}",
-                    f"{row['excess']:+.3g} ± {row['excess_se']:.1g}",
+                    f"{row['divergence']:.2f}",
+                    f"{row['excess']:+.2f} ± {row['excess_se']:.2f}",
                     shown(row["score"]),
                     difference(row),
-                    listed(chosen_by.get(row["t_switch"], [])),
+                    ", ".join(chosen_by.get(row["t_switch"], [])),
                 )
                 for row in rows
             ],
@@ -172,29 +174,28 @@ def switches_with_scores(of_set: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdict(rule: str, chosen: Mapping[str, Any], grid: Sequence[Mapping[str, Any]]) -> str:
-    """Whether a rule's switch is as fast as the grid's best, and within 5 % of it; and of those as fast as itself."""
+    """A rule's switch against the best of the grid, and against the best of those that are as fast as it."""
     best = min(grid, key=score_of)
+    text = f"{rule} chose t_switch {chosen['t_switch']}. The best of the grid is t_switch {best['t_switch']}: "
+    text += f"{against(chosen, best)}. At its speed or faster: {'**no**' if slower(chosen, best) else 'yes'}."
     as_fast = [row for row in grid if not slower(row, chosen)]
-    excess, ok = against(chosen, best)
-    speed = "slower than it" if slower(chosen, best) else "as fast or faster"
-    text = f"{rule} chose t_switch {chosen['t_switch']}: {excess} the best of the grid (t_switch {best['t_switch']}), "
-    text += (
-        f"{speed}; within {WITHIN:.0%} at the same speed or better: {'yes' if ok and speed[0] == 'a' else '**no**'}."
-    )
     if not as_fast:
-        return text + " It is faster than all of the grid."
+        return f"{text} All of the grid is slower than the chosen one."
     rival = min(as_fast, key=score_of)
-    if rival is not best:
-        excess, ok = against(chosen, rival)
-        text += f" Of the grid's switches that are as fast as it, t_switch {rival['t_switch']} is the best: {excess} "
-        text += f"it; within {WITHIN:.0%}: {'yes' if ok else '**no**'}."
-    return text
+    if rival is best:
+        return text
+    if rival is chosen:
+        return f"{text} Of those as fast as the chosen one none has a better mean score."
+    return (
+        f"{text} Of those as fast as the chosen one the best is t_switch {rival['t_switch']}: {against(chosen, rival)}."
+    )
 
 
-def against(chosen: Mapping[str, Any], best: Mapping[str, Any]) -> tuple[str, bool]:
-    """ "1.2 % above", and whether that is within 5 %."""
+def against(chosen: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    """ "the chosen one scores 1.2 % above it; within 5 %: yes"."""
     more = score_of(chosen) / score_of(best) - 1
-    return f"{abs(more):.1%} {'above' if more >= 0 else 'below'}".replace("%", " %"), more <= WITHIN
+    side, within = "below" if more < 0 else "above", "yes" if more <= WITHIN else "**no**"
+    return f"the chosen one scores {percent(abs(more), 1)} {side} it; within {percent(WITHIN)}: {within}"
 
 
 def score_of(row: Mapping[str, Any]) -> float:
@@ -238,8 +239,7 @@ def repeating(measured: Sequence[Mapping[str, Any]]) -> str:
         widths = {}
         for name in ("score", "seconds_per_image"):
             relative = [(label[name]["half_width"] or 0) / label[name]["mean"] for label in labels]
-            widths[name] = f"{sorted(relative)[len(relative) // 2]:.1%}".replace("%", " %")
-            widths[name] += f" ({max(relative):.1%})".replace("%", " %")
+            widths[name] = f"{percent(statistics.median(relative), 1)} ({percent(max(relative), 1)})"
         lines.append(
             f"- {of_set['name']}: half of the interval is, in the middle (at most), {widths['score']} of a score and "
             f"{widths['seconds_per_image']} of the seconds."
@@ -291,7 +291,7 @@ def difference(label: Mapping[str, Any]) -> str:
 def judged(label: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     """In words, what its score is against the first one's."""
     of, scale = label["difference"], first["score"]["mean"]
-    relative = f"{of['mean'] / scale:+.1%}".replace("%", " %")
+    relative = percent(of["mean"] / scale, 1, "+")
     if of["half_width"] is None or abs(of["mean"]) <= of["half_width"]:
         return f"no difference in score from {first['label']} that these seeds could tell ({relative})"
     return f"the score is {'worse' if of['mean'] > 0 else 'better'} than that of {first['label']} ({relative})"
@@ -305,5 +305,5 @@ def beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def listed(words: Sequence[str]) -> str:
-    return ", ".join(words)
+def percent(share: float, digits: int = 0, sign: str = "") -> str:
+    return f"{100 * share:{sign}.{digits}f} %"

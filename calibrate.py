@@ -15,7 +15,6 @@ from generation.options import add_precision_option, add_solver_options, check_s
 
 if TYPE_CHECKING:
     from calibration.run import Calibration
-    from models.loading import Network
 
 NONE = "none"
 OUTPUTS = (".yaml", ".json", ".png")
@@ -89,42 +88,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     from calibration.run import calibrate
     from common.devices import device_name, pick_device, pick_precision
     from common.files import writable_folder
+    from evaluation.features import load_extractor
+    from models.loading import load_together
 
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
-    networks = load_networks(args)
+    files = list(zip(args.checkpoint_path, args.config_path, strict=True))
+    networks = load_together(files, network_settings(args), weights=args.weights, device=device)
     writable_folder(args.output.parent)
     check_output(args)
-    networks = [network._replace(module=network.module.to(device)) for network in networks]
+    if args.verify:
+        load_extractor(args.feature_extractor, args.feature_extractor_weights, device)  # or end now, not after sampling
     calibration = calibrate(args, networks, device)
-    files = list(zip(args.checkpoint_path, args.config_path, strict=True))
     save(args.output, calibration, files, args)
-    print(
-        f"{args.n_images} images of {args.dataset}, {args.solver}, {len(calibration.steps.timesteps)} steps", end=", "
-    )
-    print(f"calls in {args.precision} on {device_name(device)}")
+    sampling = f"{args.solver}, {len(calibration.steps.timesteps)} steps"
+    print(f"{args.n_images} images of {args.dataset}, {sampling}, calls in {args.precision} on {device_name(device)}")
     print(as_table(calibration))
     print(in_words(calibration))
     if args.verify:
         scores = verify(args, calibration, files)
         save(args.output, calibration, files, args, scores)
         print(as_table(calibration, scores))
-    print(
-        f"-> {args.output} (sampler.py --schedule), {', '.join(str(args.output.with_suffix(s)) for s in OUTPUTS[1:])}"
-    )
-
-
-def load_networks(args: argparse.Namespace) -> list[Network]:
-    """All of them, which fit each other."""
-    from models.loading import check_pair, load_network, stated_settings
-
-    networks = []
-    for path, config_path in zip(args.checkpoint_path, args.config_path, strict=True):
-        stated = stated_settings(config_path, network_settings(args))
-        networks.append(load_network(path, stated, model="uvit", weights=args.weights))
-    for network in networks[:-1]:
-        check_pair(network, networks[-1])
-    return networks
+    beside = ", ".join(str(args.output.with_suffix(suffix)) for suffix in OUTPUTS[1:])
+    print(f"-> {args.output} (for sampler.py --schedule), {beside}")
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -158,9 +144,7 @@ def verify(
     folder = writable_folder(args.output.with_name(f"{args.output.stem}_verify"))
     sampling = ["--solver", args.solver, "--steps", args.steps or len(calibration.steps.timesteps)]
     sampling += ["--eta", args.eta] if args.solver == "ddim" else []
-    sampling += (
-        ["--clip_x0"] * args.clip_x0 + ["--quiet"] * args.quiet + ["--allow_outside_range"] * args.allow_outside_range
-    )
+    sampling += [f"--{name}" for name in ("clip_x0", "quiet", "allow_outside_range") if getattr(args, name)]
     sampling += ["--precision", args.precision, "--weights", args.weights]
     sampling += ["--batch_size", min(args.batch_size, args.n_samples), "--n_samples", args.n_samples]
     scoring = ["--dataset", args.dataset, "--feature_extractor", args.feature_extractor] + ["--quiet"] * args.quiet
@@ -173,7 +157,7 @@ def verify(
             argv += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
     scores: dict[int, list[float]] = {}
     for number in sorted(numbers):
-        name = "-".join(map(str, name_of(calibration, options[number]).replace("+ ", "").split()))
+        name = "-".join(name_of(calibration, options[number]).replace("+ ", "").split())
         schedule = folder / f"{name}.yaml"
         stages = stages_of(calibration, options[number], files, args.guidance_scale)
         write_schedule(schedule, ScheduleFile(stages=stages))

@@ -196,14 +196,9 @@ def save_calibration(args: argparse.Namespace, calibration: Calibration) -> None
 
 def load_networks(args: argparse.Namespace, plan: Turns, device: torch.device | str) -> list[Network]:
     """The networks, which fit each other and the timesteps at which they take turns."""
-    from models.loading import check_pair, load_network, stated_settings
+    from models.loading import load_together
 
-    networks = []
-    for checkpoint, config in plan.files:
-        stated = stated_settings(config, network_settings(args))
-        networks.append(load_network(checkpoint, stated, model="uvit", weights=args.weights, device=device))
-    for network in networks[:-1]:
-        check_pair(network, networks[-1])
+    networks = load_together(plan.files, network_settings(args), weights=args.weights, device=device)
     check_length(args, networks[0].config.diffusion_params.num_timesteps)
     return networks
 

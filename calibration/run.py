@@ -27,15 +27,17 @@ KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by t
 
 
 class Calibration(NamedTuple):
-    """What was measured of K networks, the full one last, and what follows from it."""
+    """What was measured of K networks, the full one last, and what follows from it.
+
+    last_shift: (K,) squared shift per dimension at the last step, which adds no noise; NaN where a network does not
+    know it.
+    """
 
     networks: Sequence[Network]
     predictions: Predictions
     steps: Steps
     random: bool  # divergence is in nats of the sampler's path; if not, it is the squared shift
-    last_shift: (
-        np.ndarray
-    )  # (K,) squared shift per dimension at the last step, which adds no noise; NaN: not known there
+    last_shift: np.ndarray
     options: list[Option]  # rising in speed
     chosen: Option
     others: list[Option]  # chosen of other images as likely

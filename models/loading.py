@@ -79,6 +79,27 @@ def load_network(
     return _loaded(path, read, build_config(settings, str(path)), model, device)
 
 
+def load_together(
+    files: Sequence[tuple[Path, Path | None]],
+    given: Mapping[str, Any],
+    *,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+) -> list[Network]:
+    """U-ViTs that take turns on one image.
+
+    files: weights and, where they came without a description, the YAML file of each. given: what the command line says
+    of all of them. Raises InputError unless every one fits the last.
+    """
+    networks = [
+        load_network(path, stated_settings(config_path, given), model="uvit", weights=weights, device=device)
+        for path, config_path in files
+    ]
+    for network in networks[:-1]:
+        check_pair(network, networks[-1])
+    return networks
+
+
 def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network:
     """A U-ViT that another one learns from, with averaged weights where the file has them.
 

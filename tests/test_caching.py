@@ -70,9 +70,9 @@ def test_flops_are_those_of_the_run(runs, make, monkeypatch):
     """Two turns under different guidance, an interval that does not divide the steps: counted as they happen."""
     counted, run = [], SamplingRun.run
 
-    def counting(self, *args):
+    def counting(self, *args, **more):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            done = run(self, *args)
+            done = run(self, *args, **more)
         counted.append(counter.get_total_flops())
         return done
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import InputError
 
-DEARER = 1.5  # how many times dearer than the time saved before it the last time saved may be
+DEARER = 1.5  # how many times dearer than all time saved up to it the last time saved may be
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,43 +143,41 @@ def least_in_order(per_step: np.ndarray) -> np.ndarray:
 def choose(options: Sequence[Option], speed_up: float | None = None, budget: float | None = None) -> Option:
     """The option with the least divergence that is at least so fast, the fastest within the budget, or the knee.
 
-    options: rising in speed. budget: of divergence. Raises InputError for what none can do, and where there is no knee.
+    options: rising in speed, the full network alone first. budget: of divergence. Raises InputError where none is so
+    fast.
     """
     if speed_up is not None:
-        able = [option for option in options if option.speed_up >= speed_up]
-        if not able:
-            raise InputError(f"--speedup {speed_up:g}: {options[-1].speed_up:.2f} is the most these networks can do")
-        return min(able, key=lambda option: option.divergence)
+        check_reachable(options, speed_up)
+        return min((o for o in options if o.speed_up >= speed_up), key=lambda option: option.divergence)
     if budget is not None:
         able = [option for option in options if option.divergence <= budget]
         return max(able, key=lambda option: option.speed_up)  # the full network alone is always within
-    found = knee(options)
-    if found is options[-1] and len(options) > 1:
-        raise InputError(
-            f"up to {found.speed_up:.2f}x time saved never gets {DEARER:g} times as dear as what was saved before: the "
-            "curve has no knee; say --speedup or --budget"
-        )
-    return found
+    return knee(options)
+
+
+def check_reachable(options: Sequence[Option], speed_up: float) -> None:
+    """Raises InputError where none of the options, rising in speed, is so fast."""
+    if options[-1].speed_up < speed_up:
+        raise InputError(f"--speedup {speed_up:g}: {options[-1].speed_up:.2f} is the most these networks can do")
 
 
 def knee(options: Sequence[Option]) -> Option:
-    """The fastest option at which time is not yet DEARER times as dear as before.
+    """The fastest option at which time is not yet DEARER times as dear as on the way there; the last if it never is.
 
     The price of time is the divergence that the step to an option adds, over the time that this step saves; it is
     held against the mean price of all time saved up to there. The ratio is the slope of the curve in logarithms: 1
-    where divergence grows with the time saved, 2 where it grows as its square. Unlike the point farthest from the
-    chord (Satopaa et al. 2011) it does not depend on how far the curve goes on beyond, and noise close to the image
-    makes divergence go very far.
+    where divergence grows with the time saved, 2 where it grows as its square. Of two networks that switch once every
+    step saves the same time, so that times cancel: a step's divergence is held against the mean of all up to it.
+    Unlike the point farthest from the chord (Satopaa et al. 2011) the knee does not depend on how far the curve goes
+    on beyond, and noise close to the image makes divergence go very far.
     """
     slowest, chosen, before = options[0], options[0], options[0]
     for option in options[1:]:
         saved, saved_here = (1 / other.speed_up - 1 / option.speed_up for other in (slowest, before))
         if saved_here <= 0:  # no quicker than the one before
             continue
-        price, price_here = (
-            (option.divergence - slowest.divergence) / saved,
-            (option.divergence - before.divergence) / saved_here,
-        )
+        price = (option.divergence - slowest.divergence) / saved
+        price_here = (option.divergence - before.divergence) / saved_here
         if price_here <= DEARER * price:
             chosen = option
         before = option
@@ -204,6 +202,5 @@ def chosen_of_other_images(
     chosen = []
     for means in drawn @ per_image.T:
         others = [dataclasses.replace(o, divergence=float(mean)) for o, mean in zip(options, means, strict=True)]
-        by_rule = knee(others) if speed_up is budget is None else choose(others, speed_up, budget)
-        chosen.append(options[others.index(by_rule)])
+        chosen.append(options[others.index(choose(others, speed_up, budget))])
     return chosen

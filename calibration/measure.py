@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarking.measure import in_turns
+from benchmarking.measure import in_turns, ratio
 from common.errors import InputError
 from common.seeds import nth_seed
 from data.dataset import ImageDataset
@@ -101,10 +101,13 @@ def seconds_per_call(
 ) -> list[float]:
     """Of each denoiser, at its timestep, with a batch of that size; measured in turns.
 
+    It is the last one's median, times the ratio to it, which is taken within each turn.
+
     classes: how many the networks know; 0 for none.
     """
     x = torch.randn(batch_size, *image_shape, device=device)
     y = torch.arange(batch_size, device=device) % classes if classes else None
     calls = enumerate(zip(denoisers, timesteps, strict=True))
     tasks = {str(k): partial(denoiser, x, t, y) for k, (denoiser, t) in calls}
-    return [statistics.median(of_one) for of_one in in_turns(tasks, 5, device, quiet=True).values()]
+    measured = list(in_turns(tasks, 5, device, quiet=True).values())
+    return [statistics.median(measured[-1]) * ratio(of_one, measured[-1]) for of_one in measured]

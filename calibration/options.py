@@ -25,7 +25,8 @@ def add_calibration_options(parser: argparse._ActionsContainer, *, required: boo
     goal.add_argument(
         "--speedup",
         type=real(1),
-        help="take the least divergence at this predicted speed-up; if neither is said, the knee of the curve",
+        help="take the least divergence at this speed-up, as predicted from calls that are not compiled; if neither is "
+        "said, the knee of the curve",
     )
     goal.add_argument(
         "--budget",

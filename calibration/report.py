@@ -12,7 +12,7 @@ import numpy as np
 from calibration.choice import DEARER, Option, mean_and_se
 from calibration.run import KNEE, KNEE_OF_DDPM, Calibration
 from common.files import write_json
-from common.plots import Curve, plot_calibration
+from common.plots import Curve, ErrorCurve, plot_calibration
 from common.tables import table
 from generation.schedule_file import ScheduleFile, Stage, write_schedule
 from models.loading import Network
@@ -25,12 +25,8 @@ def in_words(calibration: Calibration) -> str:
     """What was chosen, by which rule, and how certain that is."""
     chosen, timesteps = calibration.chosen, calibration.steps.timesteps
     n = calibration.predictions.error.shape[-1]
-    what = calibration.rule
-    if what in (KNEE, KNEE_OF_DDPM):
-        curve = "" if what == KNEE else " of the divergence that ddpm has at these steps"
-        what = f"the knee{curve}: beyond, time saved gets more than {DEARER:g} times as dear as what was saved before"
-    lines = [f"chosen: {name_of(calibration, chosen)}, predicted {chosen.speed_up:.2f}x ({what})"]
-    if len(calibration.networks) == 2:
+    lines = [f"chosen: {name_of(calibration, chosen)}, predicted {chosen.speed_up:.2f}x ({why(calibration)})"]
+    if calibration.of_switches:
         low, high = np.percentile([o.t_switch(timesteps) for o in calibration.others], [5, 95], method="nearest")
         lines.append(f"other {n} images as likely would choose t_switch {low}..{high} (90 % of resamplings)")
         if high - low > WIDE * (timesteps[0] + 1):
@@ -45,9 +41,25 @@ def in_words(calibration: Calibration) -> str:
     return "\n".join(lines)
 
 
+def why(calibration: Calibration) -> str:
+    """The rule, and where it found nothing to choose between."""
+    rule, options, chosen = calibration.rule, calibration.options, calibration.chosen
+    if len(options) == 1:
+        return "no other network knows the first timesteps"
+    if rule not in (KNEE, KNEE_OF_DDPM):
+        return f"{rule}; nothing faster keeps to it" if chosen is options[0] else rule
+    curve = "" if rule == KNEE else " of the divergence that ddpm has at these steps"
+    if chosen is options[-1]:
+        return (
+            f"the fastest there is: up to it time saved never gets more than {DEARER:g} times as dear as on the way "
+            f"there, so that the curve{curve} has no knee; --speedup or --budget choose otherwise"
+        )
+    return f"the knee{curve}: beyond, time saved gets more than {DEARER:g} times as dear as on the way there"
+
+
 def name_of(calibration: Calibration, option: Option) -> str:
     """For a line: the switch, or how many timesteps each network has."""
-    if len(calibration.networks) == 2 and np.all(np.diff(option.networks) >= 0):
+    if calibration.of_switches:
         return f"t_switch {option.t_switch(calibration.steps.timesteps)}"
     return " + ".join(map(str, counts(calibration, option))) + " timesteps"
 
@@ -68,11 +80,10 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
     shown = {*np.linspace(0, len(options) - 1, min(ROWS, len(options))).round().astype(int).tolist(), number}
     shown |= set(scores or ())
     names = [blocks_of(network) for network in calibration.networks]
-    two = len(calibration.networks) == 2
     unit = "nats" if calibration.random else "shift^2"
     head = [
         "",
-        *(["t_switch"] if two else []),
+        *(["t_switch"] if calibration.of_switches else []),
         *names,
         "speed-up",
         unit,
@@ -84,7 +95,7 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
     for i in sorted(shown):
         option = options[i]
         row = ["->" if i == number else ""]
-        row += [option.t_switch(calibration.steps.timesteps)] if two else []
+        row += [option.t_switch(calibration.steps.timesteps)] if calibration.of_switches else []
         row += [*counts(calibration, option), f"{option.speed_up:.2f}x"]
         row += [
             with_error(dimensions * option.divergence, dimensions * option.divergence_se),
@@ -95,7 +106,8 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
             row += [with_error(*mean_and_se_of(scores[i])) if i in scores else ""]
         rows.append(row)
     notes = [
-        f"{unit}: the divergence of the sampler's path from the full network's, per image and per dimension"
+        f"{unit}: the divergence of the sampler's path from the full network's, per image and per dimension, as "
+        "estimated on noised real images"
         if calibration.random
         else f"{unit}: squared shifts of the image off the full network's steps, per image and per dimension",
         "excess: the same weights times (squared error of eps - that of the full network); below 0 it is the better",
@@ -154,7 +166,7 @@ def about(calibration: Calibration, args: argparse.Namespace) -> dict[str, Any]:
 def option_values(calibration: Calibration, option: Option) -> dict[str, Any]:
     dimensions = calibration.predictions.dimensions
     values: dict[str, Any] = {"steps_of_each": counts(calibration, option), "speed_up": option.speed_up}
-    if len(calibration.networks) == 2:
+    if calibration.of_switches:
         values = {"t_switch": option.t_switch(calibration.steps.timesteps)} | values
     for name in ("divergence", "excess"):
         mean, se = getattr(option, name), getattr(option, f"{name}_se")
@@ -218,13 +230,13 @@ def over_images(values: np.ndarray) -> dict[str, list[float | None]]:
 
 
 def curve_of(calibration: Calibration, scores: Mapping[int, Sequence[float]]) -> Curve:
-    options, two = calibration.options, len(calibration.networks) == 2
+    options, of_switches = calibration.options, calibration.of_switches
     dimensions = calibration.predictions.dimensions
     speed_up = np.array([option.speed_up for option in options])
-    x = np.array([option.t_switch(calibration.steps.timesteps) for option in options]) if two else speed_up
+    x = np.array([option.t_switch(calibration.steps.timesteps) for option in options]) if of_switches else speed_up
     return Curve(
         x=x,
-        x_label="t_switch (noise on the left, image on the right)" if two else "predicted speed-up",
+        x_label="t_switch (noise on the left, image on the right)" if of_switches else "predicted speed-up",
         divergence=dimensions * np.array([option.divergence for option in options]),
         error=dimensions * np.array([option.divergence_se for option in options]),
         label="divergence (nats per image)" if calibration.random else "squared shift per image",
@@ -232,16 +244,15 @@ def curve_of(calibration: Calibration, scores: Mapping[int, Sequence[float]]) ->
         chosen=options.index(calibration.chosen),
         chosen_label=f"chosen: {name_of(calibration, calibration.chosen)}",
         scores={number: mean_and_se_of(of_option) for number, of_option in scores.items()},
-        falling=two,
+        falling=of_switches,
     )
 
 
-def error_curves(calibration: Calibration) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each network by its name: timesteps, mean squared error of eps, its standard error."""
-    timesteps, curves = np.array(calibration.steps.timesteps), {}
+def error_curves(calibration: Calibration) -> list[ErrorCurve]:
+    timesteps, curves = np.array(calibration.steps.timesteps), []
     for network, values in zip(calibration.networks, calibration.predictions.error, strict=True):
         known = np.isfinite(values).all(axis=-1)
         label = f"{blocks_of(network)} ({network.path.parent.name}/{network.path.name})"
         mean, error = values[known].mean(axis=-1), values[known].std(axis=-1, ddof=1) / values.shape[-1] ** 0.5
-        curves[label] = (timesteps[known], mean, error)
+        curves.append(ErrorCurve(label, timesteps[known], mean, error))
     return curves

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from calibration.choice import Option, Steps, cascades, choose, chosen_of_other_images, evaluated, switches
+from calibration.choice import (
+    Option,
+    Steps,
+    cascades,
+    check_reachable,
+    choose,
+    chosen_of_other_images,
+    evaluated,
+    switches,
+)
 from calibration.measure import Predictions, choose_images, measure_predictions, seconds_per_call
 from common.devices import DTYPES
 from common.errors import InputError
@@ -34,9 +43,10 @@ class Calibration(NamedTuple):
     """
 
     networks: Sequence[Network]
+    of_switches: bool  # there are two, and the full one takes over once: an option is a switch
     predictions: Predictions
     steps: Steps
-    random: bool  # divergence is in nats of the sampler's path; if not, it is the squared shift
+    random: bool  # the sampler is, and divergence in nats of its path; if not, it is the squared shift
     last_shift: np.ndarray
     options: list[Option]  # rising in speed
     chosen: Option
@@ -47,8 +57,8 @@ class Calibration(NamedTuple):
 def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: torch.device) -> Calibration:
     """Measure, and choose. Puts the networks into their working precision.
 
-    args: those of calibration.options and of the solver, with batch_size, seed, precision, and free where more than two
-    networks may take turns in any order. Raises InputError where they do not fit, or cannot do what is asked.
+    args: those of calibration.options and of the solver, with batch_size, seed, precision, and free where networks may
+    take turns in any order. Raises InputError where they do not fit, or cannot do what is asked.
     """
     full = networks[-1]
     config = full.config
@@ -87,6 +97,16 @@ def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: tor
     costs = seconds_per_call(
         denoisers, [own[0] for own in visited], params.image_shape, classes, args.batch_size, device
     )
+    free = getattr(args, "free", False)
+    of_switches = len(networks) == 2 and not free
+
+    def options_of(steps: Steps) -> list[Option]:
+        return switches(steps) if of_switches else cascades(steps, free)
+
+    if args.speedup is not None:  # what is out of reach is known before the predictions are
+        able = np.array([[0.0 if t in of_one else np.nan for t in timesteps] for of_one in known])
+        blank = Predictions(*[np.stack([able, able], axis=-1)] * 2, dimensions=1)
+        check_reachable(options_of(weighed(blank, solver, timesteps, costs)[0]), args.speedup)
     predictions = measure_predictions(
         *(denoisers, known, solver, timesteps, dataset, indices),
         conditional=bool(config.classes),
@@ -102,8 +122,7 @@ def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: tor
         # Squared shifts grow too evenly to have a knee where scores begin to suffer.
         rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", schedule, config.parametrization)
         judge, _ = weighed(predictions, ancestral, timesteps, costs)
-    free = getattr(args, "free", False)
-    options = switches(judge) if len(networks) == 2 and not free else cascades(judge, free)
+    options = options_of(judge)
     choices = [
         choose(options, args.speedup, args.budget),
         *chosen_of_other_images(judge, options, args.speedup, args.budget),
@@ -112,7 +131,7 @@ def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: tor
     options = [evaluated(steps, option.networks) for option in options]
     chosen, *others = (options[number] for number in numbers)
     last = step_weights(solver, timesteps).shift[-1] ** 2 * predictions.distance[:, -1].mean(axis=-1)
-    return Calibration(networks, predictions, steps, random, last, options, chosen, others, rule)
+    return Calibration(networks, of_switches, predictions, steps, random, last, options, chosen, others, rule)
 
 
 def weighed(

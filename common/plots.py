@@ -140,11 +140,17 @@ class Curve(NamedTuple):
     falling: bool  # x from high to low, as sampling goes
 
 
-def plot_calibration(path: Path, curve: Curve, errors: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
-    """Divergence and speed-up of every option, scores where there are some, and the networks' errors over t.
+class ErrorCurve(NamedTuple):
+    """Of a network, over the timesteps that it knows: arrays (S,)."""
 
-    errors: label -> timesteps, mean squared error of eps, its standard error.
-    """
+    label: str
+    timesteps: np.ndarray
+    mean: np.ndarray  # squared error of eps
+    error: np.ndarray  # its standard error
+
+
+def plot_calibration(path: Path, curve: Curve, errors: Sequence[ErrorCurve]) -> None:
+    """Divergence and speed-up of every option, scores where there are some, and the networks' errors over t."""
     panels = 3 if curve.scores else 2
     figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
     left, *middle, right = figure.subplots(1, panels)
@@ -176,7 +182,7 @@ def plot_calibration(path: Path, curve: Curve, errors: Mapping[str, tuple[np.nda
         if curve.falling:
             axis.invert_xaxis()
 
-    for i, (label, (timesteps, mean, error)) in enumerate(errors.items()):
+    for i, (label, timesteps, mean, error) in enumerate(errors):
         right.plot(timesteps, mean, color=f"C{i}", label=label)
         right.fill_between(timesteps, mean - 2 * error, mean + 2 * error, color=f"C{i}", alpha=0.25, linewidth=0)
     right.set(yscale="log", xlabel="timestep t (noise on the left, image on the right)")

@@ -63,9 +63,11 @@ def test_the_knee_is_where_time_gets_dear():
     assert scaled.index(choose(scaled)) == 22
 
 
-def test_no_knee_is_said():
-    with pytest.raises(InputError, match="no knee; say --speedup or --budget"):
-        choose(switches(steps_of([[1.0] * 10], [1, 4])))
+def test_a_curve_without_a_knee_goes_to_its_end():
+    options = switches(steps_of([[1.0] * 10], [1, 4]))
+    assert choose(options) is options[-1]
+    (alone,) = switches(steps_of([[np.nan, 1, 1, 1]], [1, 4]))
+    assert choose([alone]) is alone
 
 
 def totals(networks, divergence, costs):

@@ -24,11 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import Parser
+from common.cli import SEED, Parser
 from common.errors import InputError, command
 from common.files import read_json, sha256_of, writable_folder, write_json
 
-SEEDS = (0, 1, 2)  # of samples, and of the shallow networks they are made with
+SEEDS = (0, 1, 2)  # of all networks, and of the samples that are made with them
 SOLVER = "ddpm"
 GRID = (999, 900, 800, 700, 600, 500, 400, 300, 200, 100)
 THRESHOLDS = (0.1, 0.2)  # of early exit
@@ -116,6 +116,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="colour images, a sub-folder for each of their classes; if not said, emoji, which npm fetches",
     )
     parser.add_argument("--sets", nargs="+", choices=("digits", "colour"), default=("digits", "colour"), help="which")
+    parser.add_argument("--seeds", nargs="+", type=SEED, default=SEEDS, help="of networks and samples, two or more")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -124,6 +125,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.folder and "colour" not in args.sets:
         parser.error(f"{args.folder}: colour images belong to --sets colour")
+    if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds: give two or more that differ, for there are intervals over them")
     return args
 
 
@@ -144,11 +147,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from scripts.results_document import write_document
 
     run = Runner(work)
-    measured = [Experiment(images, work / images.name, run).measure() for images in sets]
+    measured = [Experiment(images, work / images.name, run, args.seeds).measure() for images in sets]
     document = (work if args.quick else writable_folder(Path("docs"))) / "results.md"
     machine = describe_machine(pick_device("auto"))
-    write_document(document, measured, machine, sum(run.seconds.values()), quick=args.quick)
-    print(f"\n-> {document}; it took {sum(run.seconds.values()) / 60:.1f} minutes in all")
+    repeated = write_document(document, measured, machine, sum(run.seconds.values()), quick=args.quick)
+    print("\n".join(["", *repeated]))
+    print(f"-> {document}; it took {sum(run.seconds.values()) / 60:.1f} minutes in all")
 
 
 def digits() -> ImageSet:
@@ -177,8 +181,8 @@ def colour(work: Path, folder: Path, is_emoji: bool) -> ImageSet:
         img_size=16,
         in_chans=3,
         configs=("uvit_emoji16", "uvit_emoji16_1", "deediff_emoji16"),
-        extractor=work / name / "classifier.pt",
-        classifier_steps=600,
+        extractor=Path("scripts/emoji_classifier.pt") if is_emoji else work / name / "classifier.pt",
+        classifier_steps=0 if is_emoji else 600,
         data=("--dataset", "folder", "--data_path", str(folder)),
         training_batch=64,
         full_steps=4500,
@@ -259,10 +263,9 @@ def categories_of(emoji: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 class Experiment:
     """All that is measured on one set of images."""
 
-    def __init__(self, images: ImageSet, work: Path, run: Runner):
-        self.images, self.work, self.run = images, writable_folder(work), run
+    def __init__(self, images: ImageSet, work: Path, run: Runner, seeds: Sequence[int]):
+        self.images, self.work, self.run, self.seeds = images, writable_folder(work), run, seeds
         self.data = images.data
-        self.full = self.checkpoint("full")
         # The same numbers everywhere: not every machine calculates in bf16.
         self.sampling = ("--solver", SOLVER, "--steps", images.sampling_steps, "--precision", "fp32")
 
@@ -271,14 +274,13 @@ class Experiment:
         self.prepare()
         rates = self.step_rates()
         steps = {name: self.equal_time(name, rates) for name in VARIANTS}
-        for seed in SEEDS:
+        for seed in self.seeds:
             self.train_shallow("all timesteps", seed, steps["all timesteps"])
-        calibrations = [self.calibrate(seed) for seed in SEEDS]
+        calibrations = [self.calibrate(seed) for seed in self.seeds]
         options = averaged(calibrations)
         rules = chosen_by_rules(options)
-        rule = KNEE if KNEE in rules else AT_SPEEDUP
-        chosen = rules[rule]
-        for seed in SEEDS:
+        chosen = rules[KNEE]
+        for seed in self.seeds:
             for name in VARIANTS:
                 self.train_shallow(name, seed, steps[name], t_min=chosen["t_switch"] + 1)
 
@@ -293,15 +295,15 @@ class Experiment:
             "sampling": {"solver": SOLVER, "steps": self.images.sampling_steps},
             "blocks": [network["blocks"] for network in calibrations[0]["networks"]],
             "t_switch": chosen["t_switch"],
-            "rule": rule,
+            "rule": KNEE,
             "grid": sorted(grid_of(options), reverse=True),
             "switches": list(switches.values()),
             "rules": {name: option["t_switch"] for name, option in rules.items()},
-            "knees": [knee_or_none(averaged([calibration])) for calibration in calibrations],
+            "knees": [knee_of(averaged([calibration]))["t_switch"] for calibration in calibrations],
         }
         # Seed by seed, so that a machine that is slower for a while is so for all of them.
         table, variants, grid = [], [], []
-        for seed in SEEDS:
+        for seed in self.seeds:
             table += self.methods(seed, chosen["t_switch"])
             variants += [(name, self.duo(chosen["t_switch"], seed, name)) for name in VARIANTS]
             grid += [(name_of_switch(s), self.duo(t, seed)) for t, s in switches.items()]
@@ -312,21 +314,28 @@ class Experiment:
         return result
 
     def prepare(self) -> None:
-        """The images as the networks see them, what scores them, the full network and its exits."""
+        """The images as the networks see them, what scores them, the full networks and their exits."""
         images = self.images
-        if images.classifier_steps:
+        if "--data_path" in images.data:
             shape = ("--img_size", images.img_size, "--in_chans", images.in_chans)
-            source = Path(images.data[-1])
-            classes = ("--num_classes", len(classes_of(source)))
+            classes = ("--num_classes", len(classes_of(Path(images.data[-1]))))
             packed = self.work / "packed"
             self.run("data.pack", *images.data, *shape, *classes, "--output", packed)
             self.data = (*images.data[:-1], str(packed))
-            classifying = ("--n_steps", images.classifier_steps, "--output", images.extractor)
-            self.run("scripts.train_classifier", *self.data, *shape, *classes, *classifying)
+            if images.classifier_steps:
+                classifying = ("--n_steps", images.classifier_steps, "--output", images.extractor)
+                self.run("scripts.train_classifier", *self.data, *shape, *classes, *classifying)
         full, _, exits = images.configs
-        self.train("train", "full", full, images.full_steps, 0)
-        heads = ("--model", "deediff_uvit", "--load_backbone", self.full, "--freeze_backbone")
-        self.train("main", "exits", exits, images.exit_steps, 0, *heads)
+        for seed in self.seeds:
+            self.train("train", f"full_{seed}", full, images.full_steps, seed)
+            heads = ("--model", "deediff_uvit", "--load_backbone", self.full(seed), "--freeze_backbone")
+            self.train("main", f"exits_{seed}", exits, images.exit_steps, seed, *heads)
+
+    def full(self, seed: int) -> Path:
+        return self.checkpoint(f"full_{seed}")
+
+    def shallow(self, variant: str, seed: int) -> Path:
+        return self.checkpoint(shallow_name(variant, seed))
 
     def checkpoint(self, name: str, model: str = "uvit") -> Path:
         return self.work / name / f"{self.images.data[1]}_{model}_last.pth"
@@ -351,11 +360,11 @@ class Experiment:
         self.run(script, *argv, going_on=going_on)
 
     def train_shallow(self, variant: str, seed: int, n_steps: int, t_min: int = 0) -> None:
-        flags: list[object] = [word for flag in VARIANTS[variant] for word in (flag, self.full)]
+        flags: list[object] = [word for flag in VARIANTS[variant] for word in (flag, self.full(seed))]
         if variant in ON_OWN_RANGE:
             flags += ["--t_min", t_min]
-        name = shallow_name(variant, seed)
-        self.train("main", name, self.images.configs[1], n_steps, seed, "--model", "uvit", *flags)
+        config, name = self.images.configs[1], shallow_name(variant, seed)
+        self.train("main", name, config, n_steps, seed, "--model", "uvit", *flags)
 
     def step_rates(self) -> dict[str, list[float]]:
         """Steps per second of plain training and of distillation, in turns: the other kinds cost as much as plain."""
@@ -363,10 +372,10 @@ class Experiment:
         if path.exists():  # the same numbers of steps when a run goes on
             return read_json(path)
         rates: dict[str, list[float]] = {"plain": [], "distilled": []}
-        n, every = self.images.timed_steps, self.images.timed_steps // 3
+        n, every, teacher = self.images.timed_steps, self.images.timed_steps // 3, self.full(self.seeds[0])
         for number in range(TIMED_ROUNDS):
             for kind, measured in rates.items():
-                flags = ["--model", "uvit", *(("--distill_from", self.full) if kind == "distilled" else ())]
+                flags = ["--model", "uvit", *(("--distill_from", teacher) if kind == "distilled" else ())]
                 name = f"timed_{kind}_{number}"
                 self.train("main", name, self.images.configs[1], n, 0, *flags, log_every=every)
                 lines = (self.work / name / "metrics.jsonl").read_text().splitlines()
@@ -382,7 +391,7 @@ class Experiment:
     def calibrate(self, seed: int) -> dict[str, Any]:
         """Of every switch what calibrate.py says."""
         output = self.work / f"calibration_{seed}.yaml"
-        networks = (self.checkpoint(shallow_name("all timesteps", seed)), self.full)
+        networks = (self.shallow("all timesteps", seed), self.full(seed))
         # The rules are applied to the mean over seeds afterwards; --speedup 1 is one that never fails.
         measuring = ("--n_images", self.images.n_calibration, "--speedup", 1, "--output", output)
         self.run("calibrate", "--checkpoint_path", *networks, *self.data, *self.sampling, *measuring)
@@ -390,10 +399,9 @@ class Experiment:
 
     def methods(self, seed: int, t_switch: int) -> list[tuple[str, Path]]:
         """Folders of scored samples by label, the full network first."""
-        full, shallow = ("--checkpoint_path", self.full), self.checkpoint(shallow_name("all timesteps", seed))
-        n = self.images.sampling_steps
+        full, n = ("--checkpoint_path", self.full(seed)), self.images.sampling_steps
         runs = [("full", self.duo(GRID[0], seed)), ("DuoDiff", self.duo(t_switch, seed))]
-        exits = ("--checkpoint_path", self.checkpoint("exits", "deediff_uvit"))
+        exits = ("--checkpoint_path", self.checkpoint(f"exits_{seed}", "deediff_uvit"))
         for threshold in THRESHOLDS:
             name = f"early exit {threshold:g}"
             runs.append((name, self.sampled(name, seed, *exits, "--threshold", threshold, script="eesampler")))
@@ -405,17 +413,17 @@ class Experiment:
         for solver, steps in (("ddpm", n // 2), ("dpmsolver++", n // 2), ("dpmsolver++", n // 5)):
             name = f"full by {solver} in {steps} steps"
             runs.append((name, self.sampled(name, seed, *full, "--solver", solver, "--steps", steps)))
-        runs.append(("shallow alone", self.sampled("shallow alone", seed, "--checkpoint_path", shallow)))
+        alone = ("--checkpoint_path", self.shallow("all timesteps", seed))
+        runs.append(("shallow alone", self.sampled("shallow alone", seed, *alone)))
         return runs
 
     def duo(self, t_switch: int, seed: int, variant: str = "all timesteps", *flags: object) -> Path:
         """Scored samples of a shallow network and the full one; of that alone where the switch is at the start."""
         if t_switch == GRID[0]:
-            return self.sampled("full", seed, "--checkpoint_path", self.full)
-        networks = ("--checkpoint_path", self.checkpoint(shallow_name(variant, seed)))
-        networks += ("--checkpoint_path_late", self.full, "--t_switch", t_switch)
+            return self.sampled("full", seed, "--checkpoint_path", self.full(seed))
+        networks = ("--checkpoint_path", self.shallow(variant, seed), "--checkpoint_path_late", self.full(seed))
         name = f"switch {t_switch} {variant} {' '.join(map(str, flags))}"
-        return self.sampled(name, seed, *networks, *flags)
+        return self.sampled(name, seed, *networks, "--t_switch", t_switch, *flags)
 
     def sampled(self, name: str, seed: int, *argv: object, script: str = "sampler") -> Path:
         name = "".join(c if c.isalnum() or c == "." else "_" for c in name.replace("--", "").strip())
@@ -482,19 +490,14 @@ def chosen_by_rules(options: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
         NO_EXCESS: [option for option in options if option["excess"] <= 2 * option["excess_se"]][-1],
         AT_SPEEDUP: next((o for o in options if o["speed_up"] >= SPEEDUP), options[-1]),
     }
-    found = knee_or_none(options)
-    of_knee = {KNEE: next(option for option in options if option["t_switch"] == found)} if found is not None else {}
-    return of_knee | rules
+    return {KNEE: knee_of(options)} | rules
 
 
-def knee_or_none(options: Sequence[Mapping[str, Any]]) -> int | None:
-    """The switch that calibrate.py chooses if nothing else is said; None where it finds no knee."""
-    from calibration.choice import choose
+def knee_of(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What calibrate.py chooses if nothing else is said."""
+    from calibration.choice import knee
 
-    try:
-        return choose([SimpleNamespace(**option) for option in options]).t_switch
-    except InputError:
-        return None
+    return vars(knee([SimpleNamespace(**option) for option in options]))
 
 
 if __name__ == "__main__":

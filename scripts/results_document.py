@@ -2,42 +2,106 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import replacing
+from common.files import read_json, replacing, write_json
 
 WITHIN = 0.05  # of the best score: what a rule for the switch is to reach
-KNEE = "knee"
+TABLES = ("table", "variants", "scores")  # of a set, as compare.py writes them
 
 
 def write_document(
     path: Path, measured: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], seconds: float, quick: bool = False
-) -> None:
-    """The document, and beside it its pictures.
+) -> list[str]:
+    """The document, and beside it its pictures and its numbers (.json), which the next run is held against.
 
     measured: of each set of images what its results.json holds. machine: of benchmarking.measure. seconds: it took.
-    quick: say that the numbers are worth nothing.
+    quick: say that the numbers are worth nothing. Returns lines on what the run before, if there was one, found too.
     """
-    sections = [introduction(measured, machine, seconds, quick)]
+    about = ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int))
+    numbers, before = numbers_of(measured, about), path.with_suffix(".json")
+    earlier = read_json(before) if before.exists() else None
+    if earlier and earlier["sets"] == numbers["sets"]:  # nothing was measured since
+        repeated = earlier["repeated"]
+    else:
+        repeated = held_against(earlier, numbers) if earlier else []
+    sections = [introduction(measured, about, seconds, quick)]
     for of_set in measured:
         pictures = [path.with_name(f"{path.stem}_{of_set['name']}{suffix}.png") for suffix in ("", "_switch")]
         shutil.copyfile(of_set["table"]["picture"], pictures[0])
         draw_switches(pictures[1], of_set)
         sections += [section(of_set), methods(of_set, pictures[0].name)]
         sections += [training(of_set), switching(of_set, pictures[1].name)]
-    sections.append(repeating(measured))
+    sections.append(repeating(measured, repeated))
     with replacing(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_json(before, numbers | {"repeated": repeated})
+    return repeated
 
 
-def introduction(measured: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], seconds: float, quick: bool) -> str:
-    about = ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int))
+def numbers_of(measured: Sequence[Mapping[str, Any]], about: str) -> dict[str, Any]:
+    """What another run may find too: of every row of every table."""
+    kept = ("score", "difference", "speed_up")
+    return {
+        "machine": about,
+        "seeds": measured[0]["table"]["labels"][0]["seeds"],
+        "sets": {
+            of_set["name"]: {
+                "t_switch": of_set["t_switch"],
+                **{
+                    name: {label["label"]: {key: label[key] for key in kept} for label in of_set[name]["labels"]}
+                    for name in TABLES
+                },
+            }
+            for of_set in measured
+        },
+    }
+
+
+def held_against(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two runs both found, set by set, as lines.
+
+    Two means of independent runs agree where they are no farther apart than half of the interval of their difference:
+    the root of the sum of the squares of theirs.
+    """
+    seeds = ", ".join(map(str, earlier["seeds"]))
+    lines = [f"The run before this one (seeds {seeds}; {earlier['machine']}), row by row of the tables above:", ""]
+    for name, of_set in now["sets"].items():
+        if name not in earlier["sets"]:
+            continue
+        before = earlier["sets"][name]
+        pairs = [
+            (f"{label} ({table})", before[table][label], row)
+            for table in TABLES
+            for label, row in of_set[table].items()
+            if label in before[table]
+        ]
+        counts = []
+        for value, called in (("score", "scores"), ("difference", "differences to the first row")):
+            both = [(label, old[value], new[value]) for label, old, new in pairs if old[value] and new[value]]
+            apart = [label for label, old, new in both if not agree(old, new)]
+            others = f" (not: {'; '.join(apart)})" if apart else ""
+            counts.append(f"{len(both) - len(apart)} of {len(both)} {called} agree{others}")
+        ratios = [abs(new["speed_up"] / old["speed_up"] - 1) for _, old, new in pairs]
+        widths = percent(statistics.median(ratios), 1), percent(max(ratios), 1)
+        counts.append(f"speed-ups are {widths[0]} apart in the middle, {widths[1]} at most")
+        counts.append(f"the knee was {before['t_switch']}, it is {of_set['t_switch']}")
+        lines.append(f"- {name}: {'; '.join(counts)}.")
+    return lines
+
+
+def agree(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
+    return abs(one["mean"] - other["mean"]) <= math.hypot(one["half_width"] or 0, other["half_width"] or 0)
+
+
+def introduction(measured: Sequence[Mapping[str, Any]], about: str, seconds: float, quick: bool) -> str:
     table = measured[0]["table"]
-    seeds = len(table["labels"][0]["seeds"])
+    seeds = ", ".join(map(str, table["labels"][0]["seeds"]))
     lines = [
         "# Results",
         "",
@@ -45,11 +109,10 @@ def introduction(measured: Sequence[Mapping[str, Any]], machine: Mapping[str, An
         f"Measured by `bash scripts/results.sh` in {seconds / 60:.0f} minutes; the same command, without `results/`, "
         f"repeats it and writes this page anew. Machine: {about}.",
         "",
-        f"Each score is the mean over {seeds} seeds ± half of its {percent(table['confidence'])} confidence interval "
-        "(Student's t); lower is better. A seed is that of the samples and, with it, of the shallow network's "
-        "training; the full network and the early-exit heads were trained once. Differences are paired: the same "
-        "seed, so the same noise. An effect counts as one here if the interval of its difference leaves out 0. FLOPs "
-        "do not depend on the machine, seconds do.",
+        f"Each score is the mean over the seeds {seeds} ± half of its {percent(table['confidence'])} confidence "
+        "interval (Student's t); lower is better. Each seed has networks of its own, all of them, and samples of its "
+        "own. Differences are paired: the same seed, so the same full network and the same noise. An effect counts as "
+        "one here if the interval of its difference leaves out 0. FLOPs do not depend on the machine, seconds do.",
         "",
         "Look at the samples, too: the features that scores are made of are those of a small classifier, which may not "
         "see what a person sees at once, such as single broken patches. And the knee's factor of 1.5 was settled on "
@@ -138,7 +201,7 @@ def switching(of_set: Mapping[str, Any], picture: str) -> str:
         "",
         "Divergence (nats per image, along the sampler's path) and excess error (the change of the variational bound, "
         "nats per image; below 0 the shallow network is the better) as calibrate.py measured them, means over the "
-        "seeds' shallow networks; the scores are of samples.",
+        "seeds' networks; the scores are of samples.",
         "",
         *markdown_table(
             ("t_switch", "shallow + full", "speed-up", "divergence", "excess", "score", "minus full", "chosen by"),
@@ -160,11 +223,8 @@ def switching(of_set: Mapping[str, Any], picture: str) -> str:
         f"![Score and divergence against t_switch]({picture})",
         "",
     ]
-    if KNEE not in of_set["rules"]:
-        lines.append("- calibrate.py found no knee in the mean curve: its default rule chooses nothing here.")
     lines += [f"- {verdict(rule, by_switch[t_switch], grid)}" for rule, t_switch in of_set["rules"].items()]
-    knees = ["none" if t is None else str(t) for t in of_set["knees"]]
-    lines.append(f"- The knee of each seed's own shallow network: {', '.join(knees)}.")
+    lines.append(f"- The knee of each seed's own networks: {', '.join(map(str, of_set['knees']))}.")
     lines.append(f"- {correlations(grid)}")
     return "\n".join(lines)
 
@@ -236,11 +296,11 @@ def draw_switches(path: Path, of_set: Mapping[str, Any]) -> None:
     )
 
 
-def repeating(measured: Sequence[Mapping[str, Any]]) -> str:
-    """How much of the numbers the next run may find otherwise."""
+def repeating(measured: Sequence[Mapping[str, Any]], repeated: Sequence[str]) -> str:
+    """How much of the numbers the next run may find otherwise, and how much this one did."""
     lines = ["## How much a repeat may differ", ""]
     for of_set in measured:
-        labels = [label for name in ("table", "variants", "scores") for label in of_set[name]["labels"]]
+        labels = [label for name in TABLES for label in of_set[name]["labels"]]
         widths = {}
         for name in ("score", "seconds_per_image"):
             relative = [(label[name]["half_width"] or 0) / label[name]["mean"] for label in labels]
@@ -251,12 +311,18 @@ def repeating(measured: Sequence[Mapping[str, Any]]) -> str:
         )
     lines += [
         "",
-        "On the same machine and with the same versions training and samples repeat themselves but for the numbers of "
-        "steps at equal time and the calibrated switch, which follow from measured times; another CPU or version of "
-        "torch rounds differently, and after thousands of steps of training its networks are other ones of the same "
-        "kind, as with another seed. The intervals are over sampling seeds and shallow networks: they do not tell how "
-        "another full network would score.",
+        "On the same machine, with the same versions and seeds, training and samples repeat themselves but for the "
+        "numbers of steps at equal time, which follow from measured times. Another CPU or version of torch rounds "
+        "differently, and after thousands of steps of training its networks are other ones of the same kind, as with "
+        "other seeds (`--seeds`).",
     ]
+    if repeated:
+        lines += [
+            "",
+            *repeated,
+            "",
+            "Two means agree if they are no farther apart than half of the interval of their difference.",
+        ]
     return "\n".join(lines)
 
 

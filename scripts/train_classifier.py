@@ -5,6 +5,13 @@ fid.py --feature_extractor. scripts/digits_classifier.pt came of
 
     python scripts/train_classifier.py --dataset digits --img_size 8 --in_chans 1 --num_classes 10 \\
         --output scripts/digits_classifier.pt
+
+and scripts/emoji_classifier.pt, of the emoji that scripts/results.sh fetches (by their categories) and packs, of
+
+    python scripts/train_classifier.py --dataset folder --data_path results/emoji/packed --img_size 16 \\
+        --num_classes 9 --n_steps 600 --output scripts/emoji_classifier.pt
+
+They are kept, for scores of another classifier are not comparable.
 """
 
 from __future__ import annotations

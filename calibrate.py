@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from calibration.run import Calibration
 
 NONE = "none"
-OUTPUTS = (".yaml", ".json", ".png")
-VERIFYING = ("n_samples", "sample_seeds", "feature_extractor", "feature_extractor_weights")
+BESIDE = (".json", ".png")  # the schedule
+VERIFYING = (
+    *("n_samples", "sample_seeds", "reference", "feature_extractor", "feature_extractor_weights"),
+    "autoencoder_checkpoint_path",
+)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +52,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("calibration.yaml"), help="the schedule; beside it a .json and a .png"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an --output that is no calibration")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an --output that is no calibration, and samples that --verify made with other settings",
+    )
     add_calibration_options(parser, required=True)
     add_solver_options(parser)
     add_precision_option(parser)
@@ -59,6 +66,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--n_samples", type=whole(2), default=1000, help="of each switch and seed")
     group.add_argument("--sample_seeds", type=SEED, nargs="+", default=[0], help="the same for every switch")
+    group.add_argument(
+        "--reference", type=existing_path, help="what to score against, see fid.py --help; --dataset if not said"
+    )
     group.add_argument("--feature_extractor", default="inception", help="see fid.py --help")
     group.add_argument("--feature_extractor_weights", type=existing_file, help="see fid.py --help")
     group.add_argument("--autoencoder_checkpoint_path", type=existing_path, help="see sampler.py --help")
@@ -77,6 +87,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in VERIFYING:
         if args.verify is None and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --verify")
+    if len(set(args.sample_seeds)) < len(args.sample_seeds):
+        parser.error("--sample_seeds: each once")
     return args
 
 
@@ -98,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     writable_folder(args.output.parent)
     check_output(args)
     if args.verify:
+        if networks[-1].config.autoencoder and args.data_path and not args.reference:
+            raise InputError(f"--verify: {args.data_path} holds latents; give --reference, images to score against")
         load_extractor(args.feature_extractor, args.feature_extractor_weights, device)  # or end now, not after sampling
     calibration = calibrate(args, networks, device)
     save(args.output, calibration, files, args)
@@ -109,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores = verify(args, calibration, files)
         save(args.output, calibration, files, args, scores)
         print(as_table(calibration, scores))
-    beside = ", ".join(str(args.output.with_suffix(suffix)) for suffix in OUTPUTS[1:])
+    beside = ", ".join(str(args.output.with_suffix(suffix)) for suffix in BESIDE)
     print(f"-> {args.output} (for sampler.py --schedule), {beside}")
 
 
@@ -117,7 +131,7 @@ def check_output(args: argparse.Namespace) -> None:
     """Raises InputError where a file would be replaced that no calibration wrote."""
     from generation.schedule_file import is_calibration
 
-    there = [path for path in map(args.output.with_suffix, OUTPUTS) if path.exists()]
+    there = [path for path in (args.output, *map(args.output.with_suffix, BESIDE)) if path.exists()]
     if there and not args.overwrite and not is_calibration(args.output):
         raise InputError(
             f"{there[0]} is there already, and of no calibration; name another --output or give --overwrite"
@@ -144,13 +158,15 @@ def verify(
     folder = writable_folder(args.output.with_name(f"{args.output.stem}_verify"))
     sampling = ["--solver", args.solver, "--steps", args.steps or len(calibration.steps.timesteps)]
     sampling += ["--eta", args.eta] if args.solver == "ddim" else []
-    sampling += [f"--{name}" for name in ("clip_x0", "quiet", "allow_outside_range") if getattr(args, name)]
+    flags = ("clip_x0", "quiet", "allow_outside_range", "overwrite")
+    sampling += [f"--{name}" for name in flags if getattr(args, name)]
     sampling += ["--precision", args.precision, "--weights", args.weights]
     sampling += ["--batch_size", min(args.batch_size, args.n_samples), "--n_samples", args.n_samples]
-    scoring = ["--dataset", args.dataset, "--feature_extractor", args.feature_extractor] + ["--quiet"] * args.quiet
+    against = ("reference",) if args.reference else ("dataset", "data_path", "crop")
+    scoring = ["--feature_extractor", args.feature_extractor] + ["--quiet"] * args.quiet
     for argv, names in (
         (sampling, ("parametrization", "autoencoder_checkpoint_path")),
-        (scoring, ("data_path", "crop", "feature_extractor_weights")),
+        (scoring, (*against, "feature_extractor_weights")),
     ):
         argv += ["--device", args.device]
         for name in names:

@@ -163,7 +163,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
         if different := [key for key, value in run.basis.items() if value != runs[0].basis[key]]:
             raise InputError(f"{run.label} cannot be compared with {runs[0].label}: other {', '.join(different)}")
         same = first.setdefault(run.label, run)
-        if different := contradictions(same.settings, run.settings, none_counts=True):
+        one_sided = [f"{key} (only of one)" for key in sorted(same.settings.keys() ^ run.settings.keys())]
+        if different := one_sided + contradictions(same.settings, run.settings, none_counts=True):
             raise InputError(
                 f"the label {run.label} is given to {same.folder} and {run.folder}, which differ in more than the "
                 f"seed: {', '.join(different)}"

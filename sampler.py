@@ -126,11 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with joined_processes(args.device) as device:
         settle_speed(args, device)
         networks = load_networks(args, plan, "cpu" if args.offload else device)
+        run = SamplingRun(args, networks, shared_config(networks), device)
         calibration = None
         if args.t_switch == "auto":
             calibration = settle_switch(args, networks, device)
             plan = turns_of(args)
-        run = SamplingRun(args, networks, shared_config(networks), device)
         own = timesteps_of_turns(run.timesteps, plan.switches)
         if not args.allow_outside_range:
             check_ranges(args, plan, networks, own)
@@ -165,15 +165,16 @@ def settle_switch(args: argparse.Namespace, networks: Sequence[Network], device:
     from calibration.report import in_words
     from calibration.run import calibrate
     from common.distributed import on_main
-    from common.files import read_json
+    from generation.record import ADVICE, recorded_settings, samples_in
 
     calibration = None
 
     def choose() -> int:
         nonlocal calibration
-        record = args.output_folder / "report" / "run.json"
-        there = read_json(record) if record.exists() and not args.overwrite else None
-        if isinstance(there, dict) and type(t_switch := there.get("t_switch")) is int:
+        if samples_in(args.output_folder) and not args.overwrite:
+            recorded = recorded_settings(args.output_folder)
+            if not isinstance(recorded, dict) or type(t_switch := recorded.get("t_switch")) is not int:
+                raise InputError(f"{args.output_folder} holds samples of a run without --t_switch; {ADVICE}")
             print(f"t_switch {t_switch}, as it was chosen when this run began")
             return t_switch
         # Copies: measuring puts weights into the working precision, which is done once.

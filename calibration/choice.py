@@ -62,14 +62,14 @@ def evaluated(steps: Steps, networks: np.ndarray) -> Option:
     return Option(
         networks,
         steps.seconds_full / float(steps.costs[networks].sum()),
-        *mean_and_se(divergence),
-        *mean_and_se(excess),
+        *map(float, mean_and_se(divergence)),
+        *map(float, mean_and_se(excess)),
     )
 
 
-def mean_and_se(values: np.ndarray) -> tuple[float, float]:
-    """Over images, (N,)."""
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+def mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error over images, or seeds: (..., N) -> (...), (...)."""
+    return values.mean(axis=-1), values.std(axis=-1, ddof=1) / values.shape[-1] ** 0.5
 
 
 def switches(steps: Steps) -> list[Option]:
@@ -156,13 +156,13 @@ def choose(options: Sequence[Option], speed_up: float | None = None, budget: flo
 
 
 def check_reachable(options: Sequence[Option], speed_up: float) -> None:
-    """Raises InputError where none of the options, rising in speed, is so fast."""
-    if options[-1].speed_up < speed_up:
-        raise InputError(f"--speedup {speed_up:g}: {options[-1].speed_up:.2f} is the most these networks can do")
+    """Raises InputError where none of the options is so fast."""
+    if (most := max(option.speed_up for option in options)) < speed_up:
+        raise InputError(f"--speedup {speed_up:g}: {most:.2f} is the most these networks can do")
 
 
 def knee(options: Sequence[Option]) -> Option:
-    """The fastest option at which time is not yet DEARER times as dear as on the way there; the last if it never is.
+    """The last option at which time is not yet DEARER times as dear as on the way there.
 
     The price of time is the divergence that the step to an option adds, over the time that this step saves; it is
     held against the mean price of all time saved up to there. The ratio is the slope of the curve in logarithms: 1

@@ -86,8 +86,8 @@ def measure_predictions(
 
 
 def mean_square(difference: Tensor) -> np.ndarray:
-    """(B, C, H, W) -> (B,)."""
-    return difference.double().square().mean(dim=(1, 2, 3)).cpu().numpy()
+    """(B, C, H, W) -> (B,) float64."""
+    return difference.square().mean(dim=(1, 2, 3)).cpu().double().numpy()  # MPS has no float64
 
 
 @torch.inference_mode()

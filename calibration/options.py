@@ -8,6 +8,7 @@ from common.cli import existing_path, real, whole
 from data import CROPS, DATASETS
 
 CALIBRATION_OPTIONS = ("dataset", "data_path", "crop", "n_images", "speedup", "budget")
+CALIBRATION_IMAGES = 256
 
 
 def add_calibration_options(parser: argparse._ActionsContainer, *, required: bool = False) -> None:
@@ -20,7 +21,7 @@ def add_calibration_options(parser: argparse._ActionsContainer, *, required: boo
     )
     parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
     parser.add_argument("--crop", choices=CROPS, help="of the dataset; that of the networks if not said")
-    parser.add_argument("--n_images", type=whole(2), default=256, help="as many of them are measured on")
+    parser.add_argument("--n_images", type=whole(2), default=CALIBRATION_IMAGES, help="as many of them are measured on")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument(
         "--speedup",

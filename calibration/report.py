@@ -30,13 +30,19 @@ def in_words(calibration: Calibration) -> str:
         low, high = np.percentile([o.t_switch(timesteps) for o in calibration.others], [5, 95], method="nearest")
         lines.append(f"other {n} images as likely would choose t_switch {low}..{high} (90 % of resamplings)")
         if high - low > WIDE * (timesteps[0] + 1):
-            lines.append(f"that is a wide range: --n_images {4 * n} would halve it")
+            if 4 * n <= calibration.images_there:
+                lines.append(f"that is a wide range: --n_images {4 * n} would halve it")
+            else:
+                lines.append(f"that is a wide range; the dataset has {calibration.images_there} images")
     else:
         low, high = np.percentile([o.speed_up for o in calibration.others], [5, 95])
         lines.append(f"other {n} images as likely would choose {low:.2f}x..{high:.2f}x (90 % of resamplings)")
     if chosen.excess_se and abs(chosen.excess) < 2 * chosen.excess_se:
         enough = int(np.ceil(n * (2 * chosen.excess_se / abs(chosen.excess)) ** 2)) if chosen.excess else None
-        more = f"; about --n_images {enough} would settle it" if enough and enough < 10**6 else ""
+        more = ""
+        if enough:
+            more = f"; about --n_images {enough} would settle it"
+            more += f", of which the dataset has {calibration.images_there}" * (enough > calibration.images_there)
         lines.append(f"too few images to tell whether its excess error is above or below 0{more}")
     return "\n".join(lines)
 
@@ -47,14 +53,14 @@ def why(calibration: Calibration) -> str:
     if len(options) == 1:
         return "no other network knows the first timesteps"
     if rule not in (KNEE, KNEE_OF_DDPM):
-        return f"{rule}; nothing faster keeps to it" if chosen is options[0] else rule
+        return f"{rule}; nothing faster keeps to it" if chosen is options[0] and "--budget" in rule else rule
     curve = "" if rule == KNEE else " of the divergence that ddpm has at these steps"
-    if chosen is options[-1]:
-        return (
-            f"the fastest there is: up to it time saved never gets more than {DEARER:g} times as dear as on the way "
-            f"there, so that the curve{curve} has no knee; --speedup or --budget choose otherwise"
-        )
-    return f"the knee{curve}: beyond, time saved gets more than {DEARER:g} times as dear as on the way there"
+    dearer = f"more than {DEARER:g} times as dear as on the way there"
+    if chosen is options[0]:
+        return "no other choice is predicted to be faster"
+    if chosen is calibration.last_judged:
+        return f"the curve{curve} has no knee: at its end time saved is not {dearer}; --speedup and --budget choose"
+    return f"the knee{curve}: beyond, time saved is {dearer}"
 
 
 def name_of(calibration: Calibration, option: Option) -> str:
@@ -113,13 +119,10 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
         "excess: the same weights times (squared error of eps - that of the full network); below 0 it is the better",
     ]
     if calibration.random:
-        shifts = ", ".join(
-            f"{name} {shift:.2g}" for name, shift in zip(names[:-1], calibration.last_shift, strict=False)
-        )
-        notes.append(
-            "the last step adds no noise and is the full network's; another would shift the image there, squared and "
-            f"per dimension, by {shifts}"
-        )
+        others = zip(names[:-1], calibration.last_shift, strict=False)
+        shifts = ", ".join(f"{name} {shift:.2g}" for name, shift in others if np.isfinite(shift))
+        what = f"; another would shift the image there, squared and per dimension, by {shifts}" if shifts else ""
+        notes.append(f"the last step adds no noise and is the full network's{what}")
     return "\n".join([table(head, rows), *notes])
 
 
@@ -222,7 +225,7 @@ def save(
 
 def over_images(values: np.ndarray) -> dict[str, list[float | None]]:
     """Mean and standard error of (S, N) over images; None where they are not known."""
-    mean, error = values.mean(axis=-1), values.std(axis=-1, ddof=1) / values.shape[-1] ** 0.5
+    mean, error = mean_and_se(values)
     return {
         name: [float(x) if np.isfinite(x) else None for x in numbers]
         for name, numbers in (("mean", mean), ("standard_error", error))
@@ -253,6 +256,5 @@ def error_curves(calibration: Calibration) -> list[ErrorCurve]:
     for network, values in zip(calibration.networks, calibration.predictions.error, strict=True):
         known = np.isfinite(values).all(axis=-1)
         label = f"{blocks_of(network)} ({network.path.parent.name}/{network.path.name})"
-        mean, error = values[known].mean(axis=-1), values[known].std(axis=-1, ddof=1) / values.shape[-1] ** 0.5
-        curves.append(ErrorCurve(label, timesteps[known], mean, error))
+        curves.append(ErrorCurve(label, timesteps[known], *mean_and_se(values[known])))
     return curves

@@ -49,9 +49,11 @@ class Calibration(NamedTuple):
     random: bool  # the sampler is, and divergence in nats of its path; if not, it is the squared shift
     last_shift: np.ndarray
     options: list[Option]  # rising in speed
+    last_judged: Option  # the last of those among which the rule chose
     chosen: Option
     others: list[Option]  # chosen of other images as likely
     rule: str
+    images_there: int  # in the dataset
 
 
 def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: torch.device) -> Calibration:
@@ -122,16 +124,29 @@ def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: tor
         # Squared shifts grow too evenly to have a knee where scores begin to suffer.
         rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", schedule, config.parametrization)
         judge, _ = weighed(predictions, ancestral, timesteps, costs)
-    options = options_of(judge)
+    judged = options_of(judge)
     choices = [
-        choose(options, args.speedup, args.budget),
-        *chosen_of_other_images(judge, options, args.speedup, args.budget),
+        choose(judged, args.speedup, args.budget),
+        *chosen_of_other_images(judge, judged, args.speedup, args.budget),
     ]
-    numbers = [options.index(option) for option in choices]
-    options = [evaluated(steps, option.networks) for option in options]
-    chosen, *others = (options[number] for number in numbers)
+    # Of switches ddpm's are the first of the solver's own, which may let the shallow network do the last step too.
+    options = options_of(steps) if of_switches else [evaluated(steps, option.networks) for option in judged]
+    chosen, *others = (options[judged.index(option)] for option in choices)
     last = step_weights(solver, timesteps).shift[-1] ** 2 * predictions.distance[:, -1].mean(axis=-1)
-    return Calibration(networks, of_switches, predictions, steps, random, last, options, chosen, others, rule)
+    return Calibration(
+        networks=networks,
+        of_switches=of_switches,
+        predictions=predictions,
+        steps=steps,
+        random=random,
+        last_shift=last,
+        options=options,
+        last_judged=options[len(judged) - 1],
+        chosen=chosen,
+        others=others,
+        rule=rule,
+        images_there=len(dataset),
+    )
 
 
 def weighed(

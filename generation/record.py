@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from calibration.options import CALIBRATION_IMAGES
 from common.config import carried_settings
 from common.devices import device_name
 from common.distributed import world_size
@@ -48,11 +49,12 @@ DECIDING = (
 # before can be gone on with.
 DECIDING_LATER = {
     **{"stages": None, "cache_interval": 1, "cache_outer": 1},
-    **{"dataset": None, "n_images": 256, "speedup": None, "budget": None},  # of --t_switch auto
+    **{"dataset": None, "n_images": CALIBRATION_IMAGES, "speedup": None, "budget": None},  # of --t_switch auto
 }
 # The options that decide how long they take: images made under others are not timed together.
 CONDITIONS = ("batch_size", "compile", "offload", "min_group")
 
+ADVICE = "choose another --output_folder or give --overwrite"
 SAMPLE_NAME = re.compile(r"\d{6,}\.png")
 BATCH_NAME = re.compile(r"(\d{6,})-(\d{6,})\.npz")
 # What this project writes into report/; anything else there is the user's.
@@ -102,6 +104,30 @@ def conditions_of(args: argparse.Namespace, device: torch.device) -> dict[str, A
     }
 
 
+def samples_in(folder: Path) -> list[Path]:
+    """The samples in a folder, if it is there. Raises InputError where it holds what no sampling run made."""
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    samples = [path for path in files if SAMPLE_NAME.fullmatch(path.name)]
+    if others := [path for path in files if path not in set(samples) and path.name != "report"]:
+        raise InputError(f"{folder} holds {others[0].name}, which is no sample; choose a folder of its own")
+    report = folder / "report"
+    names = sorted(path.name for path in report.iterdir() if not path.name.startswith(".")) if report.exists() else []
+    if foreign := [name for name in names if name not in REPORT_NAMES]:
+        raise InputError(f"{report} holds {foreign[0]}, which is of no sampling run; choose another folder")
+    return samples
+
+
+def recorded_settings(folder: Path) -> Any:
+    """What decided the samples that are in a folder: its run.json. Raises InputError where there is none."""
+    path = folder / "report" / "run.json"
+    if not path.exists():
+        raise InputError(
+            f"{folder} holds {len(samples_in(folder))} samples already, and no report/run.json that says of what run; "
+            f"{ADVICE}"
+        )
+    return read_json(path)
+
+
 class RunRecord:
     """The folder of a run. Process 0 opens it, and lays down what is to do; every process adds its batches.
 
@@ -112,6 +138,7 @@ class RunRecord:
         self.folder, self.report, self.batches = folder, folder / "report", folder / "report" / "batches"
         self.settings = json.loads(json.dumps(settings))  # as it will be read back
         self.frames: list[int] = self.settings["timesteps_save"]
+        self.goes_on = False  # with samples that are there
         self.kept: list[Batch] = []
 
     def open(self, n_samples: int, batch_size: int, overwrite: bool) -> list[range]:
@@ -121,18 +148,12 @@ class RunRecord:
         lost: of the user's, of a run with other settings, or of a longer one.
         """
         writable_folder(self.folder)
-        files = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
-        samples = [path for path in files if SAMPLE_NAME.fullmatch(path.name)]
-        if others := [path for path in files if path not in set(samples) and path.name != "report"]:
-            raise InputError(f"{self.folder} holds {others[0].name}, which is no sample; choose a folder of its own")
+        samples = samples_in(self.folder)
         self.report.mkdir(exist_ok=True)
-        names = sorted(path.name for path in self.report.iterdir() if not path.name.startswith("."))
-        if foreign := [name for name in names if name not in REPORT_NAMES]:
-            raise InputError(f"{self.report} holds {foreign[0]}, which is of no sampling run; choose another folder")
         self._lock = lock(self.report / ".lock", f"{self.folder}: another process is sampling into it; wait for it")
         if samples and not overwrite:
             self._refuse_another(samples, n_samples)
-            self.kept = self._kept(n_samples)
+            self.goes_on, self.kept = True, self._kept(n_samples)
         ends = [0, *(batch.indices.stop for batch in self.kept)]
         starts = [*(batch.indices.start for batch in self.kept), n_samples]
         return [
@@ -142,15 +163,11 @@ class RunRecord:
         ]
 
     def _refuse_another(self, samples: Sequence[Path], n_samples: int) -> None:
-        advice = "choose another --output_folder or give --overwrite"
         holds = f"{self.folder} holds {len(samples)} samples"
-        if not (self.report / "run.json").exists():
-            raise InputError(f"{holds} already, and no report/run.json that says of what run; {advice}")
-        there = read_json(self.report / "run.json")
-        if different := setting_differences(there, self.settings):
-            raise InputError(f"{holds} of another run ({', '.join(different)}); {advice}")
+        if different := setting_differences(recorded_settings(self.folder), self.settings):
+            raise InputError(f"{holds} of another run ({', '.join(different)}); {ADVICE}")
         if max(int(path.stem) for path in samples) >= n_samples:
-            raise InputError(f"{holds}, more than --n_samples {n_samples}; {advice}")
+            raise InputError(f"{holds}, more than --n_samples {n_samples}; {ADVICE}")
 
     def _kept(self, n_samples: int) -> list[Batch]:
         """The batches that are whole and follow each other without overlap."""
@@ -185,7 +202,7 @@ class RunRecord:
     def begin(self, n_samples: int, to_do: Sequence[range]) -> None:
         """Remove all that is not of the batches to keep, and say what is being made."""
         folders = [self.folder, self.report, *(self.paths([0], t)[0].parent for t in self.frames)]
-        if not self.kept:
+        if not self.goes_on:
             for path in self.report.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)

@@ -29,7 +29,7 @@ from common.seeds import nth_seed
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, SwitchingDenoiser, guided, random_classes, sample
 from diffusion.solvers import make_solver, spaced_timesteps
-from generation.record import Batch, RunRecord, conditions_of, deciding_settings
+from generation.record import Batch, RunRecord, conditions_of, deciding_settings, samples_in
 from models.autoencoder import image_maker
 from models.loading import Network
 
@@ -69,7 +69,7 @@ class SamplingRun:
     """
 
     def __init__(self, args: argparse.Namespace, networks: Sequence[Network], config: Config, device: torch.device):
-        self.args, self.config, self.device = args, config, device
+        self.args, self.networks, self.config, self.device = args, networks, config, device
         self.dtype = DTYPES[args.precision]
         self.to_images = image_maker(config, device)
         if args.clip_x0 and config.autoencoder:
@@ -81,9 +81,17 @@ class SamplingRun:
             raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(self.timesteps)}")
         self.class_ids = self._class_ids()
         self.folder: Path = args.output_folder
+        on_main(lambda: len(samples_in(self.folder)))  # a folder of something else is refused before long work
         self.conditions = conditions_of(args, device)
-        settings = on_main(lambda: deciding_settings(args, networks, device) | {"steps": len(self.timesteps)})
-        self.record = RunRecord(self.folder, settings)
+
+    @cached_property
+    def record(self) -> RunRecord:
+        """What decides the images must be settled, and all processes must ask together."""
+
+        def settings() -> dict[str, Any]:
+            return deciding_settings(self.args, self.networks, self.device) | {"steps": len(self.timesteps)}
+
+        return RunRecord(self.folder, on_main(settings))
 
     @cached_property
     def to_do(self) -> list[range]:
@@ -91,7 +99,8 @@ class SamplingRun:
 
         All processes must ask together.
         """
-        return on_main(lambda: self.record.open(self.args.n_samples, self.args.batch_size, self.args.overwrite))
+        record = self.record
+        return on_main(lambda: record.open(self.args.n_samples, self.args.batch_size, self.args.overwrite))
 
     def _class_ids(self) -> list[int] | None:
         """The classes that were asked for; None for random ones, or if the network has none."""

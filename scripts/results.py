@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,7 @@ class ImageSet:
     """What is done on one set of images."""
 
     name: str
+    folder: str  # in results/
     about: str
     img_size: int
     in_chans: int
@@ -83,27 +85,36 @@ class ImageSet:
 
 
 class Runner:
-    """Calls scripts, each with the same arguments once: what is done is kept in commands.json, with its seconds."""
+    """Calls scripts, each with the same arguments once: commands.json has the seconds of each, none while it runs."""
 
     def __init__(self, folder: Path):
         self.path = folder / "commands.json"
-        self.seconds: dict[str, float] = read_json(self.path) if self.path.exists() else {}
+        self.seconds: dict[str, float | None] = read_json(self.path) if self.path.exists() else {}
+        self.asked: dict[str, None] = {}  # in this run, done before or not
 
-    def __call__(self, module: str, *argv: object, going_on: Sequence[str] | None = None) -> None:
-        """going_on: the arguments in place of argv, where a part is done already; empty if all of it is."""
+    def __call__(self, module: str, *argv: object, going_on: Callable[[], Sequence[object]] | None = None) -> None:
+        """going_on: gives the arguments in place of argv where the same call was cut off; none if nothing is left."""
         script = f"-m {module}" if "." in module else f"{module}.py"
-        words = [str(word) for word in argv]
-        line = f"python {script} {shlex.join(words)}"
-        if line in self.seconds:
+        line = f"python {script} {shlex.join(map(str, argv))}"
+        self.asked[line] = None
+        if self.seconds.get(line) is not None:
             return
-        if going_on is not None:
-            words = [str(word) for word in going_on]
+        words = [str(word) for word in (going_on() if going_on and line in self.seconds else argv)]
+        self._note(line, None)
         print(f"\n$ python {script} {shlex.join(words)}" if words else f"done before: {line}", flush=True)
         started = time.perf_counter()
         if words:
             importlib.import_module(module).main(words)
-        self.seconds[line] = time.perf_counter() - started
+        self._note(line, time.perf_counter() - started)
+
+    def _note(self, line: str, seconds: float | None) -> None:
+        self.seconds[line] = seconds
         write_json(self.path, self.seconds)
+
+    @property
+    def seconds_in_all(self) -> float:
+        """Of what this run asked for."""
+        return sum(self.seconds[line] or 0 for line in self.asked)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -147,25 +158,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     from scripts.results_document import write_document
 
     run = Runner(work)
-    measured = [Experiment(images, work / images.name, run, args.seeds).measure() for images in sets]
+    measured = [Experiment(images, work / images.folder, run, args.seeds).measure() for images in sets]
     document = (work if args.quick else writable_folder(Path("docs"))) / "results.md"
     machine = describe_machine(pick_device("auto"))
-    repeated = write_document(document, measured, machine, sum(run.seconds.values()), quick=args.quick)
+    said = shlex.join(sys.argv[1:] if argv is None else map(str, argv))
+    repeated = write_document(document, measured, machine, run.seconds_in_all, said, quick=args.quick)
     print("\n".join(["", *repeated]))
-    print(f"-> {document}; it took {sum(run.seconds.values()) / 60:.1f} minutes in all")
+    print(f"-> {document}; it took {run.seconds_in_all / 60:.1f} minutes in all")
 
 
 def digits() -> ImageSet:
     return ImageSet(
         name="digits",
+        folder="digits",
         about="the project's handwritten digits, 8 x 8 grey",
         img_size=8,
         in_chans=1,
         configs=("uvit_digits", "uvit_digits_1", "deediff_digits"),
         extractor=Path("scripts/digits_classifier.pt"),
         data=("--dataset", "digits"),
-        full_steps=2000,
-        shallow_steps=1500,
+        full_steps=4000,
+        shallow_steps=2000,
         exit_steps=1000,
         n_samples=1000,
     )
@@ -175,13 +188,16 @@ def colour(work: Path, folder: Path, is_emoji: bool) -> ImageSet:
     """Raises InputError where the folder has no classes of images."""
     classes_of(folder)
     name = "emoji" if is_emoji else "images"
+    # Other images are not to be taken for these.
+    own = name if is_emoji else f"{name}_{zlib.crc32(str(folder.resolve()).encode()):08x}"
     return ImageSet(
         name=name,
+        folder=own,
         about=f"{f'emoji of 64 x 64 ({EMOJI})' if is_emoji else f'the images in {folder}'}, reduced to 16 x 16 colour",
         img_size=16,
         in_chans=3,
         configs=("uvit_emoji16", "uvit_emoji16_1", "deediff_emoji16"),
-        extractor=Path("scripts/emoji_classifier.pt") if is_emoji else work / name / "classifier.pt",
+        extractor=Path("scripts/emoji_classifier.pt") if is_emoji else work / own / "classifier.pt",
         classifier_steps=0 if is_emoji else 600,
         data=("--dataset", "folder", "--data_path", str(folder)),
         training_batch=64,
@@ -275,7 +291,7 @@ class Experiment:
         rates = self.step_rates()
         steps = {name: self.equal_time(name, rates) for name in VARIANTS}
         for seed in self.seeds:
-            self.train_shallow("all timesteps", seed, steps["all timesteps"])
+            self.train_shallow("all timesteps", seed, steps["all timesteps"], t_min=0)
         calibrations = [self.calibrate(seed) for seed in self.seeds]
         options = averaged(calibrations)
         rules = chosen_by_rules(options)
@@ -334,8 +350,8 @@ class Experiment:
     def full(self, seed: int) -> Path:
         return self.checkpoint(f"full_{seed}")
 
-    def shallow(self, variant: str, seed: int) -> Path:
-        return self.checkpoint(shallow_name(variant, seed))
+    def shallow(self, variant: str, seed: int, t_min: int = 0) -> Path:
+        return self.checkpoint(shallow_name(variant, seed, t_min))
 
     def checkpoint(self, name: str, model: str = "uvit") -> Path:
         return self.work / name / f"{self.images.data[1]}_{model}_last.pth"
@@ -343,7 +359,7 @@ class Experiment:
     def train(
         self, script: str, name: str, config: str, n_steps: int, seed: int, *flags: object, log_every: int = 500
     ) -> None:
-        """Go on with what is there of it. A training that was begun with others' weights goes on with its own."""
+        """Go on where it was cut off. A training that was begun with others' weights goes on with its own."""
         from training.checkpoint import step_of
 
         argv = [*flags, "--config_path", f"configs/{config}.yaml", "--exp_name", name, "--n_steps", n_steps]
@@ -351,20 +367,23 @@ class Experiment:
         argv += ["--lr", 2e-3, "--beta1", 0.9, "--num_warmup_steps", 100]
         argv += ["--log_every_n_steps", log_every, "--save_every_n_steps", 500, "--preview_steps", 0]
         argv += ["--log_path", self.work, "--seed", seed]
-        going_on = None
-        for checkpoint in (self.work / name).glob("*_last.pth"):
-            start = argv.index("--init_from") if "--init_from" in argv else len(argv)
-            # Stopped between its last checkpoint and the note that it is done, a training has nothing left to do.
-            finished = step_of(checkpoint) == n_steps
-            going_on = [] if finished else [*argv[:start], *argv[start + 2 :], "--resume"]
+
+        def going_on() -> Sequence[object]:
+            for checkpoint in (self.work / name).glob("*_last.pth"):
+                start = argv.index("--init_from") if "--init_from" in argv else len(argv)
+                # Stopped between its last checkpoint and the note that it is done, it has nothing left to do.
+                finished = step_of(checkpoint) == n_steps
+                return [] if finished else [*argv[:start], *argv[start + 2 :], "--resume"]
+            return argv
+
         self.run(script, *argv, going_on=going_on)
 
-    def train_shallow(self, variant: str, seed: int, n_steps: int, t_min: int = 0) -> None:
+    def train_shallow(self, variant: str, seed: int, n_steps: int, t_min: int) -> None:
         flags: list[object] = [word for flag in VARIANTS[variant] for word in (flag, self.full(seed))]
         if variant in ON_OWN_RANGE:
             flags += ["--t_min", t_min]
-        config, name = self.images.configs[1], shallow_name(variant, seed)
-        self.train("main", name, config, n_steps, seed, "--model", "uvit", *flags)
+        name = shallow_name(variant, seed, t_min)
+        self.train("main", name, self.images.configs[1], n_steps, seed, "--model", "uvit", *flags)
 
     def step_rates(self) -> dict[str, list[float]]:
         """Steps per second of plain training and of distillation, in turns: the other kinds cost as much as plain."""
@@ -421,7 +440,8 @@ class Experiment:
         """Scored samples of a shallow network and the full one; of that alone where the switch is at the start."""
         if t_switch == GRID[0]:
             return self.sampled("full", seed, "--checkpoint_path", self.full(seed))
-        networks = ("--checkpoint_path", self.shallow(variant, seed), "--checkpoint_path_late", self.full(seed))
+        shallow = self.shallow(variant, seed, t_switch + 1)
+        networks = ("--checkpoint_path", shallow, "--checkpoint_path_late", self.full(seed))
         name = f"switch {t_switch} {variant} {' '.join(map(str, flags))}"
         return self.sampled(name, seed, *networks, "--t_switch", t_switch, *flags)
 
@@ -437,14 +457,16 @@ class Experiment:
 
     def compare(self, name: str, runs: Sequence[tuple[str, Path]]) -> dict[str, Any]:
         """The numbers of compare.py, and its picture."""
-        picture = self.work / f"{name}.png"
+        picture = self.work / f"{name}_{'_'.join(map(str, self.seeds))}.png"
         labelled = [f"{label}={folder}" for label, folder in runs]
         self.run("compare", *labelled, "--output", picture, "--json", picture.with_suffix(".json"))
         return read_json(picture.with_suffix(".json")) | {"picture": str(picture)}
 
 
-def shallow_name(variant: str, seed: int) -> str:
-    return f"shallow_{variant.replace(' ', '_')}_{seed}"
+def shallow_name(variant: str, seed: int, t_min: int) -> str:
+    """Of a folder. t_min: where its own range begins, of those that have one."""
+    own = f"_{t_min}" if variant in ON_OWN_RANGE else ""
+    return f"shallow_{variant.replace(' ', '_')}{own}_{seed}"
 
 
 def name_of_switch(option: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,101 +12,110 @@ from common.files import read_json, replacing, write_json
 
 WITHIN = 0.05  # of the best score: what a rule for the switch is to reach
 TABLES = ("table", "variants", "scores")  # of a set, as compare.py writes them
+SIGNIFICANT = 0.05  # a p-value below it
 
 
 def write_document(
-    path: Path, measured: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], seconds: float, quick: bool = False
+    path: Path,
+    measured: Sequence[Mapping[str, Any]],
+    machine: Mapping[str, Any],
+    seconds: float,
+    arguments: str = "",
+    quick: bool = False,
 ) -> list[str]:
     """The document, and beside it its pictures and its numbers (.json), which the next run is held against.
 
     measured: of each set of images what its results.json holds. machine: of benchmarking.measure. seconds: it took.
-    quick: say that the numbers are worth nothing. Returns lines on what the run before, if there was one, found too.
+    arguments: of scripts/results.sh. quick: say that the numbers are worth nothing. Returns lines on what the run
+    before, if there was one, found too.
     """
     about = ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int))
-    numbers, before = numbers_of(measured, about), path.with_suffix(".json")
-    earlier = read_json(before) if before.exists() else None
-    if earlier and earlier["sets"] == numbers["sets"]:  # nothing was measured since
-        repeated = earlier["repeated"]
-    else:
-        repeated = held_against(earlier, numbers) if earlier else []
-    sections = [introduction(measured, about, seconds, quick)]
+    before = path.with_suffix(".json")
+    earlier = read_json(before) if before.exists() else {}
+    numbers = {of_set["name"]: numbers_of(of_set, about) for of_set in measured}
+    repeated = {name: held_against(name, earlier.get(name), numbers[name]) for name in numbers}
+    sections = [introduction(measured, about, seconds, arguments, quick)]
     for of_set in measured:
         pictures = [path.with_name(f"{path.stem}_{of_set['name']}{suffix}.png") for suffix in ("", "_switch")]
         shutil.copyfile(of_set["table"]["picture"], pictures[0])
         draw_switches(pictures[1], of_set)
         sections += [section(of_set), methods(of_set, pictures[0].name)]
         sections += [training(of_set), switching(of_set, pictures[1].name)]
-    sections.append(repeating(measured, repeated))
+    said = [line for line in repeated.values() if line]
+    sections.append(repeating(measured, said))
     with replacing(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    write_json(before, numbers | {"repeated": repeated})
-    return repeated
+    # Sets that were not measured now are kept for the run that measures them again.
+    write_json(before, earlier | {name: numbers[name] | {"repeated": repeated[name]} for name in numbers})
+    return said
 
 
-def numbers_of(measured: Sequence[Mapping[str, Any]], about: str) -> dict[str, Any]:
-    """What another run may find too: of every row of every table."""
-    kept = ("score", "difference", "speed_up")
-    return {
-        "machine": about,
-        "seeds": measured[0]["table"]["labels"][0]["seeds"],
-        "sets": {
-            of_set["name"]: {
-                "t_switch": of_set["t_switch"],
-                **{
-                    name: {label["label"]: {key: label[key] for key in kept} for label in of_set[name]["labels"]}
-                    for name in TABLES
-                },
-            }
-            for of_set in measured
-        },
-    }
+def numbers_of(of_set: Mapping[str, Any], about: str) -> dict[str, Any]:
+    """What another run may find too: the rows of all tables, by their labels.
 
-
-def held_against(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two runs both found, set by set, as lines.
-
-    Two means of independent runs agree where they are no farther apart than half of the interval of their difference:
-    the root of the sum of the squares of theirs.
+    The first row of a table is what the others are held against; those of the second and the third table stand in the
+    first one already.
     """
+    rows = {}
+    for name in TABLES:
+        first, *others = of_set[name]["labels"]
+        for label in [first] * (name == TABLES[0]) + others:
+            differences = [a - b for a, b in zip(label["scores"], first["scores"], strict=True)]
+            rows[label["label"]] = {"differences": differences} | {
+                key: label[key] for key in ("scores", "score", "speed_up")
+            }
+    seeds = of_set["table"]["labels"][0]["seeds"]
+    return {"machine": about, "seeds": seeds, "t_switch": of_set["t_switch"], "rows": rows}
+
+
+def held_against(name: str, earlier: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+    """A line on what the run before found too; None if there was none.
+
+    earlier, now: of `numbers_of`. Where nothing was measured since, it is what the page said already.
+    """
+    if earlier is None:
+        return None
+    if all(earlier[key] == now[key] for key in now):
+        return earlier["repeated"]
+    both = {label: (earlier["rows"][label], row) for label, row in now["rows"].items() if label in earlier["rows"]}
+    first = next(iter(now["rows"]))
+    but_first = {label: pair for label, pair in both.items() if label != first}
+    inside = sum(
+        abs(new["score"]["mean"] - old["score"]["mean"]) <= old["score"]["half_width"] for old, new in both.values()
+    )
+    ratios = [abs(new["speed_up"] / old["speed_up"] - 1) for old, new in but_first.values()]
     seeds = ", ".join(map(str, earlier["seeds"]))
-    lines = [f"The run before this one (seeds {seeds}; {earlier['machine']}), row by row of the tables above:", ""]
-    for name, of_set in now["sets"].items():
-        if name not in earlier["sets"]:
-            continue
-        before = earlier["sets"][name]
-        pairs = [
-            (f"{label} ({table})", before[table][label], row)
-            for table in TABLES
-            for label, row in of_set[table].items()
-            if label in before[table]
-        ]
-        counts = []
-        for value, called in (("score", "scores"), ("difference", "differences to the first row")):
-            both = [(label, old[value], new[value]) for label, old, new in pairs if old[value] and new[value]]
-            apart = [label for label, old, new in both if not agree(old, new)]
-            others = f" (not: {'; '.join(apart)})" if apart else ""
-            counts.append(f"{len(both) - len(apart)} of {len(both)} {called} agree{others}")
-        ratios = [abs(new["speed_up"] / old["speed_up"] - 1) for _, old, new in pairs]
-        widths = percent(statistics.median(ratios), 1), percent(max(ratios), 1)
-        counts.append(f"speed-ups are {widths[0]} apart in the middle, {widths[1]} at most")
-        counts.append(f"the knee was {before['t_switch']}, it is {of_set['t_switch']}")
-        lines.append(f"- {name}: {'; '.join(counts)}.")
-    return lines
+    return (
+        f"- {name} (before: seeds {seeds}; {earlier['machine']}): of {len(both)} mean scores {inside} lie in the "
+        f"interval they had before; Welch's t-test tells {told_apart(both, 'scores')} apart, and of {len(but_first)} "
+        f"differences to the first row of a table {told_apart(but_first, 'differences')}; speed-ups differ by "
+        f"{percent(statistics.median(ratios), 1)} in the middle, by {percent(max(ratios), 1)} at most; the knee was "
+        f"{earlier['t_switch']}, it is {now['t_switch']}."
+    )
 
 
-def agree(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
-    return abs(one["mean"] - other["mean"]) <= math.hypot(one["half_width"] or 0, other["half_width"] or 0)
+def told_apart(pairs: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> str:
+    """How many of the pairs of rows Welch's t-test tells apart, and which."""
+    from scipy.stats import ttest_ind
+
+    apart = [
+        label
+        for label, pair in pairs.items()
+        if ttest_ind(*(row[key] for row in pair), equal_var=False).pvalue < SIGNIFICANT
+    ]
+    return f"{len(apart)} ({', '.join(apart)})" if apart else "0"
 
 
-def introduction(measured: Sequence[Mapping[str, Any]], about: str, seconds: float, quick: bool) -> str:
+def introduction(measured: Sequence[Mapping[str, Any]], about: str, seconds: float, arguments: str, quick: bool) -> str:
     table = measured[0]["table"]
     seeds = ", ".join(map(str, table["labels"][0]["seeds"]))
+    call = f"bash scripts/results.sh {arguments}".rstrip()
     lines = [
         "# Results",
         "",
         *(["**Made with `--quick`: it shows that everything works; the numbers are worth nothing.**", ""] * quick),
-        f"Measured by `bash scripts/results.sh` in {seconds / 60:.0f} minutes; the same command, without `results/`, "
-        f"repeats it and writes this page anew. Machine: {about}.",
+        f"Measured by `{call}` in {seconds / 60:.0f} minutes; the same command, without `results/`, repeats it and "
+        f"writes this page anew. Machine: {about}.",
         "",
         f"Each score is the mean over the seeds {seeds} ± half of its {percent(table['confidence'])} confidence "
         "interval (Student's t); lower is better. Each seed has networks of its own, all of them, and samples of its "
@@ -319,9 +327,10 @@ def repeating(measured: Sequence[Mapping[str, Any]], repeated: Sequence[str]) ->
     if repeated:
         lines += [
             "",
-            *repeated,
+            "Against the run before this one, row by row of the tables above; a test at the level of 5 % tells one in "
+            "twenty apart by chance alone:",
             "",
-            "Two means agree if they are no farther apart than half of the interval of their difference.",
+            *repeated,
         ]
     return "\n".join(lines)
 

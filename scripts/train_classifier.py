@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = {"img_size": args.img_size, "in_chans": args.in_chans, "num_classes": args.num_classes}
     dataset = open_dataset(args.dataset, args.data_path, **shape)
     if len(dataset) < 2 * HELD_OUT:
-        raise InputError(f"{len(dataset)} images are too few: {HELD_OUT} are held out, and more are to learn from")
+        raise InputError(f"{len(dataset)} images are too few, {2 * HELD_OUT} are needed: {HELD_OUT} are held out")
     writable_folder(args.output.parent)
     images, labels = dataset.__getitems__(torch.randperm(len(dataset)).tolist())
     classifier = Classifier(**shape)

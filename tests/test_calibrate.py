@@ -11,6 +11,7 @@ import torch
 import calibrate
 import main as main_script
 import sampler
+from generation.run import SamplingRun
 from generation.schedule_file import read_schedule
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 
@@ -73,8 +74,8 @@ def test_deterministic_solvers_speak_of_shifts(solver, pair, tmp_path, run_quiet
     assert alone.t_max == 19 and alone.t_min == 0
 
 
-def test_without_noise_the_knee_is_that_of_ddpm(pair, tmp_path, run_quietly, fails):
-    """Both say the same, be it that there is none: with the same images, noise and steps."""
+def test_without_noise_the_knee_is_that_of_ddpm(pair, tmp_path, run_quietly):
+    """Both say the same, with the same images, noise and steps; but without noise the last step is open to all."""
     chosen = []
     for solver in ("ddpm", "ddim"):
         out = tmp_path / f"{solver}.yaml"
@@ -84,6 +85,8 @@ def test_without_noise_the_knee_is_that_of_ddpm(pair, tmp_path, run_quietly, fai
     assert (ancestral["rule"], deterministic["rule"]) == ("knee", "knee of ddpm")
     assert ancestral["chosen"]["t_switch"] == deterministic["chosen"]["t_switch"]
     assert deterministic["measure"] == "squared shift"
+    switches = [[option["t_switch"] for option in found["options"]] for found in chosen]
+    assert switches == [list(range(19, -1, -1)), list(range(19, -2, -1))]
     assert deterministic["chosen"]["divergence"] != ancestral["chosen"]["divergence"]
 
 
@@ -100,20 +103,28 @@ def test_the_schedule_samples(pair, shallow, full, tmp_path, run_quietly):
     assert (tmp_path / "a" / "000001.png").read_bytes() == (tmp_path / "b" / "000001.png").read_bytes()
 
 
+@pytest.fixture
+def few(shallow, tmp_path):
+    """The shallow network, as if it had been trained on t = 15..19 alone."""
+    content = torch.load(shallow, weights_only=True)
+    torch.save(content | {"config": content["config"] | {"t_min": 15, "t_max": 19}}, tmp_path / "few.pth")
+    return tmp_path / "few.pth"
+
+
 @pytest.mark.parametrize("free", [[], ["--free"]])
-def test_three_networks(free, shallow, middle, full, tmp_path, run_quietly):
+def test_three_networks(free, few, middle, full, tmp_path, run_quietly):
+    """Each where it was trained: with no limit to the divergence the cheapest that knows a timestep runs there."""
     out = tmp_path / "c.yaml"
-    networks = ["--checkpoint_path", shallow, middle, full]
+    networks = ["--checkpoint_path", few, middle, full]
     said = run_quietly(calibrate.main, [*networks, *QUICK, "--budget", 1e9, *free, "--output", out])
-    assert "1 block " in said and "3 blocks" in said and "5 blocks" in said
-    schedule = read_schedule(out)
-    ran = [stage for stage in schedule.stages if stage.checkpoint_path.samefile(middle)]
-    assert all(stage.t_min >= 10 for stage in ran), "it was trained on those alone"
-    assert schedule.stages[-1].checkpoint_path.samefile(full)
+    assert "1 block " in said and "3 blocks" in said and "5 blocks" in said and "nan" not in said
+    assert "the last step adds no noise and is the full network's\n" in said
+    stages = [(stage.checkpoint_path.parent.name, stage.t_min, stage.t_max) for stage in read_schedule(out).stages]
+    assert stages == [(few.parent.name, 15, 19), ("middle", 10, 14), ("full", 0, 9)]
     run_quietly(sampler.main, ["--schedule", out, "--n_samples", 1, "--output_folder", tmp_path / "s", "--quiet"])
 
 
-def test_verified(pair, tmp_path, run_quietly):
+def test_verified(pair, tmp_path, run_quietly, fails):
     out = tmp_path / "c.yaml"
     verify = ["--verify", 3, "--n_samples", 4, "--sample_seeds", 0, 1, *EXTRACTOR]
     said = run_quietly(calibrate.main, [*pair, "--steps", 4, "--speedup", 1, *verify, "--output", out])
@@ -126,6 +137,12 @@ def test_verified(pair, tmp_path, run_quietly):
     assert len(before) == 3 * 2 * 4
     run_quietly(calibrate.main, [*pair, "--steps", 4, "--speedup", 1, *verify, "--output", out])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("0*.png")} == before, "what is there is taken"
+    other = [*pair, "--steps", 4, "--speedup", 1, *verify[:2], "--n_samples", 2, *EXTRACTOR, "--output", out]
+    fails(calibrate.main, other, "more than --n_samples 2", "give --overwrite")
+    reference = ["--reference", folder / "t_switch-19_seed-0"]
+    run_quietly(calibrate.main, [*other, "--overwrite", *reference])
+    about = json.loads((folder / "t_switch-19_seed-0" / "report" / "metrics.json").read_text())
+    assert about["fid"] == pytest.approx(0, abs=1e-3) and about["reference"]["n_reference"] == 2
 
 
 def test_classes_and_guidance(runs, tmp_path, run_quietly, fails):
@@ -156,6 +173,7 @@ def test_refusals(pair, shallow, middle, full, runs, tmp_path, fails):
     fails(calibrate.main, [*pair, *out, "--speedup", 500], "--speedup 500", "is the most these networks can do")
     fails(calibrate.main, [*pair, *out, "--speedup", 2, "--budget", 1], "not allowed with")
     fails(calibrate.main, [*pair, *out, "--n_samples", 5], "--n_samples needs --verify")
+    fails(calibrate.main, [*pair, *out, "--verify", 2, "--sample_seeds", 1, 1], "--sample_seeds: each once")
     fails(calibrate.main, [*pair, *out, "--config_path", "none"], "one for each of the 2 networks")
     fails(calibrate.main, [*pair, "--output", tmp_path / "c.json"], "wanted a .yaml")
     fails(calibrate.main, [*pair, *out, "--eta", 1], "--eta belongs to --solver ddim")
@@ -163,6 +181,9 @@ def test_refusals(pair, shallow, middle, full, runs, tmp_path, fails):
     fails(calibrate.main, [*pair, *out], "c.png is there already, and of no calibration")
     assert (tmp_path / "c.png").read_bytes() == b"mine"
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
+    (tmp_path / "networks.yml").write_text("mine")
+    fails(calibrate.main, [*pair, "--output", tmp_path / "networks.yml"], "networks.yml is there already")
+    assert (tmp_path / "networks.yml").read_text() == "mine"
 
 
 def images_of(folder):
@@ -194,7 +215,32 @@ def test_auto(shallow, full, tmp_path, run_quietly, monkeypatch):
     assert (report / "calibration.yaml").exists()
 
 
-def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fails):
+def test_auto_that_was_stopped_before_its_first_batch(shallow, full, tmp_path, run_quietly, fails, monkeypatch):
+    """With images there the switch stays and so does what was measured; without any it is chosen anew."""
+    auto = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", "auto", "--dataset", "digits"]
+    auto += ["--n_images", 12, "--steps", 5, "--n_samples", 2, "--device", "cpu", "--quiet"]
+    auto += ["--output_folder", tmp_path / "s"]
+    report = tmp_path / "s" / "report"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for method in ("_sample", "timing"):  # before the first image, and after all of them
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(SamplingRun, method, stop)
+            sampler.main([str(arg) for arg in [*auto, "--budget", 1e9 if method == "timing" else 0]])
+    (batch,) = (report / "batches").iterdir()
+    batch.unlink()  # as if it had not been finished
+    assert json.loads((report / "run.json").read_text())["t_switch"] == 3, "its second attempt chose anew"
+    fails(sampler.main, [*auto, "--budget", 0], "another run", "budget 1000000000.0, not 0.0")
+    said = run_quietly(sampler.main, [*auto, "--budget", 1e9])
+    assert "t_switch 3, as it was chosen when this run began" in said
+    assert read_schedule(report / "calibration.yaml").t_switch == 3
+    (report / "run.json").write_text("{}")
+    fails(sampler.main, [*auto, "--budget", 1e9], "a run without --t_switch", "--overwrite")
+
+
+def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fails, monkeypatch):
     two = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--output_folder", tmp_path / "s"]
     fails(sampler.main, [*two, "--t_switch", "auto"], "give --dataset")
     fails(sampler.main, [*two, "--t_switch", "often"], "--t_switch", "often")
@@ -204,6 +250,12 @@ def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fail
     fails(sampler.main, [*auto, "--cache_interval", 2], "--t_switch auto", "--cache_interval")
     fails(sampler.main, [*auto, "--speedup", 500, "--n_images", 4, "--steps", 3], "--speedup 500")
     assert not (tmp_path / "s").exists()
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "mine.txt").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("calibration.run.calibrate", pytest.fail)
+        fails(sampler.main, auto, "mine.txt, which is no sample")
+        fails(sampler.main, [*auto, "--class_id", 3], "unconditional")
 
 
 def test_auto_of_several_processes(shallow, full, tmp_path, torchrun, run_quietly):

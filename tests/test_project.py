@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("train.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py", "benchmark.py")
+SCRIPTS = ("train.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py", "calibrate.py", "benchmark.py")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

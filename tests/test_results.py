@@ -43,6 +43,8 @@ def estimate(mean, half_width=0.1):
 
 def label(name, score, seconds, difference):
     told = {"label": name, "seeds": [0, 1, 2], "score": estimate(score), "difference": estimate(difference, 0.2)}
+    by_seed = (0.05, -0.05, 0) if difference else (-0.05, 0, 0.05)  # so that differences vary too
+    told["scores"] = [score + more for more in by_seed]
     return told | {"seconds_per_image": estimate(seconds, 0.0), "flops_per_image": 1e6, "speed_up": 0.01 / seconds}
 
 
@@ -126,28 +128,33 @@ def test_a_document_of_a_quick_run_says_so(measured, tmp_path):
 
 
 def test_a_run_is_held_against_the_one_before(measured, tmp_path):
-    def write(of_set, torch):
+    def write(of_sets, torch):
         path = tmp_path / "results.md"
-        results_document.write_document(path, [of_set], {"device": "cpu", "torch": torch}, 60)
-        return path.read_text()
+        said = results_document.write_document(path, of_sets, {"device": "cpu", "torch": torch}, 60, "--seeds 0 1 2")
+        assert all(line in path.read_text() for line in said)
+        return said
 
-    first = write(measured, "1")
-    assert "The run before" not in first
-    assert write(measured, "1") == first, "a page that is written again is not held against itself"
+    assert write([measured], "1") == []
+    assert "`bash scripts/results.sh --seeds 0 1 2` in 1 minutes" in (tmp_path / "results.md").read_text()
+    assert write([measured], "1") == [], "a page that is written again is not held against itself"
     other = json.loads(json.dumps(measured))
     other["t_switch"] = 599
     own_range, distilled = other["variants"]["labels"][1:]
-    own_range["score"]["mean"] += 0.14  # half of the interval of a difference of two is 0.1 sqrt(2) = 0.1414
+    own_range["scores"] = [score + 0.08 for score in own_range["scores"]]  # 1.96 standard errors: p = 0.12
+    own_range["score"]["mean"] += 0.08
+    distilled["scores"] = [score + 0.15 for score in distilled["scores"]]  # 3.67: p = 0.02
     distilled["score"]["mean"] += 0.15
     distilled["speed_up"] *= 1.25
-    second = write(other, "2")
-    for words in (
-        "The run before this one (seeds 0, 1, 2; device cpu, torch 1)",
-        "dots: 10 of 11 scores agree (not: distilled (variants)); 11 of 11 differences",
-        "speed-ups are 0.0 % apart in the middle, 25.0 % at most; the knee was 399, it is 599",
-    ):
-        assert words in second, words
-    assert write(other, "2") == second, "what was found when it was measured stays"
+    second = (
+        "- dots (before: seeds 0, 1, 2; device cpu, torch 1): of 9 mean scores 8 lie in the interval they had before; "
+        "Welch's t-test tells 1 (distilled) apart, and of 8 differences to the first row of a table 0; "
+        "speed-ups differ by 0.0 % in the middle, by 25.0 % at most; the knee was 399, it is 599."
+    )
+    assert write([other], "2") == [second]
+    assert write([other], "2") == [second], "what was found when it was measured stays"
+    assert write([other, other | {"name": "lines"}], "2") == [second], "one more set is new"
+    assert write([other | {"name": "lines"}], "2") == []
+    assert write([other], "2") == [second], "the set that was left out was kept"
 
 
 def test_rules():
@@ -185,11 +192,41 @@ def test_a_command_that_is_done_is_not_done_again(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("compare.main", calls.append)
     run = results.Runner(tmp_path)
     run("compare", "a b", 1)
-    results.Runner(tmp_path)("compare", "a b", 1)
-    results.Runner(tmp_path)("compare", "a b", 2, going_on=["--resume"])
-    results.Runner(tmp_path)("compare", "a b", 3, going_on=[])
-    assert calls == [["a b", "1"], ["--resume"]]
+    results.Runner(tmp_path)("compare", "a b", 1, going_on=pytest.fail)
+    results.Runner(tmp_path)("compare", "a b", 2, going_on=pytest.fail)
+    assert calls == [["a b", "1"], ["a b", "2"]]
     assert "$ python compare.py 'a b' 1\n" in capsys.readouterr().out
+    assert run.seconds_in_all == results.read_json(tmp_path / "commands.json")["python compare.py 'a b' 1"]
+
+
+def test_a_command_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    calls = []
+
+    def cut_off(words):
+        calls.append(words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compare.main", cut_off)
+    for going_on in (pytest.fail, lambda: ["a", "--resume"]):
+        with pytest.raises(KeyboardInterrupt):
+            results.Runner(tmp_path)("compare", "a", going_on=going_on)
+    results.Runner(tmp_path)("compare", "a", going_on=lambda: [])
+    results.Runner(tmp_path)("compare", "a", going_on=pytest.fail)
+    assert calls == [["a"], ["a", "--resume"]]
+
+
+def test_trainings_go_on_where_they_were_cut_off(tmp_path, monkeypatch, run_quietly, fails):
+    """With the same arguments alone: a network that was trained otherwise is not taken for the one asked for."""
+    experiment = results.Experiment(results.digits().quick(), tmp_path, results.Runner(tmp_path), (0, 1))
+    train = ("train", "net", "uvit_digits_1")
+    run_quietly(lambda _: experiment.train(*train, 3, 0), [])
+    assert experiment.checkpoint("net").exists()
+    commands = results.read_json(tmp_path / "commands.json")
+    (line,) = commands
+    (tmp_path / "commands.json").write_text(json.dumps({line: None}))  # stopped before it was noted
+    experiment.run = results.Runner(tmp_path)
+    assert "done before" in run_quietly(lambda _: experiment.train(*train, 3, 0), [])
+    fails(results.command(lambda _: experiment.train(*train, 3, 0, "--t_min", 500)), [], "holds a run already")
 
 
 def images_in(folder, classes=3):

@@ -10,10 +10,10 @@ import torch
 
 from calibration.choice import Steps, cascades, choose, switches
 from calibration.measure import choose_images, measure_predictions
+from calibration.run import weighed
 from common.errors import InputError
 from data.dataset import ImageDataset
 from diffusion import NoiseSchedule
-from diffusion.divergence import step_weights
 from diffusion.solvers import make_solver, spaced_timesteps
 
 MU, STD, N = 0.3, 0.5, 400
@@ -96,14 +96,9 @@ def weights() -> np.ndarray:
 
 
 def steps_from(predictions, costs) -> Steps:
-    """As calibration.run puts them together, with the last step left to the full network."""
-    kl = step_weights(make_solver("ddpm", SCHEDULE, "predict_noise"), TIMESTEPS).kl
-    kl[-1] = 0
-    divergence, excess = (
-        kl[:, None] * values for values in (predictions.distance, predictions.error - predictions.error[-1])
-    )
-    divergence[:-1, -1] = excess[:-1, -1] = np.nan
-    return Steps(TIMESTEPS, np.array(costs), divergence, excess)
+    steps, random = weighed(predictions, make_solver("ddpm", SCHEDULE, "predict_noise"), TIMESTEPS, costs)
+    assert random
+    return steps
 
 
 def test_divergence_and_excess_are_the_closed_form():

@@ -104,14 +104,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output,
         [summary.label for summary in summaries],
         [summary.seconds_per_image for summary in summaries],
-        [summary.score for summary in summaries],
+        bars(summaries),
         args.metric.upper(),
         [first_samples(summary.runs[0].folder) for summary in summaries],
+        about_bars(summaries[0].label) if paired(summaries) else "",
     )
     print(f"picture: {args.output}")
     if args.json:
         write_json(args.json, numbers(summaries, args.metric))
         print(f"numbers: {args.json}")
+
+
+def paired(summaries: Sequence[Summary]) -> bool:
+    """Whether there are several labels of several seeds, the same seeds of each."""
+    first, *others = summaries
+    return bool(others) and first.difference is not None and len(first.runs) > 1
+
+
+def bars(summaries: Sequence[Summary]) -> list[Estimate]:
+    """The scores with, where the seeds are paired, the intervals of their differences: those tell labels apart."""
+    if not paired(summaries):
+        return [summary.score for summary in summaries]
+    return [Estimate(summary.score.mean, summary.difference.half_width) for summary in summaries]
+
+
+def about_bars(standard: str) -> str:
+    return f"bars: {CONFIDENCE:.0%} interval of the paired difference to {standard}"
 
 
 def read_run(label: str, folder: Path, metric: str) -> Run:
@@ -183,14 +201,14 @@ def summarised(runs: Sequence[Run]) -> list[Summary]:
     for of_label in by_label.values():
         of_label.sort(key=lambda run: run.seed)
     standard = by_label[runs[0].label]
-    paired = all([run.seed for run in of] == [run.seed for run in standard] for of in by_label.values())
+    same_seeds = all([run.seed for run in of] == [run.seed for run in standard] for of in by_label.values())
     return [
         Summary(
             label,
             of_label,
             estimate([run.score for run in of_label]),
             estimate([run.score - ours.score for run, ours in zip(of_label, standard, strict=True)])
-            if paired
+            if same_seeds
             else None,
             estimate([run.seconds_per_image for run in of_label]),
             sum(run.flops_per_image for run in of_label) / len(of_label),
@@ -218,14 +236,13 @@ def table(summaries: Sequence[Summary], metric: str) -> str:
     standard = summaries[0]
     unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))
     counts = sorted({len(summary.runs) for summary in summaries})
-    paired = counts[-1] > 1 and standard.difference is not None
     columns = [
         ("run", [summary.label for summary in summaries]),
         ("seeds", [str(len(summary.runs)) for summary in summaries] if len(counts) > 1 else None),
         (metric.upper(), [f"{summary.score}" for summary in summaries]),
         (
             f"minus {standard.label}",
-            ["", *(f"{summary.difference:+}" for summary in summaries[1:])] if paired else None,
+            ["", *(f"{summary.difference:+}" for summary in summaries[1:])] if paired(summaries) else None,
         ),
         ("s/image", [f"{summary.seconds_per_image.mean:.4f}" for summary in summaries]),
         (f"{name}/image", [f"{summary.flops_per_image / unit:.3g}" for summary in summaries]),

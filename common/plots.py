@@ -49,10 +49,11 @@ def plot_comparison(
     scores: Sequence[Interval],
     metric: str,
     strips: Sequence[np.ndarray],
+    about_bars: str = "",
 ) -> None:
     """Score against time, one point a label; beside it the first samples of each.
 
-    strips: uint8 (H, W) or (H, W, 3), one a label.
+    strips: uint8 (H, W) or (H, W, 3), one a label. about_bars: what the intervals of the scores are.
     """
     rows = len(labels)
     figure = Figure(figsize=(13, max(4.5, 0.8 * rows + 0.6)), layout="constrained")
@@ -65,7 +66,7 @@ def plot_comparison(
     axes.axhline(means[0], color="C0", linestyle=":", linewidth=1)
     if 0 < WIDE * min(means) < max(means):
         axes.set_yscale("log")
-    axes.set(xlabel="seconds per image, measured", ylabel=metric, title=f"{metric} against time")
+    axes.set(xlabel="seconds per image, measured", ylabel=metric, title=f"{metric} against time\n{about_bars}".strip())
     axes.set_xlim(left=0, right=1.08 * max(x + (error or 0) for x, error in seconds))
     axes.margins(y=0.15)
     axes.grid(alpha=0.3, which="both")
@@ -199,10 +200,11 @@ def plot_switches(
     scores: Sequence[Interval],
     divergences: Sequence[float],
     chosen: Mapping[str, int],
+    about_bars: str,
 ) -> None:
     """Scores of samples over t_switch, and the divergence that was measured before there were any.
 
-    chosen: the switch of each rule, by its name.
+    chosen: the switch of each rule, by its name. about_bars: what the intervals of the scores are.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -213,7 +215,7 @@ def plot_switches(
     other.set_ylabel("divergence (nats per image)", color=ORANGE)
     for i, (rule, t_switch) in enumerate(chosen.items()):
         axes.axvline(t_switch, color=f"C{i}", linestyle=":", linewidth=1 + 0.8 * (len(chosen) - i), label=rule)
-    axes.set(xlabel="t_switch (noise on the left, image on the right)", title="Where to switch")
+    axes.set(xlabel="t_switch (noise on the left, image on the right)", title=f"Where to switch\n{about_bars}")
     axes.set_ylabel("score", color=BLUE)
     axes.invert_xaxis()
     axes.grid(alpha=0.3)

@@ -241,7 +241,9 @@ def switches_with_scores(of_set: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What calibrate.py says of each switch beside what its samples scored."""
     labels = of_set["scores"]["labels"]
     return [
-        {**switch, **{key: label[key] for key in ("score", "difference")}, "measured_speed_up": label["speed_up"]}
+        switch
+        | {key: label[key] for key in ("label", "score", "difference")}
+        | {"measured_speed_up": label["speed_up"]}
         for switch, label in zip(of_set["switches"], labels, strict=True)
     ]
 
@@ -293,14 +295,16 @@ def correlations(grid: Sequence[Mapping[str, Any]]) -> str:
 
 def draw_switches(path: Path, of_set: Mapping[str, Any]) -> None:
     from common.plots import plot_switches
+    from compare import about_bars
 
     rows = switches_with_scores(of_set)
     plot_switches(
         path,
         [row["t_switch"] for row in rows],
-        [(row["score"]["mean"], row["score"]["half_width"]) for row in rows],
+        [(row["score"]["mean"], row["difference"]["half_width"]) for row in rows],
         [row["divergence"] for row in rows],
         of_set["rules"],
+        about_bars(rows[0]["label"]),
     )
 
 

@@ -259,12 +259,20 @@ def test_compare_over_seeds(tmp_path, run_quietly, fails):
     assert "minus full" in lines[0] and "+1.000 ± 0.248" in lines[3] and lines[3].endswith("2.50x")
     assert "3 seeds" in lines[4]
 
+    read = [compare.read_run(label, folder, "fid") for label, folder in map(compare.labelled, runs)]
+    widths = [bar.half_width for bar in compare.bars(compare.summarised(read))]
+    assert widths == [0, quick["difference"]["half_width"]], "the picture shows what tells labels apart"
+    for some in (read[:-1], read[:3]):  # other seeds, and nothing to differ from
+        assert compare.bars(compare.summarised(some))[0].half_width == full["score"]["half_width"]
+
     without_one = run_quietly(compare.main, [*runs[:-1], *out]).splitlines()
     assert "seeds" in without_one[0] and "minus" not in without_one[0]
     other = sampled_and_scored(tmp_path / "other", 9.0, 0.01, 3, steps=20)
     fails(compare.main, [*runs, f"full={other}", *out], "label full", "steps (50 and 20)")
     again = sampled_and_scored(tmp_path / "again", 9.0, 0.01, 2)
     fails(compare.main, [*runs, f"full={again}", *out], "label full", "seed 2")
+    exits = sampled_and_scored(tmp_path / "exits", 11.0, 0.01, seed=4, threshold=0.1)
+    fails(compare.main, [*runs, f"full={exits}", *out], "label full", "threshold (only of one)")
 
 
 def test_compare_with_bad_input(scored, real, fails):

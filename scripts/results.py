@@ -37,6 +37,7 @@ INTERVALS = (2, 3)  # of caching
 SPEEDUP = 1.5  # that one of the rules for the switch asks for
 KNEE, KNEEDLE, LEAST_EXCESS, NO_EXCESS = "knee", "farthest from the chord", "least excess", "fastest without excess"
 AT_SPEEDUP = f"speed-up {SPEEDUP:g}"
+OTHER_STEPS = "full by"  # labels that begin so sample in other steps: another image comes of the same noise
 TIMED_ROUNDS = 5
 # How the shallow network learns, beside --t_min of its own range: which help of the full one it has.
 VARIANTS = {
@@ -324,6 +325,7 @@ class Experiment:
             variants += [(name, self.duo(chosen["t_switch"], seed, name)) for name in VARIANTS]
             grid += [(name_of_switch(s), self.duo(t, seed)) for t, s in switches.items()]
         result["table"] = self.compare("methods", table)
+        result["levels"] = {label: levels_from_full(table, label) for label in dict(table) if OTHER_STEPS not in label}
         result["variants"] = self.compare("training", variants)
         result["scores"] = self.compare("switches", grid)
         write_json(self.work / "results.json", result)
@@ -430,7 +432,7 @@ class Experiment:
         both = self.duo(t_switch, seed, "all timesteps", "--cache_interval", INTERVALS[0])
         runs.append((f"DuoDiff + caching every {INTERVALS[0]}", both))
         for solver, steps in (("ddpm", n // 2), ("dpmsolver++", n // 2), ("dpmsolver++", n // 5)):
-            name = f"full by {solver} in {steps} steps"
+            name = f"{OTHER_STEPS} {solver} in {steps} steps"
             runs.append((name, self.sampled(name, seed, *full, "--solver", solver, "--steps", steps)))
         alone = ("--checkpoint_path", self.shallow("all timesteps", seed))
         runs.append(("shallow alone", self.sampled("shallow alone", seed, *alone)))
@@ -471,6 +473,21 @@ def shallow_name(variant: str, seed: int, t_min: int) -> str:
 
 def name_of_switch(option: Mapping[str, Any]) -> str:
     return "full" if option["steps_of_each"][0] == 0 else f"t_switch {option['t_switch']}"
+
+
+def levels_from_full(runs: Sequence[tuple[str, Path]], label: str) -> float:
+    """How far its samples are from those that the full network makes of the same noise: root mean square, of 255."""
+    import torch
+
+    from common.images import read_png
+
+    full, own = ([folder for name, folder in runs if name == wanted] for wanted in ("full", label))
+    squares = [
+        (read_png(one).float() - read_png(other / one.name).float()).square().mean()
+        for standard, other in zip(full, own, strict=True)
+        for one in sorted(standard.glob("*.png"))
+    ]
+    return float(torch.stack(squares).mean().sqrt())
 
 
 def steps_at_equal_time(steps: int, plain: Sequence[float], other: Sequence[float]) -> int:

@@ -123,9 +123,9 @@ def introduction(measured: Sequence[Mapping[str, Any]], about: str, seconds: flo
         "one here if the interval of its difference leaves out 0. FLOPs do not depend on the machine, seconds do.",
         "",
         "Look at the samples, too: the features that scores are made of are those of a small classifier, which may not "
-        "see what a person sees at once, such as single broken patches. And the knee's factor of 1.5 was settled on "
-        "earlier trainings on these two sets, so they are "
-        "no independent test of it.",
+        "see what a person sees at once, such as broken patches or wrong colours. Where a score is good and the images "
+        "are many levels away from those of the full network, look twice. And the knee's factor of 1.5 was settled on "
+        "earlier trainings on these two sets, so they are no independent test of it.",
     ]
     return "\n".join(lines)
 
@@ -155,7 +155,10 @@ def methods(of_set: Mapping[str, Any], picture: str) -> str:
         "",
         f'DuoDiff switches at t = {of_set["t_switch"]}, by the rule "{of_set["rule"]}" (see below).',
         "",
-        comparison_table(labels),
+        comparison_table(labels, of_set["levels"]),
+        "",
+        "Levels: how far the images are from those that the full network makes of the same noise in the same steps "
+        "(root mean square, of 255 levels).",
         "",
         f"![Score against time, with samples]({picture})",
         "",
@@ -339,7 +342,8 @@ def repeating(measured: Sequence[Mapping[str, Any]], repeated: Sequence[str]) ->
     return "\n".join(lines)
 
 
-def comparison_table(labels: Sequence[Mapping[str, Any]]) -> str:
+def comparison_table(labels: Sequence[Mapping[str, Any]], levels: Mapping[str, float]) -> str:
+    """levels: of some labels, the root mean square distance of their images from full's."""
     from compare import flops_unit
 
     unit, name = flops_unit(max(label["flops_per_image"] for label in labels))
@@ -348,13 +352,16 @@ def comparison_table(labels: Sequence[Mapping[str, Any]]) -> str:
             label["label"],
             shown(label["score"]),
             difference(label),
+            f"{levels[label['label']]:.1f}" if levels.get(label["label"]) else "",
             f"{1000 * label['seconds_per_image']['mean']:.2f}",
             f"{label['flops_per_image'] / unit:.3g}",
             f"{label['speed_up']:.2f}x",
         )
         for label in labels
     ]
-    return "\n".join(markdown_table(("", "score", "minus full", "ms/image", f"{name}/image", "speed-up"), rows))
+    return "\n".join(
+        markdown_table(("", "score", "minus full", "levels", "ms/image", f"{name}/image", "speed-up"), rows)
+    )
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

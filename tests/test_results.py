@@ -67,6 +67,7 @@ def measured(tmp_path):
         "sampling": {"solver": "ddpm", "steps": 5},
         "blocks": [1, 7],
         "t_switch": 399,
+        "levels": {"full": 0.0, "DuoDiff": 7.25},
         "rule": "knee",
         "grid": [999, 799, 599, 199],
         "switches": OPTIONS,
@@ -101,6 +102,8 @@ def test_the_document_says_what_the_numbers_say(measured, tmp_path):
         "slow: 0.50x the speed of full; the score is worse than that of full (+20.0 %)",
         "better mean score than: full, DuoDiff.",
         "slow (full)",
+        "| DuoDiff | 10.10 ± 0.10 | +0.10 ± 0.20 | 7.2 | 5.00 |",
+        "| slow | 12.00 ± 0.10 | +2.00 ± 0.20 |  | 20.00 |",
         "own range: the score is better than that of all timesteps (-9.1 %)",
         "distilled: the score is worse",
         "0.40 to 0.50 of their speed",
@@ -180,6 +183,20 @@ def test_means_over_calibrations():
     mean = results.averaged([{"options": OPTIONS}, {"options": slower}])
     assert mean[4]["excess"] == 4.5 and mean[4]["t_switch"] == 199
     assert 1 / mean[4]["speed_up"] == pytest.approx((1 / OPTIONS[4]["speed_up"] + 1) / 2)
+
+
+def test_levels_are_those_of_the_same_image(tmp_path):
+    """Two seeds of two images of 2 x 2: apart by 0, 10, 20 and 30 levels everywhere."""
+    runs = []
+    for seed in range(2):
+        for label, step in (("full", 0), ("quick", 10)):
+            runs.append((label, tmp_path / f"{label}_{seed}"))
+            runs[-1][1].mkdir()
+            for i in range(2):
+                grey = 100 + step * (2 * seed + i)
+                Image.new("L", (2, 2), grey).save(runs[-1][1] / f"{i:06d}.png")
+    assert results.levels_from_full(runs, "full") == 0
+    assert results.levels_from_full(runs, "quick") == pytest.approx(350**0.5)
 
 
 def test_steps_at_equal_time():

@@ -95,18 +95,21 @@ class Runner:
 
     def __call__(self, module: str, *argv: object, going_on: Callable[[], Sequence[object]] | None = None) -> None:
         """going_on: gives the arguments in place of argv where the same call was cut off; none if nothing is left."""
-        script = f"-m {module}" if "." in module else f"{module}.py"
-        line = f"python {script} {shlex.join(map(str, argv))}"
+        line = line_of(module, argv)
         self.asked[line] = None
         if self.seconds.get(line) is not None:
             return
         words = [str(word) for word in (going_on() if going_on and line in self.seconds else argv)]
         self._note(line, None)
-        print(f"\n$ python {script} {shlex.join(words)}" if words else f"done before: {line}", flush=True)
+        print(f"\n$ {line_of(module, words)}" if words else f"done before: {line}", flush=True)
         started = time.perf_counter()
         if words:
             importlib.import_module(module).main(words)
         self._note(line, time.perf_counter() - started)
+
+    def began(self, module: str, *argv: object) -> bool:
+        """Whether the same call was made before, to its end or not."""
+        return line_of(module, argv) in self.seconds
 
     def _note(self, line: str, seconds: float | None) -> None:
         self.seconds[line] = seconds
@@ -116,6 +119,12 @@ class Runner:
     def seconds_in_all(self) -> float:
         """Of what this run asked for."""
         return sum(self.seconds[line] or 0 for line in self.asked)
+
+
+def line_of(module: str, argv: Sequence[object]) -> str:
+    """The call as one would type it."""
+    script = f"-m {module}" if "." in module else f"{module}.py"
+    return f"python {script} {shlex.join(map(str, argv))}"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -378,6 +387,10 @@ class Experiment:
                 return [] if finished else [*argv[:start], *argv[start + 2 :], "--resume"]
             return argv
 
+        if (self.work / name).exists() and not self.run.began(script, *argv):
+            raise InputError(
+                f"{self.work / name} was trained by another command than is given now; remove {self.run.path.parent}"
+            )
         self.run(script, *argv, going_on=going_on)
 
     def train_shallow(self, variant: str, seed: int, n_steps: int, t_min: int) -> None:

@@ -243,7 +243,12 @@ def test_trainings_go_on_where_they_were_cut_off(tmp_path, monkeypatch, run_quie
     (tmp_path / "commands.json").write_text(json.dumps({line: None}))  # stopped before it was noted
     experiment.run = results.Runner(tmp_path)
     assert "done before" in run_quietly(lambda _: experiment.train(*train, 3, 0), [])
-    fails(results.command(lambda _: experiment.train(*train, 3, 0, "--t_min", 500)), [], "holds a run already")
+    fails(
+        results.command(lambda _: experiment.train(*train, 3, 0, "--t_min", 500)),
+        [],
+        "another command",
+        f"remove {tmp_path}",
+    )
 
 
 def images_in(folder, classes=3):

@@ -104,7 +104,11 @@ class Runner:
         print(f"\n$ {line_of(module, words)}" if words else f"done before: {line}", flush=True)
         started = time.perf_counter()
         if words:
-            importlib.import_module(module).main(words)
+            own, sys.argv = sys.argv, [f"{module}.py", *words]  # what scripts call themselves when they are stopped
+            try:
+                importlib.import_module(module).main(words)
+            finally:
+                sys.argv = own
         self._note(line, time.perf_counter() - started)
 
     def began(self, module: str, *argv: object) -> bool:

@@ -106,15 +106,24 @@ def conditions_of(args: argparse.Namespace, device: torch.device) -> dict[str, A
 
 def samples_in(folder: Path) -> list[Path]:
     """The samples in a folder, if it is there. Raises InputError where it holds what no sampling run made."""
-    files = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    files = _listed(folder)
     samples = [path for path in files if SAMPLE_NAME.fullmatch(path.name)]
     if others := [path for path in files if path not in set(samples) and path.name != "report"]:
         raise InputError(f"{folder} holds {others[0].name}, which is no sample; choose a folder of its own")
     report = folder / "report"
-    names = sorted(path.name for path in report.iterdir() if not path.name.startswith(".")) if report.exists() else []
-    if foreign := [name for name in names if name not in REPORT_NAMES]:
+    if foreign := sorted(path.name for path in _listed(report) if path.name not in REPORT_NAMES):
         raise InputError(f"{report} holds {foreign[0]}, which is of no sampling run; choose another folder")
     return samples
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder but for hidden files; nothing if it is not there."""
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # a file, or no permission; an InputError ends the other processes too
+        raise InputError(f"{folder}: cannot be looked into ({error.strerror})") from None
 
 
 def recorded_settings(folder: Path) -> Any:

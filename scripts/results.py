@@ -37,7 +37,6 @@ INTERVALS = (2, 3)  # of caching
 SPEEDUP = 1.5  # that one of the rules for the switch asks for
 KNEE, KNEEDLE, LEAST_EXCESS, NO_EXCESS = "knee", "farthest from the chord", "least excess", "fastest without excess"
 AT_SPEEDUP = f"speed-up {SPEEDUP:g}"
-OTHER_STEPS = "full by"  # labels that begin so sample in other steps: another image comes of the same noise
 TIMED_ROUNDS = 5
 # How the shallow network learns, beside --t_min of its own range: which help of the full one it has.
 VARIANTS = {
@@ -338,7 +337,9 @@ class Experiment:
             variants += [(name, self.duo(chosen["t_switch"], seed, name)) for name in VARIANTS]
             grid += [(name_of_switch(s), self.duo(t, seed)) for t, s in switches.items()]
         result["table"] = self.compare("methods", table)
-        result["levels"] = {label: levels_from_full(table, label) for label in dict(table) if OTHER_STEPS not in label}
+        # Not of full itself, nor in other steps, where another image comes of the same noise.
+        others = [label for label in dict(table) if not label.startswith("full")]
+        result["levels"] = {label: levels_from_full(table, label) for label in others}
         result["variants"] = self.compare("training", variants)
         result["scores"] = self.compare("switches", grid)
         write_json(self.work / "results.json", result)
@@ -449,7 +450,7 @@ class Experiment:
         both = self.duo(t_switch, seed, "all timesteps", "--cache_interval", INTERVALS[0])
         runs.append((f"DuoDiff + caching every {INTERVALS[0]}", both))
         for solver, steps in (("ddpm", n // 2), ("dpmsolver++", n // 2), ("dpmsolver++", n // 5)):
-            name = f"{OTHER_STEPS} {solver} in {steps} steps"
+            name = f"full by {solver} in {steps} steps"
             runs.append((name, self.sampled(name, seed, *full, "--solver", solver, "--steps", steps)))
         alone = ("--checkpoint_path", self.shallow("all timesteps", seed))
         runs.append(("shallow alone", self.sampled("shallow alone", seed, *alone)))

@@ -352,7 +352,7 @@ def comparison_table(labels: Sequence[Mapping[str, Any]], levels: Mapping[str, f
             label["label"],
             shown(label["score"]),
             difference(label),
-            f"{levels[label['label']]:.1f}" if levels.get(label["label"]) else "",
+            f"{levels[label['label']]:.1f}" if label["label"] in levels else "",
             f"{1000 * label['seconds_per_image']['mean']:.2f}",
             f"{label['flops_per_image'] / unit:.3g}",
             f"{label['speed_up']:.2f}x",

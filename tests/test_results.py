@@ -67,7 +67,7 @@ def measured(tmp_path):
         "sampling": {"solver": "ddpm", "steps": 5},
         "blocks": [1, 7],
         "t_switch": 399,
-        "levels": {"full": 0.0, "DuoDiff": 7.25},
+        "levels": {"DuoDiff": 7.25},
         "rule": "knee",
         "grid": [999, 799, 599, 199],
         "switches": OPTIONS,

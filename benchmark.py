@@ -2,82 +2,62 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import Parser, add_common_options, existing_file, whole
-from common.config import PRECISIONS, SOLVERS
+from benchmarking.settings import BenchmarkSettings, ExitBenchmark, SamplingBenchmark, TrainingBenchmark
+from common.cli import Parser
 from common.errors import InputError, command
+from common.settings import add_options, flat, from_flags
 
 if TYPE_CHECKING:
     import torch
 
     from models.loading import Network
 
-CONFIGS = Path(__file__).parent / "configs"
+SETTINGS: dict[str, type[BenchmarkSettings]] = {
+    "sample": SamplingBenchmark,
+    "early-exit": ExitBenchmark,
+    "train": TrainingBenchmark,
+}
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_settings(argv: Sequence[str] | None) -> tuple[str, BenchmarkSettings]:
+    """The sub-command and its settings."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{sample,early-exit,train}")
-
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("--rounds", type=whole(1), default=3, help="times everything is measured, in turns")
-        sub.add_argument("--precision", choices=PRECISIONS, nargs="+", help="one or several; see sampler.py --help")
-        sub.add_argument("--compile", action="store_true", help="compile the networks first (torch.compile)")
-        sub.add_argument("--output_folder", type=Path, default=Path("out/benchmark"), help="JSON and a picture go here")
-        add_common_options(sub)
-        return sub
-
-    network = "a YAML file (the weights are then random) or a checkpoint"
-    sample = add("sample", "network calls, whole sampling runs, and DuoDiff at several switches")
-    sample.add_argument("--full", type=existing_file, default=CONFIGS / "uvit_celeba.yaml", help=network)
-    sample.add_argument("--shallow", type=existing_file, default=CONFIGS / "uvit_celeba_3.yaml", help=network)
-    sample.add_argument("--batch_size", type=whole(1), default=8, help="samples made at a time")
-    sample.add_argument("--solver", choices=SOLVERS, nargs="+", default=["ddpm", "dpmsolver++"], help="one or several")
-    sample.add_argument("--steps", type=whole(1), default=20, help="network calls per image")
-    sample.add_argument("--t_switch", type=whole(-1), nargs="+", default=[300, 500, 699], help="one or several")
-
-    exits = add("early-exit", "exits forced to every layer, and spread over the layers")
-    exits.add_argument("--model", type=existing_file, default=CONFIGS / "deediff_celeba.yaml", help=network)
-    exits.add_argument("--batch_size", type=whole(1), default=64, help="images in a call")
-    exits.add_argument("--min_group", type=whole(1), nargs="+", default=[1, 8], help="one or several, of the spread")
-
-    train = add("train", "optimiser steps")
-    train.add_argument("--model", type=existing_file, default=CONFIGS / "uvit_celeba.yaml", help=network)
-    train.add_argument("--batch_size", type=whole(1), default=16, help="images per step")
-    train.add_argument("--freeze_backbone", action="store_true", help="of an early-exit model")
-    return parser.parse_args(argv)
+    for name, cls in SETTINGS.items():
+        add_options(commands.add_parser(name, help=cls.__doc__, description=cls.__doc__), cls)
+    given = vars(parser.parse_args(argv))
+    name = given["command"]
+    return name, from_flags(SETTINGS[name], given)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    name, settings = parse_settings(argv)
 
     from benchmarking.measure import describe_machine
     from benchmarking.report import draw
     from common.devices import check_compiler, pick_device, pick_precision
     from common.files import read_json, writable_folder, write_json
 
-    device = pick_device(args.device)
-    precisions = [pick_precision(name, device) for name in args.precision or [None]]
-    if args.compile:
+    device = pick_device(settings.machine.device)
+    precisions = [pick_precision(wanted, device) for wanted in settings.precision or [None]]
+    if settings.compile:
         check_compiler(device)
-    folder = writable_folder(args.output_folder)
-    measure, to_text = COMMANDS[args.command](args, device)
+    folder = writable_folder(settings.output_folder)
+    measure, to_text = COMMANDS[name](settings, device)
 
     machine = describe_machine(device)
-    print(", ".join(f"{name}: {value}" for name, value in machine.items()), end="\n\n")
+    print(", ".join(f"{key}: {value}" for key, value in machine.items()), end="\n\n")
     measured = []
     for precision in precisions:
         measured.append(measure(precision))
         print(to_text(measured[-1]))
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    write_json(folder / f"{args.command}.json", {"machine": machine, "settings": settings, "measured": measured})
+    write_json(folder / f"{name}.json", {"machine": machine, "settings": flat(settings), "measured": measured})
 
     there = {name: folder / f"{name}.json" for name in COMMANDS}
     draw(folder / "benchmark.png", {name: read_json(path) for name, path in there.items() if path.exists()})
@@ -88,51 +68,51 @@ Measurement = Callable[[str], dict[str, Any]]  # by precision
 ToText = Callable[[dict[str, Any]], str]
 
 
-def prepare_sampling(args: argparse.Namespace, device: torch.device) -> tuple[Measurement, ToText]:
+def prepare_sampling(settings: SamplingBenchmark, device: torch.device) -> tuple[Measurement, ToText]:
     from benchmarking.report import sampling_tables
     from benchmarking.sampling import measure_sampling
     from diffusion import NoiseSchedule
     from diffusion.solvers import make_solver, spaced_timesteps
     from models.loading import check_pair
 
-    full, shallow = open_network(args.full, "uvit"), open_network(args.shallow, "uvit")
+    full, shallow = open_network(settings.full, "uvit"), open_network(settings.shallow, "uvit")
     check_pair(shallow, full)
     config = full.config
     num_timesteps = config.diffusion_params.num_timesteps
-    if (highest := max(args.t_switch)) >= num_timesteps:
+    if (highest := max(settings.t_switch)) >= num_timesteps:
         raise InputError(f"--t_switch {highest} is out of range, wanted -1..{num_timesteps - 1}")
-    spaced_timesteps(num_timesteps, args.steps)
-    for solver in args.solver:
+    spaced_timesteps(num_timesteps, settings.steps)
+    for solver in settings.solver:
         make_solver(solver, NoiseSchedule(**config.diffusion_params.schedule), config.parametrization)
 
     def measure(precision: str) -> dict[str, Any]:
-        return measure_sampling(args, copy_of(full, device), copy_of(shallow, device), precision, device)
+        return measure_sampling(settings, copy_of(full, device), copy_of(shallow, device), precision, device)
 
     return measure, sampling_tables
 
 
-def prepare_early_exit(args: argparse.Namespace, device: torch.device) -> tuple[Measurement, ToText]:
+def prepare_early_exit(settings: ExitBenchmark, device: torch.device) -> tuple[Measurement, ToText]:
     from benchmarking.early_exit import measure_early_exit
     from benchmarking.report import early_exit_table
 
-    network = open_network(args.model, "deediff_uvit")
+    network = open_network(settings.model, "deediff_uvit")
 
     def measure(precision: str) -> dict[str, Any]:
-        return measure_early_exit(args, copy_of(network, device), precision, device)
+        return measure_early_exit(settings, copy_of(network, device), precision, device)
 
     return measure, early_exit_table
 
 
-def prepare_training(args: argparse.Namespace, device: torch.device) -> tuple[Measurement, ToText]:
+def prepare_training(settings: TrainingBenchmark, device: torch.device) -> tuple[Measurement, ToText]:
     from benchmarking.report import training_table
     from benchmarking.training import measure_training
 
-    network = open_network(args.model)
-    if network.config.model == "uvit" and args.freeze_backbone:
-        raise InputError(f"--freeze_backbone is for early-exit models; {args.model} is a backbone")
+    network = open_network(settings.model)
+    if network.config.model == "uvit" and settings.freeze_backbone:
+        raise InputError(f"--freeze_backbone is for early-exit models; {settings.model} is a backbone")
 
     def measure(precision: str) -> dict[str, Any]:
-        return measure_training(args, copy_of(network, device), precision, device)
+        return measure_training(settings, copy_of(network, device), precision, device)
 
     return measure, training_table
 
@@ -150,9 +130,9 @@ def open_network(path: Path, model: str | None = None) -> Network:
 
     if path.suffix not in (".yaml", ".yml"):
         return load_network(path, {}, model=model)
-    settings = read_yaml(path)
-    settings.setdefault("model", "deediff_uvit" if settings.get("classifier_type") else "uvit")
-    config = build_config(settings, str(path))
+    stated = read_yaml(path)
+    stated.setdefault("model", "deediff_uvit" if stated.get("classifier_type") else "uvit")
+    config = build_config(stated, str(path))
     if model not in (None, config.model):
         raise InputError(f"{path} describes a {config.model}, wanted a {model}")
     return Network(build_network(config).requires_grad_(False).eval(), config, "random", None, path)

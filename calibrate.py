@@ -1,192 +1,174 @@
-"""Find out where to switch: what two or more networks cost and give at every timestep, and who should run when."""
+"""Find out where to switch: the cost and the divergence of two or more networks at every timestep, and the best stages.
+
+The result is a file of stages for sampler.py --stages.
+"""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.options import add_calibration_options
-from common.cli import SEED, Parser, add_common_options, existing_file, existing_path, whole
-from common.config import PARAMETRIZATIONS
+from calibration.settings import CalibrateSettings, Measurement
+from common.cli import Parser
 from common.errors import InputError, command
-from generation.options import add_precision_option, add_solver_options, check_solver_options, network_settings
+from common.options import SpeedSettings
 
 if TYPE_CHECKING:
+    import torch
+    from evaluation.settings import ScoringSettings
+
     from calibration.run import Calibration
+    from generation.settings import SamplerSettings
+    from models.loading import Network
 
-NONE = "none"
-BESIDE = (".json", ".png")  # the schedule
-VERIFYING = (
-    *("n_samples", "sample_seeds", "reference", "feature_extractor", "feature_extractor_weights"),
-    "autoencoder_checkpoint_path",
-)
+BESIDE = (".json", ".png")  # the file of stages
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint_path",
-        type=existing_file,
-        nargs="+",
-        required=True,
-        help="two networks or more, the full one last",
-    )
-    parser.add_argument(
-        "--config_path",
-        type=lambda text: None if text == NONE else existing_file(text),
-        nargs="+",
-        help=f"a YAML file for each, only for weights that came without; {NONE} for the others",
-    )
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights of the checkpoints")
-    parser.add_argument("--parametrization", choices=PARAMETRIZATIONS, help="only for weights that do not say")
-    parser.add_argument("--batch_size", type=whole(1), default=128, help="images in a call, whose time is measured too")
-    parser.add_argument("--seed", type=SEED, default=0, help="of the choice of images and their noise")
-    parser.add_argument(
-        "--free", action="store_true", help="let networks take turns in any order, not the full one last"
-    )
-    parser.add_argument(
-        "--allow_outside_range", action="store_true", help="ask networks about timesteps they never saw"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("calibration.yaml"), help="the schedule; beside it a .json and a .png"
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an --output that is no calibration, and samples that --verify made with other settings",
-    )
-    add_calibration_options(parser, required=True)
-    add_solver_options(parser)
-    add_precision_option(parser)
-    group = parser.add_argument_group("scores of samples beside it")
-    group.add_argument(
-        "--verify", type=whole(2), metavar="K", help="sample and score K switches, the chosen one among them"
-    )
-    group.add_argument("--n_samples", type=whole(2), default=1000, help="of each switch and seed")
-    group.add_argument("--sample_seeds", type=SEED, nargs="+", default=[0], help="the same for every switch")
-    group.add_argument(
-        "--reference", type=existing_path, help="what to score against, see fid.py --help; --dataset if not said"
-    )
-    group.add_argument("--feature_extractor", default="inception", help="see fid.py --help")
-    group.add_argument("--feature_extractor_weights", type=existing_file, help="see fid.py --help")
-    group.add_argument("--autoencoder_checkpoint_path", type=existing_path, help="see sampler.py --help")
-    add_common_options(parser)
-    args = parser.parse_args(argv)
-    check_solver_options(parser, args)
-    if len(args.checkpoint_path) < 2:
-        parser.error("--checkpoint_path: give two networks or more, the full one last")
-    args.config_path = args.config_path or [None] * len(args.checkpoint_path)
-    if len(args.config_path) != len(args.checkpoint_path):
-        parser.error(
-            f"--config_path: one for each of the {len(args.checkpoint_path)} networks, {NONE} where none is needed"
-        )
-    if args.output.suffix not in (".yaml", ".yml"):
-        parser.error(f"--output {args.output}: wanted a .yaml")
-    for name in VERIFYING:
-        if args.verify is None and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} needs --verify")
-    if len(set(args.sample_seeds)) < len(args.sample_seeds):
-        parser.error("--sample_seeds: each once")
-    return args
+def parse_settings(argv: Sequence[str] | None) -> CalibrateSettings:
+    return Parser(description=__doc__).settings(CalibrateSettings, argv)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    settings = parse_settings(argv)
 
     from calibration.report import as_table, in_words, save
     from calibration.run import calibrate
     from common.devices import device_name, pick_device, pick_precision
-    from common.files import writable_folder
-    from evaluation.features import load_extractor
     from models.loading import load_together
 
-    device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, device)
-    files = list(zip(args.checkpoint_path, args.config_path, strict=True))
-    networks = load_together(files, network_settings(args), weights=args.weights, device=device)
-    writable_folder(args.output.parent)
-    check_output(args)
-    if args.verify:
-        if networks[-1].config.autoencoder and args.data_path and not args.reference:
-            raise InputError(f"--verify: {args.data_path} holds latents; give --reference, images to score against")
-        load_extractor(args.feature_extractor, args.feature_extractor_weights, device)  # or end now, not after sampling
-    calibration = calibrate(args, networks, device)
-    save(args.output, calibration, files, args)
-    sampling = f"{args.solver}, {len(calibration.steps.timesteps)} steps"
-    print(f"{args.n_images} images of {args.dataset}, {sampling}, calls in {args.precision} on {device_name(device)}")
+    device = pick_device(settings.machine.device)
+    precision = pick_precision(settings.precision, device)
+    networks = load_together(settings.files, settings.described, weights=settings.weights, device=device)
+    check_output(settings)
+    if settings.verifying.verify:
+        check_verifying(settings, networks[-1], device)
+    calibration = calibrate(measurement_of(settings, precision), networks, device)
+    save(settings.output, calibration, settings.files)
+    sampling = f"{settings.solver.solver}, {len(calibration.steps.timesteps)} steps"
+    images = f"{settings.choice.n_images} images of {settings.choice.dataset}"
+    print(f"{images}, {sampling}, calls in {precision} on {device_name(device)}")
     print(as_table(calibration))
     print(in_words(calibration))
-    if args.verify:
-        scores = verify(args, calibration, files)
-        save(args.output, calibration, files, args, scores)
+    if settings.verifying.verify:
+        scores = verify(settings, calibration)
+        save(settings.output, calibration, settings.files, scores)
         print(as_table(calibration, scores))
-    beside = ", ".join(str(args.output.with_suffix(suffix)) for suffix in BESIDE)
-    print(f"-> {args.output} (for sampler.py --schedule), {beside}")
+    beside = ", ".join(str(settings.output.with_suffix(suffix)) for suffix in BESIDE)
+    print(f"-> {settings.output} (for sampler.py --stages), {beside}")
 
 
-def check_output(args: argparse.Namespace) -> None:
+def measurement_of(settings: CalibrateSettings, precision: str) -> Measurement:
+    return Measurement(
+        choice=settings.choice,
+        solver=settings.solver,
+        precision=precision,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        guidance_scale=settings.guidance_scale,
+        allow_outside_range=settings.allow_outside_range,
+        free=settings.free,
+        quiet=settings.machine.quiet,
+    )
+
+
+def check_output(settings: CalibrateSettings) -> None:
     """Raises InputError where a file would be replaced that no calibration wrote."""
-    from generation.schedule_file import is_calibration
+    from common.files import writable_folder
+    from generation.stages import is_calibration
 
-    there = [path for path in (args.output, *map(args.output.with_suffix, BESIDE)) if path.exists()]
-    if there and not args.overwrite and not is_calibration(args.output):
+    output = settings.output
+    writable_folder(output.parent)
+    there = [path for path in (output, *map(output.with_suffix, BESIDE)) if path.exists()]
+    if there and not settings.overwrite and not is_calibration(output):
         raise InputError(
             f"{there[0]} is there already, and of no calibration; name another --output or give --overwrite"
         )
 
 
-def verify(
-    args: argparse.Namespace, calibration: Calibration, files: Sequence[tuple[Path, Path | None]]
-) -> dict[int, list[float]]:
-    """Scores of samples, one a seed, by the number of the option: of the full network, the chosen option and others."""
-    import numpy as np
+def check_verifying(settings: CalibrateSettings, full: Network, device: torch.device) -> None:
+    """Raises InputError where samples could not be scored, before they are made."""
+    from evaluation.features import load_extractor
 
+    verifying, data_path = settings.verifying, settings.choice.data_path
+    if full.config.autoencoder and data_path and not verifying.reference:
+        raise InputError(f"--verify: {data_path} holds latents; give --reference, images to score against")
+    load_extractor(verifying.feature_extractor, verifying.feature_extractor_weights, device)
+
+
+def verify(settings: CalibrateSettings, calibration: Calibration) -> dict[int, list[float]]:
+    """Scores of samples, one a seed, by the number of the option: of the full network, the chosen option and others."""
     import fid
     import sampler
     from calibration.report import name_of, stages_of
     from common.files import read_json, writable_folder
-    from generation.schedule_file import ScheduleFile, write_schedule
+    from generation.stages import StageFile, write_stages
 
-    options = calibration.options
-    chosen = options.index(calibration.chosen)
-    numbers = {0, chosen, *np.linspace(0, len(options) - 1, args.verify).round().astype(int).tolist()}
-    while len(numbers) > max(args.verify, len({0, chosen})):  # drop those nearest to the two that must stay
-        numbers.remove(min(numbers - {0, chosen}, key=lambda number: min(number, abs(number - chosen))))
-    folder = writable_folder(args.output.with_name(f"{args.output.stem}_verify"))
-    sampling = ["--solver", args.solver, "--steps", args.steps or len(calibration.steps.timesteps)]
-    sampling += ["--eta", args.eta] if args.solver == "ddim" else []
-    flags = ("clip_x0", "quiet", "allow_outside_range", "overwrite")
-    sampling += [f"--{name}" for name in flags if getattr(args, name)]
-    sampling += ["--precision", args.precision, "--weights", args.weights]
-    sampling += ["--batch_size", min(args.batch_size, args.n_samples), "--n_samples", args.n_samples]
-    against = ("reference",) if args.reference else ("dataset", "data_path", "crop")
-    scoring = ["--feature_extractor", args.feature_extractor] + ["--quiet"] * args.quiet
-    for argv, names in (
-        (sampling, ("parametrization", "autoencoder_checkpoint_path")),
-        (scoring, (*against, "feature_extractor_weights")),
-    ):
-        argv += ["--device", args.device]
-        for name in names:
-            argv += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    folder = writable_folder(settings.output.with_name(f"{settings.output.stem}_verify"))
     scores: dict[int, list[float]] = {}
-    for number in sorted(numbers):
-        name = "-".join(name_of(calibration, options[number]).replace("+ ", "").split())
-        schedule = folder / f"{name}.yaml"
-        stages = stages_of(calibration, options[number], files, args.guidance_scale)
-        write_schedule(schedule, ScheduleFile(stages=stages))
-        for seed in args.sample_seeds:
+    for number in verified_options(settings, calibration):
+        option = calibration.options[number]
+        name = "-".join(name_of(calibration, option).replace("+ ", "").split())
+        stages = folder / f"{name}.yaml"
+        write_stages(stages, StageFile(stages=stages_of(calibration, option, settings.files)))
+        for seed in settings.verifying.sample_seeds:
             samples = folder / f"{name}_seed-{seed}"
-            run(sampler.main, ["--schedule", schedule, "--seed", seed, "--output_folder", samples, *sampling])
-            run(fid.main, ["--samples_path", samples, *scoring])
+            sampler.main(sampling_of(settings, calibration, stages, seed, samples))
+            fid.main(scoring_of(settings, samples))
             scores.setdefault(number, []).append(read_json(samples / "report" / "metrics.json")["fid"])
     return scores
 
 
-def run(main, argv: Sequence[object]) -> None:
-    main([str(arg) for arg in argv])
+def verified_options(settings: CalibrateSettings, calibration: Calibration) -> list[int]:
+    """The numbers of the options to score: the full network, the chosen one, and others evenly spread."""
+    import numpy as np
+
+    options, wanted = calibration.options, settings.verifying.verify or 0
+    chosen = options.index(calibration.chosen)
+    numbers = {0, chosen, *np.linspace(0, len(options) - 1, wanted).round().astype(int).tolist()}
+    while len(numbers) > max(wanted, len({0, chosen})):  # drop those nearest to the two that must stay
+        numbers.remove(min(numbers - {0, chosen}, key=lambda number: min(number, abs(number - chosen))))
+    return sorted(numbers)
+
+
+def sampling_of(
+    settings: CalibrateSettings, calibration: Calibration, stages: Path, seed: int, samples: Path
+) -> SamplerSettings:
+    from generation.settings import SamplerSettings
+
+    verifying, measured = settings.verifying, calibration.settings
+    return SamplerSettings(
+        stages=stages,
+        described=settings.described,
+        weights=settings.weights,
+        autoencoder_checkpoint_path=verifying.autoencoder_checkpoint_path,
+        output_folder=samples,
+        overwrite=settings.overwrite,
+        seed=seed,
+        n_samples=verifying.n_samples,
+        batch_size=min(settings.batch_size, verifying.n_samples),
+        allow_outside_range=settings.allow_outside_range,
+        solver=settings.solver,
+        speed=SpeedSettings(precision=measured.precision),
+        machine=settings.machine,
+    )
+
+
+def scoring_of(settings: CalibrateSettings, samples: Path) -> ScoringSettings:
+    from evaluation.settings import ReferenceSettings, ScoringSettings
+
+    verifying, choice = settings.verifying, settings.choice
+    against = ReferenceSettings(reference=verifying.reference)
+    if verifying.reference is None:
+        against = ReferenceSettings(dataset=choice.dataset, data_path=choice.data_path, crop=choice.crop)
+    return ScoringSettings(
+        samples_path=samples,
+        reference=against,
+        feature_extractor=verifying.feature_extractor,
+        feature_extractor_weights=verifying.feature_extractor_weights,
+        machine=settings.machine,
+    )
 
 
 if __name__ == "__main__":

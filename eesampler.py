@@ -2,95 +2,111 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from common.cli import Parser, real, whole
+from common.cli import Parser
 from common.errors import command
-from generation.options import add_sampling_options, check_sampling_options, network_settings
+from generation.settings import EarlyExitSettings
+from generation.stages import one_stage
 
 if TYPE_CHECKING:
-    from generation.record import Batch
-    from generation.run import SamplingRun
+    import numpy as np
+    import torch
+
     from models.loading import Network
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    add_sampling_options(parser)
-    parser.add_argument(
-        "--threshold",
-        type=real(0, 1),
-        required=True,
-        help="an image leaves at the first layer whose predicted uncertainty is at or below this",
-    )
-    parser.add_argument(
-        "--min_group",
-        type=whole(1),
-        default=1,
-        help="images that left stay in the batch until so many wait; changes the time alone",
-    )
-    args = check_sampling_options(parser, parser.parse_args(argv))
-    if args.min_group > args.batch_size:
-        parser.error(f"--min_group {args.min_group}: --batch_size {args.batch_size} never has so many to wait for")
-    return args
+def parse_settings(argv: Sequence[str] | None) -> EarlyExitSettings:
+    return Parser(description=__doc__).settings(EarlyExitSettings, argv)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    settings = parse_settings(argv)
+    plan = one_stage(settings)
 
+    from common.devices import DTYPES
     from common.distributed import is_main, joined_processes
-    from generation.exits import ExitRecorder
-    from generation.run import SamplingRun, guide, settle_speed
+    from diffusion.sampling import Stage, sample
+    from generation.exits import ExitRecorder, save_exits
+    from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
+    from generation.report import write_report
+    from generation.run import guide, labels_of, noise_of, settled_run, solver_of, warm_up
+    from models.autoencoder import image_maker
     from models.inference import EarlyExitTracer
-    from models.loading import check_range, load_network, stated_settings
+    from models.loading import check_range
 
-    with joined_processes(args.device) as device:
-        settle_speed(args, device)
-        stated = stated_settings(args.config_path, network_settings(args))
-        network = load_network(args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device)
-        run = SamplingRun(args, [network], network.config, device)
-        if not args.allow_outside_range:
-            check_range(network, run.timesteps, "give --allow_outside_range to let it")
-        limits = {"threshold": args.threshold, "min_group": args.min_group}
-        trace = EarlyExitTracer(network.module, run.timesteps, run.dtype, device, compiled=args.compile, **limits)
-        recorder = ExitRecorder(trace, passes=2 if args.guidance_scale else 1)
-        denoiser = guide(network.config, recorder, args.guidance_scale)
-        run.warm_up(network.module)
-        batches = run.run(denoiser, of_batch=recorder.end_batch)
+    with joined_processes(settings.machine.device) as device:
+        network = load(settings, device)
+        config, model = network.config, network.module
+        decode, labels = image_maker(config, device), labels_of(settings, config, device)
+        solver, timesteps = solver_of(settings.solver, config)
+        settings = settled_run(settings, device, timesteps)
+        if not settings.allow_outside_range:
+            check_range(network, timesteps, "give --allow_outside_range to let it")
+        trace = EarlyExitTracer(
+            model,
+            timesteps,
+            DTYPES[settings.speed.precision],
+            device,
+            threshold=settings.threshold,
+            min_group=settings.min_group,
+            compiled=settings.speed.compile,
+        )
+        recorder = ExitRecorder(trace, passes=2 if settings.guidance_scale else 1)
+        stages = [Stage(guide(config, recorder, settings.guidance_scale), timesteps)]
+
+        folder = SampleFolder(settings, fingerprint(settings, [network], plan, device), conditions_of(settings, device))
+        folder.open(settings.batch_size, settings.overwrite)
+        shape = config.model_params.image_shape
+        whole = [Stage(lambda *inputs: model(*inputs).output, timesteps)]
+        warm_up(whole, folder.mine, shape, labels, device, compiled=settings.speed.compile)
+        with folder.making(len(timesteps)) as bar:
+            for indices in folder.mine:
+                batch = BatchUnderWay(folder, indices, decode, device, bar)
+                with batch.sampling:
+                    noise = noise_of(settings.seed, indices, device)
+                    x0 = sample(stages, solver, noise, shape, labels(indices), batch.on_step)
+                batch.save(x0, recorder.end_batch())
+
         if is_main():
-            report(args, run, network, batches)
+            batches = folder.finished()
+            exits = save_exits(
+                folder.report, timesteps, [batch.arrays for batch in batches], settings.threshold, model.num_layers
+            )
+            work = describe_work(network, exits, len(batches), settings)
+            print(f"mean exit layer {work['mean_exit_layer']:.2f} of {model.num_layers}")
+            print(write_report(folder, settings, batches, [work], work["flops_per_image"]))
 
 
-def report(args: argparse.Namespace, run: SamplingRun, network: Network, batches: Sequence[Batch]) -> None:
-    """Write where the images left the network, and what that saved."""
+def load(settings: EarlyExitSettings, device: torch.device) -> Network:
+    from models.loading import load_network, stated_settings
+
+    stated = stated_settings(settings.config_path, settings.stated)
+    return load_network(settings.checkpoint_path, stated, model="deediff_uvit", weights=settings.weights, device=device)
+
+
+def describe_work(
+    network: Network, exits: Mapping[str, np.ndarray], batches: int, settings: EarlyExitSettings
+) -> dict[str, Any]:
+    """Where the images left the network, and what that saved, for the report. exits: of `save_exits`."""
     import numpy as np
 
-    from common.plots import plot_exit_layers
-    from generation.exits import save_exits
     from models.flops import early_exit_flops
-
-    folder = run.folder / "report"
-    exits = save_exits(folder / "exits.npz", run.timesteps, [batch.arrays for batch in batches], args.threshold)
-    depth = network.module.num_layers
-    plot_exit_layers(folder / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, args.threshold)
 
     costs = early_exit_flops(network.module)
     layers = np.concatenate([exits[name] for name in ("exit_layer", "exit_layer_uncond") if name in exits])
-    flops = float(np.asarray(costs, dtype=float)[layers].sum())
-    mean_exit = float(layers.mean())
-    backbone = {
+    timesteps = len(exits["timesteps"])
+    return {
         "name": "early exit",
-        "timesteps": len(run.timesteps),
-        "calls": len(run.timesteps) * len(batches),
+        "timesteps": timesteps,
+        "calls": timesteps * batches,
         "flops_per_image_call": costs[-1],
-        "mean_exit_layer": mean_exit,
+        "flops_per_image": float(np.asarray(costs, dtype=float)[layers].sum()) / settings.n_samples,
+        "mean_exit_layer": float(layers.mean()),
+        **network.describe(),
     }
-    summary = run.report(batches, [backbone | network.describe()], flops / args.n_samples)
-    print(f"mean exit layer {mean_exit:.2f} of {depth}")
-    print(summary)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from training.options import add_training_options, check_training_options
+
 from common.cli import Parser, existing_file, real
 from common.config import CLASSIFIER_TYPES
 from common.distributed import joined_processes
 from common.errors import command
-from training.options import add_training_options, check_training_options
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,274 +1,228 @@
-"""Generate images with one backbone, with two that take turns (DuoDiff), or with a schedule of any number."""
+"""Generate images with one backbone, with a shallow and a full one (DuoDiff), or with stages of any number."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
 import logging
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from calibration.options import CALIBRATION_OPTIONS, add_calibration_options
-from common.cli import Parser, existing_file, real, whole
+from common.cli import Parser
 from common.errors import InputError, command
-from generation.options import add_sampling_options, check_sampling_options, network_settings
-from generation.turns import Turns, check_length, turns_of
+from generation.settings import SamplerSettings
+from generation.stages import Plan, plan_of
 
 if TYPE_CHECKING:
     import torch
 
     from calibration.run import Calibration
     from common.config import Config
+    from diffusion.sampling import Stage
     from models.inference import BackboneDenoiser, MiddleCache
     from models.loading import Network
 
 log = logging.getLogger(__name__)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    add_sampling_options(parser, one_network=False)
-    parser.add_argument(
-        "--checkpoint_path_late",
-        type=existing_file,
-        help="the full backbone; --checkpoint_path is then the shallow one",
-    )
-    parser.add_argument(
-        "--config_path_late", type=existing_file, help="YAML file of the full backbone, like --config_path"
-    )
-    parser.add_argument(
-        "--t_switch",
-        type=lambda text: text if text == "auto" else whole(-1)(text),
-        help="timestep: the shallow backbone runs at every t > t_switch, the full one at the rest; auto: found first, "
-        "as calibrate.py does it",
-    )
-    add_calibration_options(parser.add_argument_group("for --t_switch auto"))
-    parser.add_argument(
-        "--guidance_scale_late", type=real(0, 1000), help="of the full backbone; --guidance_scale if not said"
-    )
-    parser.add_argument(
-        "--schedule",
-        type=existing_file,
-        help="YAML file that names any number of networks and their timesteps, in place of --checkpoint_path",
-    )
-    parser.add_argument(
-        "--cache_interval",
-        type=whole(1),
-        default=1,
-        help="compute the middle blocks at every so many-th step of a network and reuse what they add between",
-    )
-    parser.add_argument(
-        "--cache_outer",
-        type=whole(1),
-        help="in blocks, and as many out blocks, that run at every step all the same; 1 if not said",
-    )
-    parser.add_argument(
-        "--offload",
-        action="store_true",
-        help="keep the idle ones of several networks in host memory (CUDA); saves their memory",
-    )
-    args = check_sampling_options(parser, parser.parse_args(argv))
-    check_networks_named(parser, args)
-    check_calibration_options(parser, args)
-    if args.offload and args.compile:
-        parser.error("--offload moves the weights that --compile records the places of; give one of them")
-    if args.cache_outer and args.cache_interval == 1:
-        parser.error("--cache_outer needs a --cache_interval of 2 or more")
-    args.cache_outer = args.cache_outer or 1
-    if args.guidance_scale_late is None:
-        args.guidance_scale_late = args.guidance_scale
-    return args
-
-
-def check_calibration_options(parser: Parser, args: argparse.Namespace) -> None:
-    """End on options of --t_switch auto without it, and on what it cannot do."""
-    if args.t_switch != "auto":
-        for name in CALIBRATION_OPTIONS:
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name} belongs to --t_switch auto")
-    elif not args.dataset:
-        parser.error("--t_switch auto: measures on real images; give --dataset")
-    elif args.offload or args.cache_interval > 1 or args.guidance_scale_late is not None:
-        parser.error(
-            "--t_switch auto: not with --offload, --cache_interval or --guidance_scale_late; run calibrate.py first"
-        )
-
-
-def check_networks_named(parser: Parser, args: argparse.Namespace) -> None:
-    """End on options that name no network, or that name them twice."""
-    of_two = ("config_path_late", "guidance_scale_late")
-    if args.schedule:
-        for name in ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", *of_two):
-            if getattr(args, name) is not None:
-                parser.error(f"--{name} and --schedule, which says which networks run when: give one of them")
-        return
-    if not args.checkpoint_path:
-        parser.error("give --checkpoint_path, or --schedule")
-    if (args.checkpoint_path_late is None) != (args.t_switch is None):
-        parser.error("--checkpoint_path_late and --t_switch go together")
-    for name in (*of_two, "offload"):
-        if getattr(args, name) not in (None, False) and not args.checkpoint_path_late:
-            parser.error(f"--{name} needs --checkpoint_path_late")
+def parse_settings(argv: Sequence[str] | None) -> SamplerSettings:
+    return Parser(description=__doc__).settings(SamplerSettings, argv)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    plan = turns_of(args)
+    settings = parse_settings(argv)
+    plan = plan_of(settings)
 
     from common.distributed import is_main, joined_processes
-    from diffusion.sampling import SwitchingDenoiser, timesteps_of_turns
-    from generation.run import SamplingRun, guide, settle_speed
-    from models.inference import BackboneDenoiser, Offloader
+    from diffusion.sampling import sample
+    from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
+    from generation.report import write_report
+    from generation.run import labels_of, noise_of, settled_run, solver_of, warm_up
+    from models.autoencoder import image_maker
 
-    with joined_processes(args.device) as device:
-        settle_speed(args, device)
-        networks = load_networks(args, plan, "cpu" if args.offload else device)
-        run = SamplingRun(args, networks, shared_config(networks), device)
-        calibration = None
-        if args.t_switch == "auto":
-            calibration = settle_switch(args, networks, device)
-            plan = turns_of(args)
-        own = timesteps_of_turns(run.timesteps, plan.switches)
-        if not args.allow_outside_range:
-            check_ranges(args, plan, networks, own)
-        caches = make_caches(args, plan, networks, own)
-        backbones = [
-            BackboneDenoiser(network.module, run.timesteps, run.dtype, device, compiled=args.compile, cache=cache)
-            for network, cache in zip(networks, caches, strict=True)
-        ]
-        denoisers = [
-            guide(run.config, backbones[turn.network], turn.guidance_scale, turn.option) for turn in plan.turns
-        ]
-        offloader = Offloader([network.module for network in networks], device) if args.offload else None
-        on_switch = offloader and (lambda turn: offloader(plan.turns[turn].network))
-        denoiser = SwitchingDenoiser(denoisers, plan.switches, on_switch)
-        if is_main():
-            compare_with_calibration(args, plan, len(run.timesteps))
+    with joined_processes(settings.machine.device) as device:
+        networks = load_networks(settings, plan, device)
+        config = shared_config(networks)
+        decode, labels = image_maker(config, device), labels_of(settings, config, device)
+        solver, timesteps = solver_of(settings.solver, config)
+        settings = settled_run(settings, device, timesteps)
+        settings, calibration = settled_switch(settings, networks, device)
+        plan = plan_of(settings)
+        stages, backbones = make_stages(settings, plan, networks, timesteps, device)
 
-        run.warm_up(denoiser)
-        batches = run.run(denoiser, on_begin=calibration and (lambda: save_calibration(args, calibration)))
+        folder = SampleFolder(settings, fingerprint(settings, networks, plan, device), conditions_of(settings, device))
+        folder.open(settings.batch_size, settings.overwrite)
+        shape = config.model_params.image_shape
+        caching, compiled = settings.cache_interval > 1, settings.speed.compile
+        warm_up(stages, folder.mine, shape, labels, device, compiled=compiled, caching=caching)
+        with folder.making(len(timesteps), prepare=lambda: save_calibration(settings, plan, calibration)) as bar:
+            for indices in folder.mine:
+                batch = BatchUnderWay(folder, indices, decode, device, bar)
+                with batch.sampling:
+                    noise = noise_of(settings.seed, indices, device)
+                    x0 = sample(stages, solver, noise, shape, labels(indices), batch.on_step)
+                batch.save(x0)
+
         if is_main():
-            work = describe_work(plan, networks, backbones, own, len(batches))
-            summary = run.report(batches, work, sum(b["flops_per_image"] for b in work))
+            compare_with_calibration(settings, plan)
+            batches = folder.finished()
+            work = describe_work(plan, networks, backbones, stages, len(batches))
+            summary = write_report(folder, settings, batches, work, sum(b["flops_per_image"] for b in work))
             print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
             print(summary)
 
 
-def settle_switch(args: argparse.Namespace, networks: Sequence[Network], device: torch.device) -> Calibration | None:
-    """Put a timestep in the place of --t_switch auto: that of the run that goes on here, or the best one.
+def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network]:
+    """The networks, which fit each other and the timesteps of their stages."""
+    from models.loading import load_together
 
-    Times vary, so a run that goes on must not choose anew. Returns, on process 0, what was measured now.
+    place = "cpu" if settings.offload else device
+    networks = load_together(plan.files, settings.stated, weights=settings.weights, device=place)
+    plan.check_length(networks[0].config.diffusion_params.num_timesteps)
+    return networks
+
+
+def shared_config(networks: Sequence[Network]) -> Config:
+    """The first network's description, with the autoencoder that any of them names."""
+    config = networks[0].config
+    named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
+    return replace(config, autoencoder=named[0]) if named else config
+
+
+def settled_switch(
+    settings: SamplerSettings, networks: Sequence[Network], device: torch.device
+) -> tuple[SamplerSettings, Calibration | None]:
+    """The settings with a timestep for --t_switch auto: that of the run that goes on, or the best by measurement.
+
+    Times vary, so a run that goes on must not choose anew. On process 0 also the measurement, if one was made now.
     """
+    if settings.t_switch != "auto":
+        return settings, None
+
     from calibration.report import in_words
     from calibration.run import calibrate
+    from calibration.settings import Measurement
     from common.distributed import on_main
-    from generation.record import ADVICE, recorded_settings, samples_in
+    from generation.folder import recorded_switch
 
     calibration = None
 
     def choose() -> int:
         nonlocal calibration
-        if samples_in(args.output_folder) and not args.overwrite:
-            recorded = recorded_settings(args.output_folder)
-            if not isinstance(recorded, dict) or type(t_switch := recorded.get("t_switch")) is not int:
-                raise InputError(f"{args.output_folder} holds samples of a run without --t_switch; {ADVICE}")
+        if not settings.overwrite and (t_switch := recorded_switch(settings.output_folder)) is not None:
             print(f"t_switch {t_switch}, as it was chosen when this run began")
             return t_switch
+        measurement = Measurement(
+            choice=settings.calibration,
+            solver=settings.solver,
+            precision=settings.speed.precision,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            guidance_scale=settings.guidance_scale,
+            allow_outside_range=settings.allow_outside_range,
+            quiet=settings.machine.quiet,
+        )
         # Copies: measuring puts weights into the working precision, which is done once.
         copies = [network._replace(module=copy.deepcopy(network.module)) for network in networks]
-        calibration = calibrate(args, copies, device)
+        calibration = calibrate(measurement, copies, device)
         print(in_words(calibration))
         return calibration.chosen.t_switch(calibration.steps.timesteps)
 
-    args.t_switch = on_main(choose)
-    return calibration
+    return replace(settings, t_switch=on_main(choose)), calibration
 
 
-def save_calibration(args: argparse.Namespace, calibration: Calibration) -> None:
-    """Into the report of the run."""
-    from calibration.report import save
+def save_calibration(settings: SamplerSettings, plan: Plan, calibration: Calibration | None) -> None:
+    """Write the measurement behind --t_switch auto into the report of the run."""
+    if calibration is not None:
+        from calibration.report import save
 
-    files = [(args.checkpoint_path, args.config_path), (args.checkpoint_path_late, args.config_path_late)]
-    save(args.output_folder / "report" / "calibration.yaml", calibration, files, args)
-
-
-def load_networks(args: argparse.Namespace, plan: Turns, device: torch.device | str) -> list[Network]:
-    """The networks, which fit each other and the timesteps at which they take turns."""
-    from models.loading import load_together
-
-    networks = load_together(plan.files, network_settings(args), weights=args.weights, device=device)
-    check_length(args, networks[0].config.diffusion_params.num_timesteps)
-    return networks
+        save(settings.output_folder / "report" / "calibration.yaml", calibration, plan.files)
 
 
-def shared_config(networks: Sequence[Network]) -> Config:
-    """What the run goes by: the first network's, with the autoencoder that any of them names."""
-    config = networks[0].config
-    named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
-    return dataclasses.replace(config, autoencoder=named[0]) if named else config
-
-
-def check_ranges(
-    args: argparse.Namespace, plan: Turns, networks: Sequence[Network], own: Sequence[Sequence[int]]
-) -> None:
-    """Raises InputError unless each network was trained on the timesteps of its turns. own: those of each turn."""
+def make_stages(
+    settings: SamplerSettings, plan: Plan, networks: Sequence[Network], timesteps: Sequence[int], device: torch.device
+) -> tuple[list[Stage], list[BackboneDenoiser]]:
+    """The stages, and the networks in them. Raises InputError where a network does not suit its stage."""
+    from common.devices import DTYPES
+    from diffusion.sampling import Stage, split_timesteps
+    from generation.run import guide
+    from models.inference import BackboneDenoiser, Offloader
     from models.loading import check_range
 
-    other = "--checkpoint_path_late, --t_switch" if args.schedule is None else f"see the stages in {args.schedule}"
-    for turn, timesteps in zip(plan.turns, own, strict=True):
-        advice = f"let another network run there ({other}), or give --allow_outside_range"
-        check_range(networks[turn.network], timesteps, advice)
+    own = split_timesteps(timesteps, plan.lowest)
+    if not settings.allow_outside_range:
+        for stage, visited in zip(plan.stages, own, strict=True):
+            advice = f"let another network run there ({plan.source}), or give --allow_outside_range"
+            check_range(networks[stage.network], visited, advice)
+    dtype = DTYPES[settings.speed.precision]
+    backbones = [
+        BackboneDenoiser(network.module, timesteps, dtype, device, compiled=settings.speed.compile, cache=cache)
+        for network, cache in zip(networks, make_caches(settings, plan, networks, own), strict=True)
+    ]
+    offloader = Offloader([network.module for network in networks], device) if settings.offload else None
+    stages = []
+    for stage, visited in zip(plan.stages, own, strict=True):
+        config = networks[stage.network].config
+        denoiser = guide(config, backbones[stage.network], stage.guidance_scale, stage.option)
+        session = partial(offloader.resident, stage.network) if offloader else nullcontext
+        stages.append(Stage(denoiser, visited, session))
+    return stages, backbones
 
 
 def make_caches(
-    args: argparse.Namespace, plan: Turns, networks: Sequence[Network], own: Sequence[Sequence[int]]
+    settings: SamplerSettings, plan: Plan, networks: Sequence[Network], own: Sequence[Sequence[int]]
 ) -> list[MiddleCache | None]:
-    """Of each network what --cache_interval asks for; None where it has no middle, or all are to be run."""
+    """Of each network the cache that --cache_interval asks for; None where it has no middle, or all is to be run.
+
+    own: the timesteps of each stage.
+    """
     from models.inference import MiddleCache, refreshing
 
-    if args.cache_interval == 1:
+    if settings.cache_interval == 1:
         return [None] * len(networks)
     caches: list[MiddleCache | None] = []
     for k, network in enumerate(networks):
-        turns = [timesteps for turn, timesteps in zip(plan.turns, own, strict=True) if turn.network == k]
-        cache = MiddleCache(args.cache_outer, refreshing(turns, args.cache_interval))
-        caches.append(cache if network.module.middle(args.cache_outer) else None)
+        of_network = [visited for stage, visited in zip(plan.stages, own, strict=True) if stage.network == k]
+        cache = MiddleCache(settings.cache_outer, refreshing(of_network, settings.cache_interval))
+        caches.append(cache if network.module.middle(settings.cache_outer) else None)
     if not any(cache and cache.refresh for cache in caches):
         most = max(network.config.model_params.num_blocks for network in networks)
         raise InputError(
-            f"--cache_interval {args.cache_interval}: no network that runs has blocks between the {args.cache_outer} "
-            f"outermost on either side (--cache_outer); the deepest has {most}"
+            f"--cache_interval {settings.cache_interval}: no network that runs has blocks between the "
+            f"{settings.cache_outer} outermost on either side (--cache_outer); the deepest has {most}"
         )
     return caches
 
 
-def compare_with_calibration(args: argparse.Namespace, plan: Turns, steps: int) -> None:
-    """Say where a schedule was made for sampling that differs from this."""
-    for name, value in (("solver", args.solver), ("steps", steps)):
-        if plan.calibration.get(name, value) != value:
-            log.warning("%s was made for %s %s, this is %s", args.schedule, name, plan.calibration[name], value)
+def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
+    """Say where a file of stages was made for sampling that differs from this."""
+    made_for = plan.calibration or {}
+    for name, value in (("solver", settings.solver.solver), ("steps", settings.solver.steps)):
+        if made_for.get(name, value) != value:
+            log.warning("%s was made for %s %s, this is %s", plan.source, name, made_for[name], value)
 
 
 def describe_work(
-    plan: Turns,
+    plan: Plan,
     networks: Sequence[Network],
     backbones: Sequence[BackboneDenoiser],
-    own: Sequence[Sequence[int]],
+    stages: Sequence[Stage],
     batches: int,
 ) -> list[dict[str, Any]]:
-    """What each network did, for the report."""
+    """How often each network ran, for the report."""
     from models.flops import uvit_flops
 
     described = []
-    for k, (name, network, backbone) in enumerate(zip(plan.names(), networks, backbones, strict=True)):
+    for k, (name, network, backbone) in enumerate(zip(plan.names, networks, backbones, strict=True)):
         visited = [
-            (t, 2 if turn.guidance_scale else 1)  # guidance runs each image twice, with its class and without
-            for turn, timesteps in zip(plan.turns, own, strict=True)
-            for t in timesteps
-            if turn.network == k
+            (t, 2 if planned.guidance_scale else 1)  # guidance runs each image twice, with its class and without
+            for planned, stage in zip(plan.stages, stages, strict=True)
+            for t in stage.timesteps
+            if planned.network == k
         ]
         cache, whole = backbone.cache, uvit_flops(network.module)
         around = uvit_flops(network.module, cache.outer) if cache else whole

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from training.options import add_training_options, check_training_options
+
 from common.cli import Parser
 from common.distributed import joined_processes
 from common.errors import command
-from training.options import add_training_options, check_training_options
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarking.measure import in_turns, peak_memory, ratio
+from benchmarking.settings import ExitBenchmark
 from common.devices import DTYPES
 from diffusion.sampling import random_classes
 from models.early_exit import EarlyExitUViT
@@ -37,15 +37,15 @@ class ForcedProbes(nn.Module):
 
 @torch.inference_mode()
 def measure_early_exit(
-    args: argparse.Namespace, network: Network, precision: str, device: torch.device
+    settings: ExitBenchmark, network: Network, precision: str, device: torch.device
 ) -> dict[str, Any]:
     """Times with exits forced, beside the ideal: the sum of the parts that ran, each measured by itself."""
     model: EarlyExitUViT = network.module
-    depth, size = model.num_layers, args.batch_size
+    depth, size = model.num_layers, settings.batch_size
     x = torch.randn(size, *model.uvit.config.image_shape, device=device)
     classes = network.config.classes
     y = random_classes(classes, 0, range(size)).to(device) if classes else None
-    tracer = EarlyExitTracer(model, [T], DTYPES[precision], device, threshold=0.0, compiled=args.compile)
+    tracer = EarlyExitTracer(model, [T], DTYPES[precision], device, threshold=0.0, compiled=settings.compile)
     time = tracer.time_tokens[T]
 
     probes, images = model.probes, torch.arange(size, device=device)
@@ -63,8 +63,8 @@ def measure_early_exit(
     layers = torch.arange(depth + 1, device=device)
     tasks |= {f"exit at {k}": partial(leave, k.expand(size)) for k in layers}
     spread = layers.repeat(-(-size // len(layers)))[:size]  # as many images at each depth as the batch allows
-    tasks |= {f"spread, min_group {n}": partial(leave, spread, n) for n in args.min_group}
-    seconds = in_turns(tasks, args.rounds, device, args.quiet)
+    tasks |= {f"spread, min_group {n}": partial(leave, spread, n) for n in settings.min_group}
+    seconds = in_turns(tasks, settings.rounds, device, settings.machine.quiet)
 
     def ideal(exit_at: Tensor) -> list[float]:
         """Each part's time, times the share of the images that come to it."""
@@ -87,14 +87,14 @@ def measure_early_exit(
 
     return {
         "precision": precision,
-        "compiled": args.compile,
+        "compiled": settings.compile,
         "batch_size": size,
         "classifier_type": model.classifier_type,
         "depth": depth,
         "seconds_per_image_full_network": statistics.median(seconds["full network"]) / size,
         "full_over_never_exiting": ratio(seconds["full network"], seconds[f"exit at {depth}"]),
         "exits": [{"exit_layer": int(k)} | row(f"exit at {k}", k.expand(size)) for k in layers],
-        "spread": [{"min_group": n} | row(f"spread, min_group {n}", spread) for n in args.min_group],
+        "spread": [{"min_group": n} | row(f"spread, min_group {n}", spread) for n in settings.min_group],
         "peak_memory_bytes": peak_memory(device),
     }
 

@@ -1,10 +1,10 @@
-"""One backbone, and two that take turns: what a call costs, and what a switch saves."""
+"""The cost of a call of each backbone, and the time that a switch saves."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from benchmarking.measure import CallTimer, MatrixProduct, in_turns, peak_memory, ratio
+from benchmarking.settings import SamplingBenchmark
 from common.devices import DTYPES, Stopwatch
 from common.images import save_png, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
-from diffusion.sampling import SeededNoise, SwitchingDenoiser, random_classes, sample
+from diffusion.sampling import Denoiser, SeededNoise, Stage, random_classes, sample, split_timesteps
 from diffusion.solvers import make_solver, spaced_timesteps
 from models.flops import uvit_flops
 from models.inference import BackboneDenoiser
@@ -25,16 +26,16 @@ from models.loading import Network
 
 @torch.inference_mode()
 def measure_sampling(
-    args: argparse.Namespace, full: Network, shallow: Network, precision: str, device: torch.device
+    settings: SamplingBenchmark, full: Network, shallow: Network, precision: str, device: torch.device
 ) -> dict[str, Any]:
     """Times and rates of both networks alone, and of sampling with each solver at each t_switch."""
-    config, size = full.config, args.batch_size
+    config, size = full.config, settings.batch_size
     schedule = NoiseSchedule(**config.diffusion_params.schedule)
-    timesteps = spaced_timesteps(schedule.num_timesteps, args.steps)
+    timesteps = spaced_timesteps(schedule.num_timesteps, settings.steps)
     networks = {"shallow": shallow, "full": full}
     flops = {name: uvit_flops(network.module) for name, network in networks.items()}
     backbones = {
-        name: BackboneDenoiser(network.module, timesteps, DTYPES[precision], device, compiled=args.compile)
+        name: BackboneDenoiser(network.module, timesteps, DTYPES[precision], device, compiled=settings.compile)
         for name, network in networks.items()
     }
     shape = config.model_params.image_shape
@@ -47,19 +48,21 @@ def measure_sampling(
         solver = make_solver(run.solver, schedule, config.parametrization)
         with Stopwatch(device) as watch:
             noise = SeededNoise([nth_seed(0, "samples", i) for i in range(size)], device)
-            images = to_uint8(sample(run.denoiser, solver, timesteps, noise, shape, y)).cpu()
+            images = to_uint8(sample(run.stages, solver, noise, shape, y)).cpu()
             if not config.autoencoder:
                 for index, image in enumerate(images):
                     save_png(folder / f"{index:06d}.png", image)
         in_network.setdefault(run.name, []).append(timer.take_seconds() / watch.seconds)
 
     timed = {name: timer.of(backbone) for name, backbone in backbones.items()}
-    runs = [Run(solver, t_switch, timed) for solver in args.solver for t_switch in (None, *args.t_switch)]
+    runs = [
+        Run(solver, t_switch, timed, timesteps) for solver in settings.solver for t_switch in (None, *settings.t_switch)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         tasks = {"matrix product": product}
         tasks |= {f"{name} call": partial(backbone, x, timesteps[0], y) for name, backbone in backbones.items()}
         tasks |= {run.name: partial(generate, run, Path(folder)) for run in runs}
-        seconds = in_turns(tasks, args.rounds, device, args.quiet)
+        seconds = in_turns(tasks, settings.rounds, device, settings.machine.quiet)
 
     rate = [product.flops / s for s in seconds["matrix product"]]
 
@@ -81,8 +84,7 @@ def measure_sampling(
         )
     rows = []
     for run in runs:
-        steps = run.steps_of_each(timesteps)
-        work = sum(count * flops[name] for name, count in steps.items())
+        work = sum(count * flops[name] for name, count in run.steps.items())
         spent, share = seconds[run.name], statistics.median(in_network[run.name][1:])  # the first is to warm up
         speed_up = ratio(seconds[run_name(run.solver, None)], spent)
         predicted = len(timesteps) * flops["full"] / work
@@ -90,7 +92,7 @@ def measure_sampling(
             {
                 "solver": run.solver,
                 "t_switch": run.t_switch,
-                "steps": steps,
+                "steps": run.steps,
                 "seconds_per_image": statistics.median(spent) / size,
                 "images_per_second": size / statistics.median(spent),
                 "images_per_second_network_only": size / (share * statistics.median(spent)),
@@ -103,7 +105,7 @@ def measure_sampling(
         )
     return {
         "precision": precision,
-        "compiled": args.compile,
+        "compiled": settings.compile,
         "batch_size": size,
         "steps": len(timesteps),
         "num_timesteps": schedule.num_timesteps,
@@ -117,15 +119,13 @@ def measure_sampling(
 class Run:
     """Sampling with one solver and one t_switch, or with the full network alone (None)."""
 
-    def __init__(self, solver: str, t_switch: int | None, backbones: dict[str, Any]):
+    def __init__(self, solver: str, t_switch: int | None, backbones: Mapping[str, Denoiser], timesteps: Sequence[int]):
         self.solver, self.t_switch = solver, t_switch
         self.name = run_name(solver, t_switch)
-        self.networks = ["full"] if t_switch is None else ["shallow", "full"]
-        switches = [] if t_switch is None else [t_switch]
-        self.denoiser = SwitchingDenoiser([backbones[name] for name in self.networks], switches)
-
-    def steps_of_each(self, timesteps: list[int]) -> dict[str, int]:
-        return dict(zip(self.networks, self.denoiser.steps_of_each(timesteps), strict=True))
+        names, lowest = (["full"], [0]) if t_switch is None else (["shallow", "full"], [t_switch + 1, 0])
+        own = dict(zip(names, split_timesteps(timesteps, lowest), strict=True))
+        self.steps = {name: len(visited) for name, visited in own.items()}
+        self.stages = [Stage(backbones[name], visited) for name, visited in own.items()]
 
 
 def run_name(solver: str, t_switch: int | None) -> str:

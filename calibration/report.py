@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from calibration.choice import DEARER, Option, mean_and_se
 from calibration.run import KNEE, KNEE_OF_DDPM, Calibration
 from common.files import write_json
 from common.plots import Curve, ErrorCurve, plot_calibration
+from common.settings import record
 from common.tables import table
-from generation.schedule_file import ScheduleFile, Stage, write_schedule
+from generation.stages import StageEntry, StageFile, write_stages
 from models.loading import Network
 
 ROWS = 14  # of the table, beside the chosen one
@@ -135,32 +135,36 @@ def mean_and_se_of(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def stages_of(
-    calibration: Calibration, option: Option, files: Sequence[tuple[Path, Path | None]], guidance_scale: float
-) -> list[Stage]:
-    """files: weights and description of each network. guidance_scale: that it was measured with; 0 is left unsaid."""
+    calibration: Calibration, option: Option, files: Sequence[tuple[Path, Path | None]]
+) -> tuple[StageEntry, ...]:
+    """files: weights and description of each network. A guidance scale of 0 is left out."""
     timesteps, networks = calibration.steps.timesteps, option.networks
     starts = [i for i in range(len(networks)) if i == 0 or networks[i] != networks[i - 1]]
     highest = [timesteps[i] for i in starts]
-    return [
-        Stage(
+    return tuple(
+        StageEntry(
             checkpoint_path=files[networks[i]][0],
             config_path=files[networks[i]][1],
             t_min=lowest,
             t_max=t,
-            guidance_scale=guidance_scale or None,
+            guidance_scale=calibration.settings.guidance_scale or None,
         )
         for i, t, lowest in zip(starts, highest, [*(t + 1 for t in highest[1:]), 0], strict=True)
-    ]
+    )
 
 
-def about(calibration: Calibration, args: argparse.Namespace) -> dict[str, Any]:
-    """What the result depends on, and the choice, as plain values."""
+def about(calibration: Calibration) -> dict[str, Any]:
+    """The settings that the result depends on, and the rule, as plain values."""
+    settings = calibration.settings
     return {
-        **{name: getattr(args, name) for name in ("solver", "eta", "clip_x0", "guidance_scale", "dataset", "seed")},
+        **record(settings.solver),
+        "guidance_scale": settings.guidance_scale,
+        "dataset": settings.choice.dataset,
+        "seed": settings.seed,
         "steps": len(calibration.steps.timesteps),
         "n_images": calibration.predictions.error.shape[-1],
-        "precision": args.precision,
-        "batch_size": args.batch_size,
+        "precision": settings.precision,
+        "batch_size": settings.batch_size,
         "measure": "divergence" if calibration.random else "squared shift",
         "rule": calibration.rule,
     }
@@ -181,19 +185,16 @@ def save(
     path: Path,
     calibration: Calibration,
     files: Sequence[tuple[Path, Path | None]],
-    args: argparse.Namespace,
     scores: Mapping[int, Sequence[float]] | None = None,
 ) -> None:
-    """Write the schedule to path (.yaml), and beside it all numbers (.json) and the picture (.png).
+    """Write the stages to path (.yaml), and beside it all numbers (.json) and the picture (.png).
 
     files: weights and description of each network. scores: see `as_table`.
     """
     chosen, timesteps = calibration.chosen, calibration.steps.timesteps
-    values, stages = option_values(calibration, chosen), stages_of(calibration, chosen, files, args.guidance_scale)
-    write_schedule(
-        path,
-        ScheduleFile(stages=stages, t_switch=values.get("t_switch"), calibration=about(calibration, args) | values),
-    )
+    values, stages = option_values(calibration, chosen), stages_of(calibration, chosen, files)
+    content = about(calibration)
+    write_stages(path, StageFile(stages=stages, t_switch=values.get("t_switch"), calibration=content | values))
     networks = [
         {
             "checkpoint": str(network.path),
@@ -212,7 +213,7 @@ def save(
     options = [option_values(calibration, option) for option in calibration.options]
     for number, of_option in (scores or {}).items():
         options[number]["scores"] = list(of_option)
-    content = about(calibration, args) | {
+    content |= {
         "dimensions": calibration.predictions.dimensions,
         "timesteps": list(timesteps),
         "networks": networks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,13 +20,13 @@ from calibration.choice import (
     switches,
 )
 from calibration.measure import Predictions, choose_images, measure_predictions, seconds_per_call
+from calibration.settings import CalibrationSettings, Measurement
 from common.devices import DTYPES
 from common.errors import InputError
 from data import open_dataset
-from diffusion import NoiseSchedule
 from diffusion.divergence import step_weights
-from diffusion.solvers import Solver, make_solver, spaced_timesteps
-from generation.run import guide
+from diffusion.solvers import Solver, make_solver
+from generation.run import guide, solver_of
 from models.flops import uvit_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network, check_range
@@ -42,6 +41,7 @@ class Calibration(NamedTuple):
     know it.
     """
 
+    settings: Measurement
     networks: Sequence[Network]
     of_switches: bool  # there are two, and the full one takes over once: an option is a switch
     predictions: Predictions
@@ -56,39 +56,34 @@ class Calibration(NamedTuple):
     images_there: int  # in the dataset
 
 
-def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: torch.device) -> Calibration:
+def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.device) -> Calibration:
     """Measure, and choose. Puts the networks into their working precision.
 
-    args: those of calibration.options and of the solver, with batch_size, seed, precision, and free where networks may
-    take turns in any order. Raises InputError where they do not fit, or cannot do what is asked.
+    Raises InputError where they do not fit, or cannot do what is asked.
     """
-    full = networks[-1]
+    full, choice = networks[-1], settings.choice
     config = full.config
-    schedule = NoiseSchedule(**config.diffusion_params.schedule)
-    timesteps = spaced_timesteps(schedule.num_timesteps, args.steps)
-    solver = make_solver(args.solver, schedule, config.parametrization, args.eta, args.clip_x0)
-    if args.clip_x0 and config.autoencoder:
-        raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
+    solver, timesteps = solver_of(settings.solver, config)
     check_growing(networks)
-    known = [range(schedule.num_timesteps)] * len(networks)
-    if not args.allow_outside_range:
+    known = [range(solver.schedule.num_timesteps)] * len(networks)
+    if not settings.allow_outside_range:
         known = [network.config.trained_timesteps for network in networks]
         check_range(full, timesteps, "what the others are held against must be known everywhere")
     params = config.model_params
     dataset = open_dataset(
-        args.dataset,
-        args.data_path,
+        choice.dataset,
+        choice.data_path,
         img_size=params.img_size,
         in_chans=params.in_chans,
         num_classes=params.num_classes,
-        crop=args.crop or (config.crop if config.dataset == args.dataset else None),
+        crop=choice.crop or (config.crop if config.dataset == choice.dataset else None),
     )
-    indices = choose_images(dataset, args.n_images, args.seed)
+    indices = choose_images(dataset, choice.n_images, settings.seed)
     denoisers = [
         guide(
             network.config,
-            BackboneDenoiser(network.module, timesteps, DTYPES[args.precision], device),
-            args.guidance_scale,
+            BackboneDenoiser(network.module, timesteps, DTYPES[settings.precision], device),
+            settings.guidance_scale,
         )
         for network in networks
     ]
@@ -97,43 +92,43 @@ def calibrate(args: argparse.Namespace, networks: Sequence[Network], device: tor
         raise InputError(f"{idle[0].path} was trained on none of the timesteps of this sampler")
     classes = len(config.classes)
     costs = seconds_per_call(
-        denoisers, [own[0] for own in visited], params.image_shape, classes, args.batch_size, device
+        denoisers, [own[0] for own in visited], params.image_shape, classes, settings.batch_size, device
     )
-    free = getattr(args, "free", False)
-    of_switches = len(networks) == 2 and not free
+    of_switches = len(networks) == 2 and not settings.free
 
     def options_of(steps: Steps) -> list[Option]:
-        return switches(steps) if of_switches else cascades(steps, free)
+        return switches(steps) if of_switches else cascades(steps, settings.free)
 
-    if args.speedup is not None:  # what is out of reach is known before the predictions are
+    if choice.speedup is not None:  # what is out of reach is known before the predictions are
         able = np.array([[0.0 if t in of_one else np.nan for t in timesteps] for of_one in known])
         blank = Predictions(*[np.stack([able, able], axis=-1)] * 2, dimensions=1)
-        check_reachable(options_of(weighed(blank, solver, timesteps, costs)[0]), args.speedup)
+        check_reachable(options_of(weighed(blank, solver, timesteps, costs)[0]), choice.speedup)
     predictions = measure_predictions(
         *(denoisers, known, solver, timesteps, dataset, indices),
         conditional=bool(config.classes),
-        batch_size=args.batch_size,
-        seed=args.seed,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
         device=device,
-        quiet=args.quiet,
+        quiet=settings.quiet,
     )
 
     steps, random = weighed(predictions, solver, timesteps, costs)
-    rule, judge = rule_of(args), steps
+    rule, judge = rule_of(choice), steps
     if rule == KNEE and not random:
         # Squared shifts grow too evenly to have a knee where scores begin to suffer.
-        rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", schedule, config.parametrization)
+        rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", solver.schedule, config.parametrization)
         judge, _ = weighed(predictions, ancestral, timesteps, costs)
     judged = options_of(judge)
     choices = [
-        choose(judged, args.speedup, args.budget),
-        *chosen_of_other_images(judge, judged, args.speedup, args.budget),
+        choose(judged, choice.speedup, choice.budget),
+        *chosen_of_other_images(judge, judged, choice.speedup, choice.budget),
     ]
     # Of switches ddpm's are the first of the solver's own, which may let the shallow network do the last step too.
     options = options_of(steps) if of_switches else [evaluated(steps, option.networks) for option in judged]
     chosen, *others = (options[judged.index(option)] for option in choices)
     last = step_weights(solver, timesteps).shift[-1] ** 2 * predictions.distance[:, -1].mean(axis=-1)
     return Calibration(
+        settings=settings,
         networks=networks,
         of_switches=of_switches,
         predictions=predictions,
@@ -162,10 +157,10 @@ def weighed(
     return Steps(timesteps, np.array(costs), divergence, excess), random
 
 
-def rule_of(args: argparse.Namespace) -> str:
-    if args.speedup is not None:
-        return f"--speedup {args.speedup:g}"
-    return KNEE if args.budget is None else f"--budget {args.budget:g}"
+def rule_of(choice: CalibrationSettings) -> str:
+    if choice.speedup is not None:
+        return f"--speedup {choice.speedup:g}"
+    return KNEE if choice.budget is None else f"--budget {choice.budget:g}"
 
 
 def check_growing(networks: Sequence[Network]) -> None:

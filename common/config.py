@@ -1,22 +1,20 @@
-"""What describes a network: its architecture, what it predicts, and the noise schedule it was made for.
+"""The description of a network: its architecture, its output, and the noise schedule it was made for.
 
-One description serves the YAML files, the command line and the checkpoints. No torch in here, so
-that reading options stays quick.
+One description serves the YAML files, the command line and the checkpoints. No torch in here, so that --help stays
+quick.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from common.errors import InputError
+from common.settings import Checked, build, check_types, differences, option, plain, section
 
 MODELS = ("uvit", "deediff_uvit")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
@@ -34,38 +32,35 @@ CLASSIFIER_TYPES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class UViTConfig:
-    """One backbone. The fields are the keys of `model_params` in the YAML files and the arguments of UViT."""
+class UViTConfig(Checked):
+    """One U-ViT backbone. The fields are the keys of `model_params` in the YAML files and the arguments of UViT."""
 
-    img_size: int  # side of the input, in pixels (latent cells with an autoencoder)
-    patch_size: int  # side of a patch, same unit
-    in_chans: int = 3
-    embed_dim: int = 512
-    depth: int = 13  # depth // 2 blocks in, one middle, depth // 2 out: 12 and 13 are the same network
-    num_heads: int = 8
-    mlp_ratio: float = 4
-    qkv_bias: bool = False
-    mlp_time_embed: bool = False
-    num_classes: int = -1  # -1: unconditional
-    normalize_timesteps: bool = False  # divide t by 1000 before embedding it
+    img_size: int = option(help="side of the images (latent cells with an autoencoder)", least=1, most=4096)
+    patch_size: int = option(help="side of a patch, in the same unit", least=1, most=4096)
+    in_chans: int = option(3, "channels: 3 colour, 1 grey", least=1, most=256)
+    embed_dim: int = option(512, "width of the tokens", least=1, most=16384)
+    # depth // 2 blocks in, one in the middle, depth // 2 out: 12 and 13 are the same network, which is called 13 here.
+    depth: int = option(13, "blocks; an even depth has one more", least=1, most=999)
+    num_heads: int = option(8, "attention heads", least=1, most=1024)
+    mlp_ratio: float = option(4.0, "MLP width over token width", least=0, most=64, above=True)
+    qkv_bias: bool = option(False, "bias in the attention's projections")
+    mlp_time_embed: bool = option(False, "an MLP on the timestep embedding")
+    num_classes: int = option(-1, "-1: unconditional", least=-1, most=1_000_000)
+    normalize_timesteps: bool = option(False, "give the network t / 1000")
 
     def __post_init__(self) -> None:
-        limits = {"img_size": 4096, "patch_size": 4096, "in_chans": 256, "embed_dim": 16384, "depth": 999}
-        for name, most in (limits | {"num_heads": 1024}).items():
-            if not 1 <= getattr(self, name) <= most:
-                raise InputError(f"{name}={getattr(self, name)} is outside 1..{most}")
+        super().__post_init__()
+        object.__setattr__(self, "depth", self.depth // 2 * 2 + 1)
         if self.img_size % self.patch_size:
             raise InputError(f"img_size={self.img_size} is no multiple of patch_size={self.patch_size}")
         if self.embed_dim % self.num_heads or self.embed_dim % 2:
             raise InputError(f"embed_dim={self.embed_dim} must be even and a multiple of num_heads={self.num_heads}")
-        if not 0 < self.mlp_ratio <= 64:
-            raise InputError(f"mlp_ratio={self.mlp_ratio} is outside (0, 64]")
-        if self.num_classes != -1 and not 1 <= self.num_classes <= 1_000_000:
-            raise InputError(f"num_classes={self.num_classes}: give -1 (unconditional) or 1..1000000")
+        if self.num_classes == 0:
+            raise InputError("num_classes=0: give -1 (unconditional) or 1..1000000")
 
     @property
     def num_blocks(self) -> int:
-        return self.depth // 2 * 2 + 1
+        return self.depth
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -73,105 +68,92 @@ class UViTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(Checked):
     """The noise schedule, and how a network is told where on it an image is: the keys of `diffusion_params`.
 
     The network's time input is time_scale * (t + time_shift). The public U-ViT weights expect 0.999 (t + 1)
     or t + 1.
     """
 
-    num_timesteps: int = 1000
-    beta_schedule: str = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    time_scale: float = 1.0
-    time_shift: float = 0.0
+    num_timesteps: int = option(1000, "T, of the noise schedule", least=1, most=100_000)
+    beta_schedule: str = option("linear", "how betas rise with t", choices=BETA_SCHEDULES)
+    beta_start: float = option(1e-4, "beta at t = 0", least=0, most=1, above=True)
+    beta_end: float = option(0.02, "beta at t = T - 1", least=0, most=1, above=True)
+    time_scale: float = option(1.0, "the time input is time_scale (t + time_shift)", least=0, most=1000, above=True)
+    time_shift: float = option(0.0, "see --time_scale", least=-1000, most=1000)
 
     def __post_init__(self) -> None:
-        check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        if not 1 <= self.num_timesteps <= 100_000:
-            raise InputError(f"num_timesteps={self.num_timesteps} is outside 1..100000")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise InputError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted 0 < start <= end < 1")
-        if not 0 < self.time_scale <= 1000 or abs(self.time_shift) > 1000:
-            raise InputError(
-                f"time_scale={self.time_scale}, time_shift={self.time_shift}: wanted (0, 1000] and -1000..1000"
-            )
+        super().__post_init__()
+        if not self.beta_start <= self.beta_end < 1:
+            raise InputError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted start <= end < 1")
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """The arguments of NoiseSchedule; what several networks on one image must share."""
+        """The arguments of NoiseSchedule; networks of one run must share them."""
         names = ("num_timesteps", "beta_schedule", "beta_start", "beta_end")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Checked):
     """The autoencoder between the network's latents and images: the keys of `autoencoder`."""
 
-    # Latents are multiplied by it, so that their standard deviation is about 1. If not said: that of packed
-    # latents in training, and of the public autoencoder in sampling.
-    scale_factor: float | None = None
+    scale_factor: float = option(  # so that the standard deviation of latents is about 1
+        PUBLIC_SCALE_FACTOR, "latents are multiplied by it", least=0, most=1000, above=True
+    )
     checkpoint_path: str | None = None  # not carried by checkpoints: it is another on every machine
-
-    @property
-    def scale(self) -> float:
-        return self.scale_factor or PUBLIC_SCALE_FACTOR
-
-    def __post_init__(self) -> None:
-        if self.scale_factor is not None and not 0 < self.scale_factor <= 1000:
-            raise InputError(f"scale_factor={self.scale_factor} is outside (0, 1000]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """A network as the YAML files and the checkpoints describe it."""
+class Config(Checked):
+    """A network as the YAML files and the checkpoints describe it.
 
-    model: str = "uvit"
-    model_params: UViTConfig
-    classifier_type: str | None = None  # of a deediff_uvit
-    parametrization: str = "predict_noise"
-    diffusion_params: DiffusionConfig = field(default_factory=DiffusionConfig)
-    autoencoder: AutoencoderConfig | None = None  # None: the network makes pixels
-    dataset: str | None = None  # what a checkpoint was trained on
-    crop: str | None = None  # how its images were made square, see data.transforms
-    real_classes: int | None = None  # of num_classes; all if not said. One more class is "no class"
-    t_min: int | None = None  # the timesteps it was trained on are t_min..t_max; all if not said
-    t_max: int | None = None
+    Defaults that depend on other fields are filled in: real_classes, t_min and t_max are None only where they do not
+    apply.
+    """
+
+    model: str = option("uvit", choices=MODELS, flag=False)
+    model_params: UViTConfig = section("architecture of the network (beats --config_path)")
+    classifier_type: str | None = option(None, "probes of an early-exit model", choices=CLASSIFIER_TYPES)
+    parametrization: str = option("predict_noise", "output of the network", choices=PARAMETRIZATIONS)
+    diffusion_params: DiffusionConfig = section("noise schedule of the network", DiffusionConfig())
+    autoencoder: AutoencoderConfig | None = option(None, flag=False)  # None: the network makes pixels
+    dataset: str | None = option(None, flag=False)  # the training data
+    crop: str | None = option(None, flag=False)  # how its images were made square, see data.transforms
+    real_classes: int = option(None, "classes with images (default: all); one more is no class", least=0, most=10**6)
+    t_min: int = option(0, "lowest timestep of training", least=0, most=99_999)
+    t_max: int = option(None, "highest timestep of training (default: T - 1)", least=0, most=99_999)
 
     def __post_init__(self) -> None:
-        check_choice("model", self.model, MODELS)
-        check_choice("parametrization", self.parametrization, PARAMETRIZATIONS)
+        num_classes, last = self.model_params.num_classes, self.diffusion_params.num_timesteps - 1
+        if self.real_classes is None:
+            object.__setattr__(self, "real_classes", max(0, num_classes))
+        if self.t_max is None:
+            object.__setattr__(self, "t_max", last)
+        super().__post_init__()
         if self.model == "deediff_uvit":
             check_choice("classifier_type", self.classifier_type, CLASSIFIER_TYPES)
         elif self.classifier_type is not None:
-            raise InputError(f"classifier_type={self.classifier_type} needs model deediff_uvit, not uvit")
-        if self.real_classes is not None and not 1 <= self.real_classes <= self.model_params.num_classes:
-            raise InputError(f"real_classes={self.real_classes}: wanted 1..num_classes={self.model_params.num_classes}")
-        t_min, t_max = _range_of(self.t_min, self.t_max, self.diffusion_params.num_timesteps)
-        if not 0 <= t_min <= t_max < self.diffusion_params.num_timesteps:
-            last = self.diffusion_params.num_timesteps - 1
-            raise InputError(f"t_min={t_min}, t_max={t_max}: wanted 0 <= t_min <= t_max <= {last}")
+            raise InputError(f"classifier_type={self.classifier_type} needs model deediff_uvit, not {self.model}")
+        if not min(1, num_classes) <= self.real_classes <= max(0, num_classes):
+            raise InputError(f"real_classes={self.real_classes}: wanted 1..num_classes={num_classes}")
+        if not self.t_min <= self.t_max <= last:
+            raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted 0 <= t_min <= t_max <= {last}")
 
     @property
     def classes(self) -> range:
         """The classes there are images of; empty for an unconditional network."""
-        return range(max(0, self.real_classes or self.model_params.num_classes))
+        return range(self.real_classes)
 
     @property
     def trained_timesteps(self) -> range:
-        """What training draws from; elsewhere the network is a stranger."""
-        t_min, t_max = _range_of(self.t_min, self.t_max, self.diffusion_params.num_timesteps)
-        return range(t_min, t_max + 1)
+        """The timesteps that training draws; the network was not trained on others."""
+        return range(self.t_min, self.t_max + 1)
 
     @property
     def no_class(self) -> int | None:
         """The class that stands for none, where the network has one."""
         return len(self.classes) if self.classes and len(self.classes) == self.model_params.num_classes - 1 else None
-
-
-def _range_of(t_min: int | None, t_max: int | None, num_timesteps: int) -> tuple[int, int]:
-    return t_min or 0, num_timesteps - 1 if t_max is None else t_max
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -189,7 +171,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings a YAML file gives, as nested dicts; sections and keys are checked, defaults not filled in.
+    """The settings in a YAML file, as nested plain values; sections and keys are checked, defaults not filled in.
 
     Raises InputError for a file that is no YAML mapping, a key nobody reads or a value of the wrong type.
     """
@@ -217,121 +199,27 @@ def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
 
 
 def build_config(settings: Mapping[str, Any], where: str) -> Config:
-    """A complete Config from nested settings; what they leave out takes its default.
-
-    where: named in the message when something required is missing.
-    """
+    """A complete Config from nested plain values. where: the file, named in the InputError of what does not fit."""
     return build(Config, settings, where)
-
-
-def settings_of(config: Any) -> dict[str, Any]:
-    """The nested plain values that `build_config` takes back."""
-    return dataclasses.asdict(config)
 
 
 def carried_settings(config: Config) -> dict[str, Any]:
     """The settings that go into a checkpoint: those that are the same on every machine."""
-    settings = settings_of(config)
+    settings = plain(config)
     if config.autoencoder is not None:
-        settings["autoencoder"]["checkpoint_path"] = None
-    trained, last = config.trained_timesteps, config.diffusion_params.num_timesteps - 1
-    # An end that is the schedule's own is not said, as in the checkpoints of before, which knew no others.
-    return settings | {"t_min": trained[0] or None, "t_max": None if trained[-1] == last else trained[-1]}
+        del settings["autoencoder"]["checkpoint_path"]
+    return settings
 
 
-def with_range(carried: Mapping[str, Any]) -> dict[str, Any]:
-    """Carried settings that say t_min and t_max: a network that names none was trained on every timestep."""
-    num_timesteps = (carried.get("diffusion_params") or {}).get("num_timesteps") or DiffusionConfig.num_timesteps
-    t_min, t_max = _range_of(carried.get("t_min"), carried.get("t_max"), num_timesteps)
-    return {**carried, "t_min": t_min, "t_max": t_max}
+def contradictions(carried: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:
+    """The keys that both state, with different values: ["model_params.depth (13 and 3)", ...]. None states nothing."""
+    return differences(_overlap(carried, stated), _overlap(stated, carried))
 
 
-def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings of which `upper` wins; None there means not given."""
-    merged = dict(lower)
-    for key, value in upper.items():
-        if isinstance(value, Mapping):
-            merged[key] = merge(merged.get(key) or {}, value)
-        elif value is not None:
-            merged[key] = value
-    return merged
-
-
-def contradictions(
-    carried: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "", *, none_counts: bool = False
-) -> list[str]:
-    """The keys that both state, with different values: ["depth (13 and 3)", ...], in the order of `given`.
-
-    none_counts: None is a value like others, and does not mean that a key is not stated.
-    """
-    found = []
-    for key in (key for key in given if key in carried):
-        before, now = carried[key], given[key]
-        if not none_counts and (before is None or now is None):
-            continue
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += contradictions(before, now, f"{prefix}{key}.", none_counts=none_counts)
-        elif key == "depth":  # 12 and 13 are the same network
-            if before // 2 != now // 2:
-                found.append(f"{prefix}{key} ({before} and {now})")
-        elif before != now:
-            found.append(f"{prefix}{key} ({before} and {now})")
-    return found
-
-
-T = TypeVar("T")
-EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
-
-
-def check_types(cls: type, given: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """`given`, with every key known to the dataclass `cls` and every value of its type, all the way down."""
-    hints = get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(shown(key).strip("'") for key in given if key not in known):
-        raise InputError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return {key: _check_type(value, hints[key], f"{where}: {key}") for key, value in given.items()}
-
-
-def shown(value: object) -> str:
-    """A value for a message: not long, however large or nested it is."""
-    if isinstance(value, str):
-        return f"{value!r:.80}"
-    if isinstance(value, int) and value.bit_length() > 256:
-        return "a huge number"
-    return f"{value!r:.80}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
-
-
-def _check_type(value: Any, wanted: Any, where: str) -> Any:
-    options = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
-    for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
-            return check_types(option, value, where)
-        if get_origin(option) is list and isinstance(value, list):
-            return [_check_type(item, get_args(option)[0], f"{where} {n}") for n, item in enumerate(value, 1)]
-        if option is Path and isinstance(value, str | Path):
-            return Path(value)
-        if option is float and type(value) in (int, float) and abs(value) < 1e300:
-            return float(value)
-        if type(value) is option and not (option is int and abs(value) >= 2**63):
-            return value
-        if option is float and isinstance(value, str) and EXPONENT.fullmatch(value):
-            return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    names = "a mapping" if any(map(dataclasses.is_dataclass, options)) else names
-    raise InputError(f"{where} is {shown(value)}, wanted {names}")
-
-
-def build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls`, and of those in it, from nested settings; None there means not given."""
-    settings = check_types(cls, {key: value for key, value in settings.items() if value is not None}, where)
-    hints = get_type_hints(cls)
-    for name, value in settings.items():
-        for section in filter(dataclasses.is_dataclass, (hints[name], *get_args(hints[name]))):
-            if isinstance(value, Mapping):
-                settings[name] = build(section, value, where)
-            elif isinstance(value, list):
-                settings[name] = [build(section, item, f"{where}: {name} {n}") for n, item in enumerate(value, 1)]
-    required = [f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    if missing := [name for name in required if name not in settings]:
-        raise InputError(f"{where}: {', '.join(missing)} not given")
-    return cls(**settings)
+def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `one` whose keys both state."""
+    return {
+        key: _overlap(value, other[key]) if isinstance(value, Mapping) and isinstance(other[key], Mapping) else value
+        for key, value in one.items()
+        if value is not None and other.get(key) is not None
+    }

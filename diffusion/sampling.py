@@ -1,74 +1,46 @@
-"""The sampling loop, the choice of the network by timestep, and noise that belongs to a sample.
+"""The sampling loop over stages, and noise that belongs to a sample.
 
-A denoiser is any callable (x_t, t, y) -> model output, with x_t and the output (B, C, H, W), t an int
-and y (B,) classes or None. One network, several that take turns, and an early-exit network are
-denoisers alike.
+A denoiser is any callable (x_t, t, y) -> model output, with x_t and the output (B, C, H, W), t an int and y (B,)
+classes or None. One network, a network with a memory of the step before and an early-exit network are denoisers alike.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from diffusion.solvers import Solver
 
 Denoiser = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
-def turn_at(t: int, switches: Sequence[int]) -> int:
-    """Whose turn it is at t, 0 for the first: the one place where this is decided. See `SwitchingDenoiser`."""
-    return sum(t <= switch for switch in switches)
+@dataclass(frozen=True)
+class Stage:
+    """A denoiser and the timesteps at which it runs.
 
-
-def timesteps_of_turns(timesteps: Sequence[int], switches: Sequence[int]) -> list[list[int]]:
-    """Which of the timesteps each turn has."""
-    return [[t for t in timesteps if turn_at(t, switches) == k] for k in range(len(switches) + 1)]
-
-
-class SwitchingDenoiser:
-    """Several denoisers that take turns as t falls; DuoDiff is the case of two. One may come more than once.
-
-    switches: one timestep between each two neighbours, falling. The first denoiser runs at every
-    t > switches[0], the second at the t down to switches[1], ..., the last at every t <= switches[-1].
-    on_switch: called with the number of a denoiser before it runs where another did, and at the very first.
+    timesteps: falling. session: makes the context in which the stage runs, such as one that keeps its network on the
+    device.
     """
 
-    def __init__(
-        self,
-        denoisers: Sequence[Denoiser],
-        switches: Sequence[int] = (),
-        on_switch: Callable[[int], None] | None = None,
-    ):
-        if len(switches) != len(denoisers) - 1:
-            raise InputError(f"{len(denoisers)} networks need {len(denoisers) - 1} switches, not {len(switches)}")
-        if list(switches) != sorted(switches, reverse=True):
-            raise InputError(f"switches {list(switches)} must not rise")
-        self.denoisers, self.switches, self.on_switch = list(denoisers), list(switches), on_switch
-        self.active: int | None = None
+    denoiser: Denoiser
+    timesteps: Sequence[int]
+    session: Callable[[], AbstractContextManager] = nullcontext
 
-    def index(self, t: int) -> int:
-        """Which denoiser runs at t."""
-        return turn_at(t, self.switches)
 
-    def timesteps_of_each(self, timesteps: Sequence[int]) -> list[list[int]]:
-        """Which of the timesteps each denoiser runs."""
-        return timesteps_of_turns(timesteps, self.switches)
+def split_timesteps(timesteps: Sequence[int], lowest: Sequence[int]) -> list[list[int]]:
+    """The timesteps of each stage: the one place where it is decided which network runs at t.
 
-    def steps_of_each(self, timesteps: Sequence[int]) -> list[int]:
-        """How many of the timesteps each denoiser runs."""
-        return [len(own) for own in self.timesteps_of_each(timesteps)]
-
-    def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
-        if (chosen := self.index(t)) != self.active:
-            self.active = chosen
-            if self.on_switch is not None:
-                self.on_switch(chosen)
-        return self.denoisers[chosen](x_t, t, y)
+    timesteps: falling. lowest: of each stage the lowest t at which it runs, falling; a stage runs at every t down to
+    there that no earlier stage has. DuoDiff has two stages, with t_switch + 1 and 0.
+    """
+    highest = [math.inf, *(t - 1 for t in lowest[:-1])]
+    return [[t for t in timesteps if least <= t <= most] for least, most in zip(lowest, highest, strict=True)]
 
 
 def guided(denoiser: Denoiser, scale: float, no_class: int) -> Denoiser:
@@ -115,9 +87,8 @@ def random_classes(choices: Sequence[int], seed: int, indices: Sequence[int]) ->
 
 @torch.inference_mode()
 def sample(
-    denoiser: Denoiser,
+    stages: Sequence[Stage],
     solver: Solver,
-    timesteps: Sequence[int],
     noise: Callable[..., Tensor],
     image_shape: tuple[int, int, int],
     y: Tensor | None = None,
@@ -125,18 +96,19 @@ def sample(
 ) -> Tensor:
     """Generate images: (B, C, H, W), nominally in [-1, 1], not clipped.
 
-    timesteps: falling; the last one leads to the clean image. noise: called with image_shape (C, H, W),
-    gives (B, C, H, W); it makes the start and what the solver draws. on_step: called before each step
-    with t and x_t.
+    stages: from the noisiest timesteps to the cleanest; the last timestep leads to the clean image. noise: called
+    with image_shape (C, H, W), gives (B, C, H, W); it makes the start and all that the solver draws. y: (B,) classes.
+    on_step: called before each step with t and x_t.
     """
-    which = denoiser.index if isinstance(denoiser, SwitchingDenoiser) else lambda t: 0
+    timesteps = [t for stage in stages for t in stage.timesteps]
+    targets = iter([*timesteps[1:], -1])
     solver.begin(timesteps)
-    x_t, network = noise(*image_shape), which(timesteps[0])
-    for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        if on_step is not None:
-            on_step(t, x_t)
-        if (chosen := which(t)) != network:
-            network = chosen
-            solver.forget()
-        x_t = solver.step(denoiser(x_t, t, y), x_t, t, s, lambda: noise(*image_shape))
+    x_t = noise(*image_shape)
+    for stage in stages:
+        solver.forget()  # another network's outputs do not continue this one's
+        with stage.session():
+            for t, s in zip(stage.timesteps, targets):  # noqa: B905, the targets go on in the next stage
+                if on_step is not None:
+                    on_step(t, x_t)
+                x_t = solver.step(stage.denoiser(x_t, t, y), x_t, t, s, lambda: noise(*image_shape))
     return x_t

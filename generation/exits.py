@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from common.files import replacing
+from common.plots import plot_exit_layers
 from models.early_exit import ExitTrace
 
 
@@ -45,9 +46,9 @@ class ExitRecorder:
 
 
 def save_exits(
-    path: Path, timesteps: Sequence[int], batches: Sequence[dict[str, np.ndarray]], threshold: float
+    report: Path, timesteps: Sequence[int], batches: Sequence[dict[str, np.ndarray]], threshold: float, depth: int
 ) -> dict[str, np.ndarray]:
-    """Write and return, for S timesteps, N images and L layers:
+    """Write exits.npz and its picture, exit_layer.png, and return, for S timesteps, N images and L layers:
 
     timesteps (S,); exit_layer (S, N), and under guidance exit_layer_uncond (S, N); uncertainty (S, L),
     the mean over the images that reached the layer, nan where none did; threshold ().
@@ -64,6 +65,7 @@ def save_exits(
         "uncertainty": mean.astype(np.float32),
         "threshold": np.asarray(threshold),
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(report / "exits.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **exits)
+    plot_exit_layers(report / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, threshold)
     return exits

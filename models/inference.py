@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,12 @@ def to_working_precision(
     return dict(zip(timesteps, tokens.split(1), strict=True))
 
 
-def refreshing(turns: Iterable[Sequence[int]], interval: int) -> set[int]:
-    """The timesteps at which a network computes its middle: the first of each of its turns, every interval-th after."""
-    return {t for timesteps in turns for t in timesteps[::interval]}
+def refreshing(stages: Iterable[Sequence[int]], interval: int) -> set[int]:
+    """The timesteps at which a network computes its middle: the first of each of its stages, every interval-th after.
+
+    stages: the timesteps of each.
+    """
+    return {t for timesteps in stages for t in timesteps[::interval]}
 
 
 class MiddleCache:
@@ -129,7 +133,7 @@ class EarlyExitTracer:
 class Offloader:
     """Keeps of several networks only the one that works on the device; the weights of all stay in host memory.
 
-    The host's copy is pinned and never changes, so that a switch costs one copy to the device and none back.
+    The host's copy is pinned and never changes, so that a network costs one copy to the device and none back.
     """
 
     def __init__(self, networks: Sequence[nn.Module], device: torch.device):
@@ -137,18 +141,25 @@ class Offloader:
         self.host = [
             {p: pinned(p.data, device) for p in [*network.parameters(), *network.buffers()]} for network in networks
         ]
-        self(None)
+        for weights in self.host:
+            _point_to(weights)
 
-    @torch.inference_mode(False)  # what it gives the networks outlives the sampling of a batch
-    def __call__(self, active: int | None) -> None:
-        """Let network number `active` work next; None: none of them."""
-        for k, weights in enumerate(self.host):  # first make room
-            if k != active:
-                for parameter, host in weights.items():
-                    parameter.data = host
-        if active is not None:
-            for parameter, host in self.host[active].items():
-                parameter.data = host.to(self.device, non_blocking=True)
+    @contextmanager
+    def resident(self, k: int) -> Iterator[None]:
+        """Within the block network number k is on the device."""
+        with torch.inference_mode(False):  # the weights outlive the sampling of a batch
+            here = {parameter: host.to(self.device, non_blocking=True) for parameter, host in self.host[k].items()}
+        _point_to(here)
+        try:
+            yield
+        finally:
+            _point_to(self.host[k])
+
+
+@torch.inference_mode(False)
+def _point_to(weights: Mapping[Tensor, Tensor]) -> None:
+    for parameter, value in weights.items():
+        parameter.data = value
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

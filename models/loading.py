@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from common.config import Config, build_config, contradictions, merge, read_yaml, settings_of, with_range
+from common.config import Config, build_config, contradictions, read_yaml
 from common.errors import InputError
+from common.settings import merge, plain
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
 from models.weights import Weights, check_fit, fill, read_weights
@@ -31,21 +32,21 @@ class Network(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """Provenance, as plain values."""
         about = {"checkpoint": str(self.path), "weights": self.weights, "step": self.step}
-        return about | settings_of(self.config)
+        return about | plain(self.config)
 
 
 def build_network(config: Config) -> UViT | EarlyExitUViT:
     """A network with fresh weights."""
-    uvit = UViT(**settings_of(config.model_params))
+    uvit = UViT(**plain(config.model_params))
     uvit.time_scale, uvit.time_shift = config.diffusion_params.time_scale, config.diffusion_params.time_shift
     if config.model == "uvit":
         return uvit
     return EarlyExitUViT(uvit, config.classifier_type, config.diffusion_params.num_timesteps)
 
 
-def stated_settings(config_path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def stated_settings(config_path: Path | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the user says of a network: the YAML file, and the command line, which beats it."""
-    return merge(read_yaml(config_path) if config_path else {}, given)
+    return merge(read_yaml(config_path) if config_path else {}, given or {})
 
 
 def load_network(
@@ -68,9 +69,9 @@ def load_network(
     if read.settings is None:
         if (stated.get("model_params") or {}).get("img_size") is None:
             raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
-        settings = merge({"model": model}, stated)
+        settings = merge({"model": model or "uvit"}, stated)
     else:
-        if different := contradictions(with_range(read.settings), stated):
+        if different := contradictions(read.settings, stated):
             raise InputError(
                 f"{path} differs from --config_path or the flags in {', '.join(different)}; "
                 "it carries its own settings, so those can be left out"
@@ -110,7 +111,7 @@ def load_relative(path: Path, config: Config, device: torch.device | str = "cpu"
     settings = read.settings
     if settings is None:
         half = len({match[1] for name in read.state_dict if (match := re.search(r"\bin_blocks\.(\d+)\.", name))})
-        settings = merge(settings_of(config), {"model_params": {"depth": 2 * half + 1}})
+        settings = merge(plain(config), {"model_params": {"depth": 2 * half + 1}})
     return _loaded(path, read, build_config(settings, str(path)), "uvit", device)
 
 

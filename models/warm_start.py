@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.config import contradictions, settings_of
+from common.config import contradictions
 from common.errors import InputError
+from common.settings import plain
 from models.uvit import UViT
 
 BLOCKS = ("in_blocks.", "out_blocks.")
@@ -40,4 +41,4 @@ def warm_start(uvit: UViT, source: UViT, path: Path) -> None:
 
 def _all_but_depth(uvit: UViT) -> dict[str, Any]:
     times = {"time_scale": uvit.time_scale, "time_shift": uvit.time_shift}
-    return settings_of(uvit.config) | times | {"depth": None}
+    return plain(uvit.config) | times | {"depth": None}

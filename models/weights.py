@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from common.config import Config, check_types
+from common.config import Config
 from common.errors import InputError
+from common.settings import check_types
 from models.early_exit import EarlyExitUViT, MlpProbes
 from models.pickles import check_pickles, check_sums
 

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from generation.schedule_file import read_schedule
 
 import calibrate
 import main as main_script
 import sampler
 from generation.run import SamplingRun
-from generation.schedule_file import read_schedule
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 
 QUICK = ["--dataset", "digits", "--n_images", 12, "--batch_size", 4, "--device", "cpu", "--quiet"]

@@ -1,80 +1,277 @@
-"""Which of a run's settings its result depends on, and what differs between two runs."""
+"""The settings of the training scripts. No torch in here."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
-from common.config import Config, UViTConfig, contradictions
+from common.config import CLASSIFIER_TYPES
 from common.distributed import world_size
+from common.errors import InputError
+from common.options import MOST_BATCH, MOST_SEED, MachineSettings
+from common.settings import CONDITIONS, Checked, option, section
+from data import CROPS, DATASETS
 
-# Options that decide what a step computes, beside the network's and the data's own descriptions.
-DECISIVE = (
-    "dataset",
-    "batch_size",
-    "grad_accum_steps",
-    "seed",
-    "lr",
-    "lr_schedule",
-    "num_warmup_steps",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "max_grad_norm",
-    "ema_decay",
-    "use_amp",
-    "amp_dtype",
-    "label_dropout",
-    "freeze_backbone",
-    "use_unweighted_loss",
-    "distill_weight",
-    "distill_from_sha256",
-)
-# Of these the ones that checkpoints of before do not have, with what they stood for.
-LATER = {"distill_weight": None, "distill_from_sha256": None}
-# What the network's description or the checkpoint's place says already, and what is of one start alone.
-ELSEWHERE = (
-    {*DECISIVE, *UViTConfig.__dataclass_fields__, *Config.__dataclass_fields__}
-    | {"num_timesteps", "config_path", "random_flip", "sample_height", "sample_width"}
-    | {
-        "log_path",
-        "exp_name",
-        "resume",
-        "load_checkpoint_path",
-        "init_from",
-        "download",
-        "quiet",
-        "max_hours",
-        "deadline",
-        "command",
-    }
-)
+MOST_STEPS = 10**9
+HOW = (CONDITIONS,)
+DESCRIBED = "the network's description has it"
+ONE_START = "it is of one start, and a run may go on without it"
 
 
-def decisive(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in DECISIVE if hasattr(args, name)}
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Checked):
+    """Data."""
+
+    dataset: str = option(help="the images to learn from", choices=tuple(DATASETS))
+    data_path: Path | None = option(
+        None, "where the dataset lies", exists="path", decides=HOW, why="the same images may lie elsewhere"
+    )
+    crop: str | None = option(
+        None, "how images are made square (default: the dataset's)", choices=CROPS, decides=(), why=DESCRIBED
+    )
+    random_flip: bool | None = option(None, "mirror half of the images (default: the dataset's choice)")
+    label_dropout: float = option(
+        0.0, 'train with "no class" instead of the label this often, for guidance; needs such a class', least=0, most=1
+    )
+    download: bool = option(False, "fetch the dataset first, if it is not there", decides=(), why=ONE_START)
+    num_workers: int | None = option(
+        None,
+        "processes that load images, beside each that trains (default: none for images in memory, else one a core)",
+        least=0,
+        most=1024,
+        decides=HOW,
+        why="the order of the data follows from the seed",
+    )
 
 
-def incidental(args: argparse.Namespace) -> dict[str, Any]:
-    """Every other option, as plain values: how a run is done, and not what comes of it."""
-    chosen = {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
-    plain = {
-        name: value if isinstance(value, bool | int | float | None) else str(value) for name, value in chosen.items()
-    }
-    return plain | {"processes": world_size()}
+@dataclass(frozen=True, kw_only=True)
+class OptimisationSettings(Checked):
+    """Optimisation."""
+
+    lr: float = option(2e-4, "highest learning rate", least=0, most=1000, above=True)
+    lr_schedule: str = option("cosine", "after the warm-up", choices=("cosine", "constant"))
+    num_warmup_steps: int = option(1500, "the learning rate rises linearly", least=0, most=MOST_STEPS)
+    weight_decay: float = option(0.03, "of AdamW", least=0, most=1000)
+    beta1: float = option(0.99, "of AdamW", least=0, most=0.999999)
+    beta2: float = option(0.999, "of AdamW", least=0, most=0.999999)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", least=0, most=1e12, above=True)
+    ema_decay: float = option(0.9999, "of the averaged weights; 0: no averaging", least=0, most=0.999999999)
+    use_amp: bool = option(False, "mixed precision")
+    amp_dtype: str = option("bfloat16", "of --use_amp", choices=("bfloat16", "float16"))
+    compile: bool = option(
+        False,
+        "compile the network first (torch.compile): a minute",
+        decides=HOW,
+        why="a compiled network differs in rounding alone",
+    )
+    grad_checkpointing: bool = option(
+        False, "less memory, about a third more time", decides=HOW, why="the gradients are the same"
+    )
 
 
-def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """["lr (0.1 and 0.2)", ...]: every key that both have with different values, None being one."""
-    return sorted(contradictions(recorded, present, none_counts=True))
+@dataclass(frozen=True, kw_only=True)
+class LogSettings(Checked):
+    """Logs and checkpoints."""
+
+    log_every_n_steps: int = option(
+        2500, "scalars and a preview", least=1, most=MOST_STEPS, decides=HOW, why="logging changes no weight"
+    )
+    save_every_n_steps: int = option(
+        25_000, "replaces the last checkpoint", least=1, most=MOST_STEPS, decides=HOW, why="saving changes no weight"
+    )
+    save_new_every_n_steps: int = option(
+        100_000, "a checkpoint that stays", least=1, most=MOST_STEPS, decides=HOW, why="saving changes no weight"
+    )
+    keep_last: int | None = option(
+        None,
+        "of the checkpoints that stay keep this many (default: all)",
+        least=1,
+        most=10**6,
+        decides=HOW,
+        why="as above",
+    )
+    n_samples: int = option(16, "images in a preview", least=1, most=1024, decides=HOW, why="previews change no weight")
+    preview_steps: int = option(
+        20,
+        "DDIM steps of a preview; 0: no previews",
+        least=0,
+        most=100_000,
+        decides=HOW,
+        why="previews change no weight",
+    )
+    preview_threshold: float | None = option(
+        None,
+        "exit threshold of an early-exit model's previews (default 0.1)",
+        least=0,
+        most=1,
+        decides=HOW,
+        why="previews change no weight",
+    )
+    sample_seed: int = option(
+        0, "of the previews", least=0, most=MOST_SEED, decides=HOW, why="previews change no weight"
+    )
+    autoencoder_checkpoint_path: Path | None = option(
+        None,
+        "decodes the previews of a network of latents",
+        exists="path",
+        decides=HOW,
+        why="previews change no weight",
+    )
 
 
-def data_differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Of what `ImageDataset.identity` said. Files that were copied have other times, but the same contents."""
-    hashes = {"files_sha256", "contents_sha256"}
-    common = hashes & recorded.keys() & present.keys()
-    found = differences(*({k: v for k, v in about.items() if k not in hashes} for about in (recorded, present)))
-    if common and not any(recorded[name] == present[name] for name in common):
-        found.append("the files of the dataset")
-    return found
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(Checked):
+    """Help of a full network (--model uvit)."""
+
+    init_from: Path | None = option(
+        None,
+        "begin with its weights: embeddings, head, middle block, and of the other blocks as many as there are here, "
+        "evenly spread",
+        exists="file",
+        decides=(),
+        why=ONE_START,
+    )
+    distill_from: Path | None = option(
+        None,
+        "learn its predictions, beside the training target",
+        exists="file",
+        decides=HOW,
+        why="recorded by its SHA-256",
+    )
+    distill_weight: float | None = option(
+        None,
+        "of the squared error against --distill_from, where that against the target weighs 1 (default 1)",
+        least=0,
+        most=1e6,
+        above=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distill_weight is not None and not self.distill_from:
+            raise InputError("--distill_weight needs --distill_from")
+        if self.distill_from and self.distill_weight is None:
+            object.__setattr__(self, "distill_weight", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitSettings(Checked):
+    """Early exit (--model deediff_uvit)."""
+
+    load_backbone: Path | None = option(
+        None, "weights of the trained full backbone", exists="file", decides=(), why=ONE_START
+    )
+    freeze_backbone: bool = option(False, "train probes and exit heads alone")
+    classifier_type: str | None = option(
+        None, "the probes; beats --config_path", choices=CLASSIFIER_TYPES, decides=(), why=DESCRIBED
+    )
+    use_unweighted_loss: bool = option(False, "add the exits' plain squared errors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Checked):
+    """Settings of train.py and main.py."""
+
+    model: str = option(
+        "uvit", "main.py trains early-exit models too", choices=("uvit", "deediff_uvit"), decides=(), why=DESCRIBED
+    )
+    n_steps: int = option(
+        help="optimiser steps", least=1, most=MOST_STEPS, decides=(), why="recorded by itself: a run may be made longer"
+    )
+    batch_size: int = option(128, "images per optimiser step, of all processes together", least=1, most=MOST_BATCH)
+    grad_accum_steps: int = option(1, "work a batch off in this many equal parts", least=1, most=MOST_BATCH)
+    seed: int = option(0, "weights, data order, noise and timesteps follow from it", least=0, most=MOST_SEED)
+    log_path: Path = option(
+        Path("logs"), "runs are folders in here", decides=(), why="it is the place of the checkpoint"
+    )
+    exp_name: str | None = option(
+        None,
+        "the run's folder (default: <dataset>_<model>_<blocks>)",
+        decides=(),
+        why="it is the place of the checkpoint",
+    )
+    resume: bool = option(False, "go on from the newest checkpoint of the run's folder", decides=(), why=ONE_START)
+    load_checkpoint_path: Path | None = option(
+        None,
+        "go on from this checkpoint: weights, optimiser and step; from step 0 if it holds weights alone",
+        exists="file",
+        decides=(),
+        why=ONE_START,
+    )
+    max_hours: float | None = option(
+        None,
+        "save and end after this long, for queues with a limit",
+        least=0,
+        most=1e6,
+        above=True,
+        decides=(),
+        why=ONE_START,
+    )
+    max_bad_steps: int = option(
+        10,
+        "a step whose loss or gradient is not finite changes nothing; after this many in a row training stops",
+        least=1,
+        most=10**6,
+        decides=HOW,
+        why="a run that ends earlier is the same run up to there",
+    )
+    fsdp: bool = option(
+        False,
+        "under torchrun: spread parameters, optimizer and averages over the processes, not copies of them",
+        decides=HOW,
+        why="pieces and copies differ in rounding alone",
+    )
+    config_path: Path | None = option(
+        None, "YAML file that describes the network", exists="file", decides=(), why=DESCRIBED
+    )
+    sample_height: int | None = option(
+        None, "height of the images; checked against the network", least=1, most=4096, decides=(), why=DESCRIBED
+    )
+    sample_width: int | None = option(
+        None, "width of the images; checked against the network", least=1, most=4096, decides=(), why=DESCRIBED
+    )
+    described: dict = option(None, flag=False, decides=(), why=DESCRIBED)  # the network's own flags, nested
+    command: tuple[str, ...] = option((), flag=False, decides=(), why=ONE_START)  # the words that were typed
+    data: DataSettings = section("data")
+    optimisation: OptimisationSettings = section("optimisation", OptimisationSettings())
+    logs: LogSettings = section("logs and checkpoints", LogSettings())
+    teacher: TeacherSettings = section("help of a full network (--model uvit)", TeacherSettings())
+    exits: ExitSettings = section("early exit (--model deediff_uvit)", ExitSettings())
+    machine: MachineSettings = section("machine", MachineSettings())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts, processes = self.grad_accum_steps, world_size()
+        if self.batch_size % parts:
+            raise InputError(f"--batch_size {self.batch_size} is no multiple of --grad_accum_steps {parts}")
+        if self.batch_size < processes * parts:
+            raise InputError(
+                f"--batch_size {self.batch_size}: {processes} processes in {parts} parts each need at least "
+                f"{processes * parts}"
+            )
+        if self.fsdp and processes == 1:
+            raise InputError("--fsdp needs several processes; start the script with torchrun --nproc_per_node=N")
+        if self.resume and self.load_checkpoint_path:
+            raise InputError("--resume and --load_checkpoint_path both say where to go on from; give one")
+        if self.teacher.init_from and (self.resume or self.load_checkpoint_path):
+            raise InputError(
+                "--init_from begins a new run, --resume and --load_checkpoint_path go on with one; give one"
+            )
+        if self.exp_name is not None and (Path(self.exp_name).name != self.exp_name or self.exp_name == ".."):
+            raise InputError(f"--exp_name {self.exp_name}: wanted the name of a folder, not a path")
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """End on flags of another kind of network."""
+        of_exits = self.exits != ExitSettings() or self.logs.preview_threshold is not None
+        if self.model == "uvit" and of_exits:
+            names = ", ".join(f"--{name}" for name in (*ExitSettings.__dataclass_fields__, "preview_threshold"))
+            raise InputError(f"{names} belong to --model deediff_uvit")
+        if self.model == "deediff_uvit":
+            for name in ("init_from", "distill_from"):
+                if getattr(self.teacher, name) is not None:
+                    raise InputError(f"--{name} belongs to --model uvit")
+            if self.exits.freeze_backbone and not self.exits.load_backbone:
+                raise InputError(
+                    "--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen"
+                )

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import yaml
+from generation.schedule_file import ScheduleFile, Stage, read_schedule, write_schedule
 
 from common.errors import InputError
-from generation.schedule_file import ScheduleFile, Stage, read_schedule, write_schedule
 
 TWO = """
 stages:

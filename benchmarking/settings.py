@@ -1,0 +1,54 @@
+"""The settings of benchmark.py. No torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import PRECISIONS, SOLVERS
+from common.options import MOST_BATCH, MachineSettings
+from common.settings import Checked, option, section
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NETWORK = "a YAML file (the weights are then random) or a checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(Checked):
+    """What the three benchmarks share."""
+
+    rounds: int = option(3, "times that everything is measured, in turns", least=1, most=10_000)
+    precision: tuple[str, ...] = option((), "one or several (default: that of sampler.py)", choices=PRECISIONS)
+    compile: bool = option(False, "compile the networks first (torch.compile)")
+    output_folder: Path = option(Path("out/benchmark"), "JSON and a picture go here")
+    machine: MachineSettings = section("machine", MachineSettings())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingBenchmark(BenchmarkSettings):
+    """network calls, whole sampling runs, and DuoDiff at several switches"""
+
+    full: Path = option(CONFIGS / "uvit_celeba.yaml", NETWORK, exists="file")
+    shallow: Path = option(CONFIGS / "uvit_celeba_3.yaml", NETWORK, exists="file")
+    batch_size: int = option(8, "samples made at a time", least=1, most=MOST_BATCH)
+    solver: tuple[str, ...] = option(("ddpm", "dpmsolver++"), "one or several", choices=SOLVERS)
+    steps: int = option(20, "network calls per image", least=1, most=100_000)
+    t_switch: tuple[int, ...] = option((300, 500, 699), "one or several", least=-1, most=99_999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitBenchmark(BenchmarkSettings):
+    """exits forced to every layer, and spread over the layers"""
+
+    model: Path = option(CONFIGS / "deediff_celeba.yaml", NETWORK, exists="file")
+    batch_size: int = option(64, "images in a call", least=1, most=MOST_BATCH)
+    min_group: tuple[int, ...] = option((1, 8), "one or several, of the spread", least=1, most=MOST_BATCH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchmark(BenchmarkSettings):
+    """optimiser steps"""
+
+    model: Path = option(CONFIGS / "uvit_celeba.yaml", NETWORK, exists="file")
+    batch_size: int = option(16, "images per step", least=1, most=MOST_BATCH)
+    freeze_backbone: bool = option(False, "of an early-exit model")

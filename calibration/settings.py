@@ -1,0 +1,129 @@
+"""The settings of a calibration, for calibrate.py and sampler.py. No torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.config import PRECISIONS
+from common.errors import InputError
+from common.options import MOST_BATCH, MOST_SEED, PRECISION, MachineSettings, SolverSettings
+from common.settings import Checked, flat, option, plain, section
+from data import CROPS, DATASETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings(Checked):
+    """Choice of the switch."""
+
+    dataset: str | None = option(None, "real images to measure on, best those of training", choices=tuple(DATASETS))
+    data_path: Path | None = option(
+        None, "where the dataset lies", exists="path", decides=(), why="the same images may lie elsewhere"
+    )
+    crop: str | None = option(None, "of the dataset (default: that of the networks)", choices=CROPS)
+    n_images: int = option(256, "as many of them are measured on", least=2, most=10_000_000)
+    speedup: float | None = option(
+        None,
+        "take the least divergence at this speed-up, as predicted from calls that are not compiled (default: the knee "
+        "of the curve)",
+        least=1,
+        most=1e6,
+    )
+    budget: float | None = option(
+        None,
+        "take the fastest with at most this divergence, in nats per dimension of an image (deterministic solvers: "
+        "squared shift per dimension)",
+        least=0,
+        most=1e12,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.speedup is not None and self.budget is not None:
+            raise InputError("--speedup and --budget are two rules; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings(Checked):
+    """Scores of samples beside the calibration."""
+
+    verify: int | None = option(
+        None, "sample and score so many switches, the chosen one among them", least=2, most=100_000
+    )
+    n_samples: int = option(1000, "samples of each switch and seed", least=2, most=10_000_000)
+    sample_seeds: tuple[int, ...] = option((0,), "the same for every switch", least=0, most=MOST_SEED)
+    reference: Path | None = option(None, "score against this, see fid.py --help (default: --dataset)", exists="path")
+    feature_extractor: str = option("inception", "see fid.py --help")
+    feature_extractor_weights: Path | None = option(None, "see fid.py --help", exists="file")
+    autoencoder_checkpoint_path: Path | None = option(None, "see sampler.py --help", exists="path")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.sample_seeds)) < len(self.sample_seeds):
+            raise InputError("--sample_seeds: each once")
+        if self.verify is None:
+            for name, value in flat(self).items():
+                if value != plain(type(self).__dataclass_fields__[name].default):
+                    raise InputError(f"--{name} needs --verify")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSettings(Checked):
+    """Settings of calibrate.py."""
+
+    checkpoint_path: tuple[Path, ...] = option(
+        help="two networks or more, from small to large, the full one last", exists="file"
+    )
+    config_path: tuple[Path | Literal["none"], ...] = option(
+        (), "a YAML file for each, for weights that came without a description; none for the others"
+    )
+    weights: str = option("ema", "which weights of the checkpoints", choices=("ema", "raw"))
+    batch_size: int = option(128, "images in a call, whose time is measured too", least=1, most=MOST_BATCH)
+    seed: int = option(0, "of the choice of images and their noise", least=0, most=MOST_SEED)
+    precision: str | None = option(None, PRECISION, choices=PRECISIONS)
+    guidance_scale: float = option(0.0, "measure under guidance, see sampler.py --help", least=0, most=1000)
+    free: bool = option(False, "let networks follow each other in any order, not the full one last")
+    allow_outside_range: bool = option(False, "ask networks about timesteps that they were not trained on")
+    output: Path = option(Path("calibration.yaml"), "the file of stages; beside it a .json and a .png")
+    overwrite: bool = option(
+        False, "replace an --output that is no calibration, and samples that --verify made with other settings"
+    )
+    described: dict = option(None, flag=False)  # the networks' own flags, nested
+    choice: CalibrationSettings = section("images, and the rule of the choice")
+    solver: SolverSettings = section("solver", SolverSettings())
+    verifying: VerifySettings = section("scores of samples beside it", VerifySettings())
+    machine: MachineSettings = section("machine", MachineSettings())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = len(self.checkpoint_path)
+        if count < 2:
+            raise InputError("--checkpoint_path: give two networks or more, the full one last")
+        if self.config_path and len(self.config_path) != count:
+            raise InputError(f"--config_path: one for each of the {count} networks, none where none is needed")
+        if self.output.suffix not in (".yaml", ".yml"):
+            raise InputError(f"--output {self.output}: wanted a .yaml")
+        if not self.choice.dataset:
+            raise InputError("--dataset: say on which images to measure")
+
+    @property
+    def files(self) -> list[tuple[Path, Path | None]]:
+        """Weights and description of each network."""
+        described = [None if path == "none" else Path(path) for path in self.config_path]
+        return list(zip(self.checkpoint_path, described or [None] * len(self.checkpoint_path), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How networks are measured and by which rule is chosen, for `calibration.run.calibrate`."""
+
+    choice: CalibrationSettings
+    solver: SolverSettings
+    precision: str  # a key of common.devices.DTYPES
+    batch_size: int  # images in a call, whose time is measured too
+    seed: int  # of the choice of images and of their noise
+    guidance_scale: float = 0.0
+    allow_outside_range: bool = False  # ask networks about timesteps that they were not trained on
+    free: bool = False  # networks may follow each other in any order
+    quiet: bool = False

@@ -1,0 +1,62 @@
+"""Settings that several scripts share. No torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.config import PRECISIONS, SOLVERS
+from common.errors import InputError
+from common.settings import CONDITIONS, RESULT, Checked, option
+
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmsolver++": 20, "unipc": 20}  # None: every timestep
+MOST_SEED, MOST_BATCH = 2**63 - 1, 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSettings(Checked):
+    """Solver."""
+
+    solver: str = option("ddpm", "how x_t moves to the next timestep", choices=SOLVERS)
+    steps: int | None = option(
+        None, "network calls per image (default: every t for ddpm, 50 for ddim, 20 for others)", least=1, most=100_000
+    )
+    eta: float | None = option(None, "of ddim: 0 is deterministic (default), 1 as random as ddpm", least=0, most=1)
+    clip_x0: bool = option(False, "hold the predicted clean image to [-1, 1]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solver != "ddim" and self.eta is not None:
+            raise InputError(f"--eta belongs to --solver ddim, not {self.solver}")
+        if self.solver == "ddim" and self.eta is None:
+            object.__setattr__(self, "eta", 0.0)
+        if self.steps is None:
+            object.__setattr__(self, "steps", DEFAULT_STEPS[self.solver])
+
+
+PRECISION = "precision of the networks (default: bf16 where the device computes in it, else fp32)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSettings(Checked):
+    """Speed."""
+
+    precision: str | None = option(None, PRECISION, choices=PRECISIONS, decides=(RESULT, CONDITIONS))
+    compile: bool = option(
+        False,
+        "compile the networks first (torch.compile): a minute",
+        decides=(CONDITIONS,),
+        why="compiled networks differ in rounding alone",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings(Checked):
+    """Machine."""
+
+    device: str = option(
+        "auto",
+        "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps",
+        decides=(),
+        why="recorded as the kind of device",
+    )
+    quiet: bool = option(False, "no progress bar", decides=(), why="it is about the terminal")

@@ -1,0 +1,384 @@
+"""Settings as frozen dataclasses: a field is a flag, a YAML key and an entry in the record of a run, all at once.
+
+Each field carries its help, its range and what depends on it (see `option`). The command line, the checks of YAML
+files and checkpoints, the record of a run and the comparison of two runs read that and nothing else. No torch in
+here, so that --help stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from common.errors import InputError
+
+T = TypeVar("T")
+RESULT, CONDITIONS = "result", "conditions"  # a field decides the images, weights or scores; or how they are made
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
+MOST_DIGITS = 300  # Python refuses to read numbers of thousands of digits
+
+
+@dataclass(frozen=True)
+class About:
+    """The metadata of a field."""
+
+    help: str
+    least: float | None = None
+    most: float | None = None
+    above: bool = False  # least itself is out of range
+    choices: tuple[str, ...] | None = None
+    exists: Literal["file", "folder", "path"] | None = None  # what a path must name already
+    decides: tuple[str, ...] = (RESULT,)
+    why: str = ""  # the result does not depend on it
+    flag: bool = True  # False: set by the script, not by the command line
+    group: str = ""  # of --help
+
+
+def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (RESULT,), why: str = "", **about: Any):
+    """A field of settings.
+
+    default: none makes it required. help: for --help, which adds the default. least, most: the range, both
+    included, or without `least` where `above` is given; of the items where the field is a tuple. choices: the
+    strings that are allowed. exists: "file", "folder" or "path", which a path must name already. decides: RESULT,
+    CONDITIONS (how long a run takes, where its data lie, how often it logs), both or neither. why: the reason, where
+    the result does not depend on the field. flag: False for a field that is not on the command line. group: of
+    --help.
+    """
+    if RESULT not in decides and not why:
+        raise TypeError(f"a field without influence on the result must say why ({help!r})")
+    metadata = {"about": About(help, decides=tuple(decides), why=why, **about)}
+    if isinstance(default, list | dict):
+        raise TypeError("defaults are shared: give a tuple or None")
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(title: str, default: Any = MISSING) -> Any:
+    """A field that holds nested settings; title: of their group in --help."""
+    return dataclasses.field(default=default, metadata={"about": About(title)})
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field with its type taken apart."""
+
+    name: str
+    kinds: tuple[Any, ...]  # the types a value may have, None left out; of the items, for a tuple
+    many: bool  # it is a tuple
+    optional: bool  # None is a value: "not applicable"
+    default: Any
+    about: About
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass, of a field that holds nested settings."""
+        return next(filter(dataclasses.is_dataclass, self.kinds), None) if not self.many else None
+
+
+@functools.cache
+def fields_of(cls: type) -> tuple[Field, ...]:
+    """The fields of a dataclass of settings; one that was not made by `option` has no help and no range."""
+    hints, found = get_type_hints(cls), []
+    for f in dataclasses.fields(cls):
+        kinds = _options_of(hints[f.name])
+        optional, kinds = type(None) in kinds, tuple(kind for kind in kinds if kind is not type(None))
+        if many := len(kinds) == 1 and get_origin(kinds[0]) in (tuple, list):
+            kinds = _options_of(get_args(kinds[0])[0])
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        found.append(Field(f.name, kinds, many, optional, default, f.metadata.get("about", About(""))))
+    return tuple(found)
+
+
+def _options_of(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+# Values: of the right type and in their range
+
+
+class Checked:
+    """A dataclass that raises InputError for a value of the wrong type or out of range."""
+
+    def __post_init__(self) -> None:
+        for f in fields_of(type(self)):
+            check(f, getattr(self, f.name), f.name)
+
+
+def check(f: Field, value: Any, where: str) -> None:
+    """Raises InputError, which begins with `where`, for a value that the field cannot have."""
+    if value is None and f.optional:
+        return
+    for item in value if f.many else (value,):
+        if f.about.choices and item not in f.about.choices:
+            raise InputError(f"{where}={shown(item)}: choose one of {', '.join(f.about.choices)}")
+        if type(item) in (int, float) and not _in_range(f.about, item):
+            raise InputError(f"{where}={shown(item)} is out of range, wanted {range_of(f.about)}")
+
+
+def _in_range(about: About, value: float) -> bool:
+    least = -math.inf if about.least is None else about.least
+    most = math.inf if about.most is None else about.most
+    return math.isfinite(value) and least <= value <= most and not (about.above and value == least)
+
+
+def range_of(about: About) -> str:
+    """The range, for a message: "1..4096", "more than 0 and at most 64"."""
+    if about.above:
+        return f"more than {about.least:g} and at most {about.most:g}"
+    if isinstance(about.least, int) and isinstance(about.most, int):
+        return f"{about.least}..{about.most}"
+    return f"{about.least:g}..{about.most:g}"
+
+
+def shown(value: object) -> str:
+    """A value for a message: not long, however large or nested it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return "a huge number"
+    if isinstance(value, str):
+        return f"{value!r:.80}"
+    return f"{value!r:.80}" if isinstance(value, int | float | Path | None) else f"a {type(value).__name__}"
+
+
+# From nested plain values: YAML files, checkpoints, JSON
+
+
+def check_types(cls: type, given: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """`given`, with every key known to the dataclass `cls` and every value of its type, all the way down.
+
+    where: the file, for messages. Raises InputError.
+    """
+    known = {f.name: f for f in fields_of(cls)}
+    if unknown := sorted(shown(key).strip("'") for key in given if key not in known):
+        raise InputError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return {key: _typed(known[key], value, f"{where}: {key}") for key, value in given.items()}
+
+
+def _typed(f: Field, value: Any, where: str) -> Any:
+    if value is None and f.optional:
+        return None
+    if not f.many:
+        return _typed_item(f, value, where)
+    if isinstance(value, list | tuple):
+        return tuple(_typed_item(f, item, f"{where} {n}") for n, item in enumerate(value, 1))
+    raise InputError(f"{where} is {shown(value)}, wanted a list")
+
+
+def _typed_item(f: Field, value: Any, where: str) -> Any:
+    for kind in f.kinds:
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            return check_types(kind, value, where)
+        if get_origin(kind) is Literal and value in get_args(kind):
+            return value
+        if kind is Path and isinstance(value, str | Path):
+            return Path(value)
+        if kind is float and type(value) in (int, float) and abs(value) < 1e300:
+            return float(value)
+        if type(value) is kind and not (kind is int and abs(value) >= 2**63):
+            return value
+        if kind is float and isinstance(value, str) and EXPONENT.fullmatch(value):
+            return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
+    names = " or ".join(
+        "a mapping" if dataclasses.is_dataclass(kind) else getattr(kind, "__name__", str(kind)) for kind in f.kinds
+    )
+    raise InputError(f"{where} is {shown(value)}, wanted {names}")
+
+
+def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass `cls`, and of those in it, from nested plain values.
+
+    where: the file, named in every message. Raises InputError.
+    """
+    given = check_types(cls, given, where)
+    values: dict[str, Any] = {}
+    for f in fields_of(cls):
+        if f.name in given:
+            values[f.name] = _built(f, given[f.name], f"{where}: {f.name}", where)
+    if missing := [f.name for f in fields_of(cls) if f.default is MISSING and f.name not in values]:
+        raise InputError(f"{where}: {', '.join(missing)} not given")
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _built(f: Field, value: Any, place: str, where: str) -> Any:
+    nested = next(filter(dataclasses.is_dataclass, f.kinds), None)
+    if nested is None or value is None:
+        return value
+    if f.many:
+        return tuple(build(nested, item, f"{place} {n}") for n, item in enumerate(value, 1))
+    return build(nested, value, where)
+
+
+# From the command line
+
+
+def add_options(parser: argparse._ActionsContainer, cls: type, *, partial: bool = False) -> None:
+    """A flag for each field; nested settings are a group of --help.
+
+    Flags that were not given are left out of what the parser returns, see `from_flags`. partial: another source may
+    give what these flags do not, so none is required, and each bool has a flag for False too.
+    """
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
+    for f in fields_of(cls):
+        name = f.about.help or f.name if f.section else f.about.group
+        if not f.about.flag:
+            continue
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        if f.section:
+            add_options(groups[name], f.section, partial=partial)
+        else:
+            groups[name].add_argument(f"--{f.name}", **_argument(f, partial))
+
+
+def _argument(f: Field, partial: bool) -> dict[str, Any]:
+    text = f.about.help
+    if f.default not in (MISSING, None, False, ()):
+        values = f.default if f.many else (f.default,)
+        text += f" (default {' '.join(map(str, values))})"
+    about: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if f.kinds == (bool,):
+        plain_flag = f.default is False and not partial
+        return about | {"action": "store_true" if plain_flag else argparse.BooleanOptionalAction}
+    if f.default is MISSING and not partial:
+        about["required"] = True
+    if f.many:
+        about["nargs"] = "+"
+    if f.about.choices:
+        return about | {"choices": f.about.choices}
+    return about | {"type": parser_of(f)}
+
+
+def parser_of(f: Field) -> Callable[[str], Any]:
+    """An argparse type: one value of the field from text, in its range."""
+
+    def parse(text: str) -> Any:
+        value = _from_text(f, text)
+        if f.about.exists:
+            _check_exists(value, f.about.exists)
+        if type(value) in (int, float) and not _in_range(f.about, value):
+            raise argparse.ArgumentTypeError(f"{shown(value)} is out of range, wanted {range_of(f.about)}")
+        return value
+
+    return parse
+
+
+def _from_text(f: Field, text: str) -> Any:
+    kinds = f.kinds
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if text in words:
+        return text
+    if Path in kinds:
+        if not text:
+            raise argparse.ArgumentTypeError("an empty path; is a variable in the command not set?")
+        return Path(text)
+    if str in kinds:
+        if not text:
+            raise argparse.ArgumentTypeError("an empty text; is a variable in the command not set?")
+        return text
+    kind, name = (int, "whole number") if int in kinds else (float, "number")
+    try:
+        if len(text) > MOST_DIGITS:
+            raise ValueError
+        return kind(text)
+    except ValueError:
+        also = f" or {', '.join(words)}" if words else ""
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no {name}{also}") from None
+
+
+def _check_exists(path: Path, exists: str) -> None:
+    there = {"file": path.is_file, "folder": path.is_dir, "path": path.exists}[exists]
+    if not there():
+        fault = {"file": "is a folder" if path.is_dir() else "no such file", "folder": "no such folder"}
+        raise argparse.ArgumentTypeError(f"{path}: {fault.get(exists, 'no such file or folder')}")
+
+
+def from_flags(cls: type[T], given: Mapping[str, Any], **more: Any) -> T:
+    """Settings from the flags that were given (`vars` of what the parser returned).
+
+    more: fields that are not on the command line. Raises InputError.
+    """
+    values = dict(more)
+    for f in fields_of(cls):
+        if f.section:
+            values[f.name] = from_flags(f.section, given)
+        elif f.name in given:
+            values[f.name] = tuple(given[f.name]) if f.many else given[f.name]
+    return cls(**values)
+
+
+def given_of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the flags that were given those of a dataclass, nested as a YAML file would have them."""
+    found: dict[str, Any] = {}
+    for f in fields_of(cls):
+        if f.section and f.about.flag:
+            found |= {f.name: nested} if (nested := given_of(f.section, given)) else {}
+        elif f.about.flag and f.name in given:
+            found[f.name] = given[f.name]
+    return found
+
+
+# Records, and what differs between two
+
+
+def record(settings: Any, decides: str = RESULT) -> dict[str, Any]:
+    """The fields on which the result, or the time, depends, as plain values; nested settings' fields beside them."""
+    found: dict[str, Any] = {}
+    for f in fields_of(type(settings)):
+        value = getattr(settings, f.name)
+        if f.section and value is not None:
+            found |= record(value, decides)
+        elif decides in f.about.decides and not f.section:
+            found[f.name] = plain(value)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: paths are text, tuples lists, settings mappings."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(item) for item in value]
+    return value.as_posix() if isinstance(value, Path) else value
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """All fields as plain values, those of nested settings beside the others: what --help lists."""
+    found: dict[str, Any] = {}
+    for f in fields_of(type(settings)):
+        value = getattr(settings, f.name)
+        found |= flat(value) if f.section and value is not None else {f.name: plain(value)}
+    return found
+
+
+def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values of which `upper` wins."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        merged[key] = merge(below or {}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def differences(one: Any, other: Any, name: str = "") -> list[str]:
+    """Where two nested plain values differ: ["seed (0 and 1)", "networks.0.model_params.depth (3 and 5)"].
+
+    A key that one of them lacks counts as None.
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        pairs = [(f"{name}.{key}".lstrip("."), one.get(key), other.get(key)) for key in {**one, **other}]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(f"{name}.{i}", *pair) for i, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        return [] if one == other else [f"{name} ({one!s:.40} and {other!s:.40})"]
+    return [difference for key, a, b in pairs for difference in differences(a, b, key)]

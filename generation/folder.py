@@ -1,0 +1,348 @@
+"""The folder of a sampling run, and its memory of the run, so that a run that was stopped can go on.
+
+    000000.png ...                  the samples
+    report/run.json                 the settings that decide the images, written before the first of them
+    report/batches/FIRST-LAST.npz   a finished batch, written after its images
+
+A batch whose file is there, and whose images have the checksums in it, is kept. Everything else is made in whole
+batches: with the same --batch_size the images are, bit for bit, those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config import carried_settings
+from common.devices import Stopwatch, device_name
+from common.distributed import barrier, is_main, on_main, share, world_size
+from common.errors import InputError
+from common.files import (
+    lock,
+    read_arrays,
+    read_json,
+    remove_leftovers,
+    replacing,
+    sha256_of,
+    writable_folder,
+    write_json,
+)
+from common.images import save_png, to_uint8
+from common.settings import CONDITIONS, differences, record
+from generation.settings import RunSettings
+from generation.stages import Plan
+from models.loading import Network
+
+ADVICE = "choose another --output_folder or give --overwrite"
+SAMPLE_NAME = re.compile(r"\d{6,}\.png")
+BATCH_NAME = re.compile(r"(\d{6,})-(\d{6,})\.npz")
+# What this project writes into report/; anything else there is the user's.
+REPORT_NAMES = {
+    *("grid_image.png", "frames.png", "frames", "statistics.json", "metrics.json", "exits.npz", "exit_layer.png"),
+    *("run.json", "batches", "calibration.yaml", "calibration.json", "calibration.png"),
+}
+
+
+class Batch(NamedTuple):
+    """A finished batch, as its file holds it."""
+
+    indices: range  # of its samples
+    checksums: np.ndarray  # (1 + K, B) uint32: CRC-32 of its files, the samples and the frames at K timesteps
+    seconds: np.ndarray  # (3,) of sampling, decoding and saving
+    conditions: dict[str, Any]  # see `conditions_of`
+    arrays: dict[str, np.ndarray]  # what else is known of its images
+
+
+def fingerprint(settings: RunSettings, networks: Sequence[Network], plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Everything the images depend on, as plain values: the content of run.json. All processes call it together."""
+
+    def settled() -> dict[str, Any]:
+        autoencoders = [n.config.autoencoder for n in networks if n.config.autoencoder]
+        paths = [Path(a.checkpoint_path) for a in autoencoders if a.checkpoint_path]
+        return record(settings) | {
+            "stages": plan.described(networks[0].config.diffusion_params.num_timesteps),
+            "device": device.type,  # each kind draws noise of its own
+            "autoencoder_sha256": sha256_of(paths[0]) if paths else None,
+            "networks": [
+                {"sha256": sha256_of(network.path), "weights": network.weights, **carried_settings(network.config)}
+                for network in networks
+            ],
+        }
+
+    return on_main(settled)
+
+
+def conditions_of(settings: RunSettings, device: torch.device) -> dict[str, Any]:
+    """What the time of an image depends on, beside the result's settings."""
+    return {
+        **record(settings, CONDITIONS),
+        "device": device_name(device),
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def samples_in(folder: Path) -> list[Path]:
+    """The samples in a folder, if it is there. Raises InputError where it holds what no sampling run made."""
+    files = _listed(folder)
+    samples = [path for path in files if SAMPLE_NAME.fullmatch(path.name)]
+    if others := [path for path in files if path not in set(samples) and path.name != "report"]:
+        raise InputError(f"{folder} holds {others[0].name}, which is no sample; choose a folder of its own")
+    report = folder / "report"
+    if foreign := sorted(path.name for path in _listed(report) if path.name not in REPORT_NAMES):
+        raise InputError(f"{report} holds {foreign[0]}, which is of no sampling run; choose another folder")
+    return samples
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder but for hidden files; nothing if it is not there."""
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # a file, or no permission; an InputError ends the other processes too
+        raise InputError(f"{folder}: cannot be looked into ({error.strerror})") from None
+
+
+def recorded_fingerprint(folder: Path) -> Any:
+    """The fingerprint of the samples that are in a folder: its run.json. Raises InputError where there is none."""
+    path = folder / "report" / "run.json"
+    if not path.exists():
+        raise InputError(
+            f"{folder} holds {len(samples_in(folder))} samples already, and no report/run.json that says of what run; "
+            f"{ADVICE}"
+        )
+    return read_json(path)
+
+
+def recorded_switch(folder: Path) -> int | None:
+    """The t_switch of the samples that are in a folder; None where there are none.
+
+    Raises InputError for samples of another kind of run.
+    """
+    if not samples_in(folder):
+        return None
+    recorded = recorded_fingerprint(folder)
+    stages = recorded.get("stages") if isinstance(recorded, dict) else None
+    if not isinstance(stages, list) or len(stages) != 2 or not isinstance(stages[0], dict):
+        raise InputError(f"{folder} holds samples of a run without --t_switch; {ADVICE}")
+    return int(stages[0].get("t_min", 0)) - 1
+
+
+class SampleFolder:
+    """The samples that are there, those that are missing, and the files of both.
+
+    fingerprint: of the run, see `fingerprint`. conditions: see `conditions_of`.
+    """
+
+    def __init__(self, settings: RunSettings, fingerprint: Mapping[str, Any], conditions: Mapping[str, Any]):
+        self.folder, self.n_samples, self.quiet = settings.output_folder, settings.n_samples, settings.machine.quiet
+        self.report, self.batches = self.folder / "report", self.folder / "report" / "batches"
+        self.frames: Sequence[int] = settings.timesteps_save
+        self.fingerprint, self.conditions = json.loads(json.dumps(fingerprint)), dict(conditions)
+        self.goes_on = False  # with samples that are there
+        self.kept: list[Batch] = []
+        self.to_do: list[range] = []  # of all processes
+
+    def open(self, batch_size: int, overwrite: bool) -> None:
+        """Find the batches that are to be made; nothing is changed yet. All processes must call it together.
+
+        Raises InputError unless samples can be written there, by nobody else at the same time, and nothing is
+        lost: of the user's, of a run with other settings, or of a longer one.
+        """
+        self.to_do = on_main(lambda: self._open(batch_size, overwrite))
+
+    def _open(self, batch_size: int, overwrite: bool) -> list[range]:
+        writable_folder(self.folder)
+        samples = samples_in(self.folder)
+        self.report.mkdir(exist_ok=True)
+        self._lock = lock(self.report / ".lock", f"{self.folder}: another process is sampling into it; wait for it")
+        if samples and not overwrite:
+            self._refuse_another(samples)
+            self.goes_on, self.kept = True, self._whole_batches()
+        ends = [0, *(batch.indices.stop for batch in self.kept)]
+        starts = [*(batch.indices.start for batch in self.kept), self.n_samples]
+        return [
+            range(first, min(first + batch_size, start))
+            for end, start in zip(ends, starts, strict=True)
+            for first in range(end, start, batch_size)
+        ]
+
+    def _refuse_another(self, samples: Sequence[Path]) -> None:
+        holds = f"{self.folder} holds {len(samples)} samples"
+        if different := differences(recorded_fingerprint(self.folder), self.fingerprint):
+            raise InputError(f"{holds} of another run, which differs in {', '.join(different)}; {ADVICE}")
+        if max(int(path.stem) for path in samples) >= self.n_samples:
+            raise InputError(f"{holds}, more than --n_samples {self.n_samples}; {ADVICE}")
+
+    def _whole_batches(self) -> list[Batch]:
+        """The batches that are whole and follow each other without overlap."""
+        kept: list[Batch] = []
+        for batch in self.finished():
+            follows = (kept[-1].indices.stop if kept else 0) <= batch.indices.start
+            fits = follows and batch.indices.stop <= self.n_samples
+            if fits and np.array_equal(batch.checksums, self._checksums(batch.indices)):
+                kept.append(batch)
+        # A shorter run cut its last batch short; a longer one makes it whole, as if it had been so from the start.
+        last = kept[-1] if kept else None
+        if last and last.indices.stop < self.n_samples and len(last.indices) < last.conditions["batch_size"]:
+            kept.pop()
+        return kept
+
+    def _checksums(self, indices: range) -> np.ndarray | None:
+        """Of the files as they are; None where one is missing."""
+        paths = [self.paths(indices, frame) for frame in (None, *self.frames)]
+        try:
+            return np.array([[zlib.crc32(path.read_bytes()) for path in row] for row in paths], np.uint32)
+        except OSError:
+            return None
+
+    def paths(self, indices: Sequence[int], frame: int | None = None) -> list[Path]:
+        """The files of samples, or of their noisy images at a timestep."""
+        folder = self.folder if frame is None else self.report / "frames" / f"t{frame:04d}"
+        return [folder / f"{index:06d}.png" for index in indices]
+
+    @property
+    def mine(self) -> Sequence[range]:
+        """The batches that this process makes."""
+        return share(self.to_do)
+
+    @contextmanager
+    def making(self, num_timesteps: int, prepare: Callable[[], None] = lambda: None) -> Iterator[tqdm]:
+        """Within the block the missing batches are made. Yields a bar that counts steps.
+
+        SIGTERM and Ctrl-C end the process at once; no file is left half-written. prepare: called on process 0 when
+        report/ holds nothing of other runs.
+        """
+
+        def begin() -> None:
+            self._begin()
+            prepare()
+
+        on_main(begin)
+        total = len(self.mine) * num_timesteps
+        with going_on_later(), tqdm(total=total, unit="step", disable=True if self.quiet else None) as bar:
+            yield bar
+            barrier()
+
+    def _begin(self) -> None:
+        """Remove all that is not of the batches to keep, and record the run."""
+        frames = [self.paths([0], t)[0].parent for t in self.frames]
+        if not self.goes_on:
+            for path in self.report.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
+        for folder in (self.folder, self.report, *frames, self.batches):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+        kept = {index for batch in self.kept for index in batch.indices}
+        for folder in (self.folder, *frames):
+            for path in folder.iterdir():
+                if SAMPLE_NAME.fullmatch(path.name) and int(path.stem) not in kept:
+                    path.unlink()
+        ranges = {batch.indices for batch in self.kept}
+        for path in self.batches.iterdir():
+            if _indices_of(path) not in ranges:
+                path.unlink()
+        write_json(self.report / "run.json", self.fingerprint)
+        if self.to_do:
+            # Known before the first image is: a run that was stopped is not taken for a whole one.
+            (self.report / "metrics.json").unlink(missing_ok=True)
+            write_json(self.report / "statistics.json", {"n_samples": self.n_samples})
+
+    def finished(self) -> list[Batch]:
+        """The batches whose files can be read, by their first sample."""
+        found = [(indices, path) for path in self.batches.glob("*.npz") if (indices := _indices_of(path))]
+        batches = []
+        for indices, path in sorted(found, key=lambda pair: pair[0].start):
+            try:
+                content = read_arrays(path)
+                conditions = json.loads(str(content.pop("conditions")))
+                batches.append(Batch(indices, content.pop("checksums"), content.pop("seconds"), conditions, content))
+            except (InputError, KeyError, ValueError):
+                continue  # cut off in a power cut; to be made again
+        return batches
+
+
+class BatchUnderWay:
+    """A batch of samples that is being made. `sampling` is the stopwatch of the sampling loop."""
+
+    def __init__(
+        self,
+        folder: SampleFolder,
+        indices: range,
+        decode: Callable[[Tensor], Tensor],
+        device: torch.device,
+        bar: tqdm,
+    ):
+        self.folder, self.indices, self.decode, self.bar = folder, indices, decode, bar
+        self.sampling, self.decoding, self.saving = (Stopwatch(device) for _ in range(3))
+        self.frames: dict[int, Tensor] = {}
+
+    def on_step(self, t: int, x_t: Tensor) -> None:
+        self.bar.update()
+        if t in self.folder.frames:
+            self.frames[t] = to_uint8(self.decode(x_t))
+
+    def save(self, x0: Tensor, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+        """Decode and write the images, and then the record of the batch. arrays: kept in it, see `Batch`."""
+        folder, indices = self.folder, self.indices
+        with self.decoding:
+            images = to_uint8(self.decode(x0))
+        with self.saving:
+            rows = [(images, folder.paths(indices))]
+            rows += [(self.frames[t], folder.paths(indices, t)) for t in folder.frames]
+            checksums = [
+                [save_png(path, image) for path, image in zip(paths, pixels.cpu(), strict=True)]
+                for pixels, paths in rows
+            ]
+        content = {
+            "checksums": np.array(checksums, np.uint32),
+            "seconds": np.array([self.sampling.seconds, self.decoding.seconds, self.saving.seconds]),
+            "conditions": json.dumps(folder.conditions),
+        }
+        path = folder.batches / f"{indices.start:06d}-{indices.stop - 1:06d}.npz"
+        with replacing(path, durable=False) as temporary:
+            np.savez_compressed(temporary, **content, **(arrays or {}))
+
+
+def _indices_of(path: Path) -> range | None:
+    match = BATCH_NAME.fullmatch(path.name)
+    return range(int(match[1]), int(match[2]) + 1) if match else None
+
+
+@contextmanager
+def going_on_later() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the process at once, in a line that says how to go on; no file is left half-written."""
+    status = 130
+
+    def terminate(*_: object) -> NoReturn:
+        nonlocal status
+        status = 143
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_main():
+            print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(status) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,89 @@
+"""The report of a sampling run: statistics.json and pictures, in the folder report/ of its samples."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.files import write_json
+from common.images import enlarge, read_png, save_grid, save_png
+from common.settings import flat
+from generation.folder import Batch, SampleFolder
+from generation.settings import RunSettings
+
+GRID_SAMPLES = 100  # shown in grid_image.png
+FRAME_SAMPLES = 8  # shown in frames.png
+
+
+def write_report(
+    folder: SampleFolder,
+    settings: RunSettings,
+    batches: Sequence[Batch],
+    backbones: Sequence[Mapping[str, Any]],
+    flops: float,
+) -> str:
+    """Write statistics.json and the pictures. Returns a line about the run.
+
+    batches: all of the run. backbones: of each network that ran, what it is and how often. flops: of the networks,
+    per image.
+    """
+    save_pictures(folder)
+    timing = timing_of(folder, batches)
+    content = timing | {
+        "network_flops_per_image": flops,
+        "backbones": list(backbones),
+        "timesteps": folder.fingerprint["steps"],
+        "stages": folder.fingerprint["stages"],
+        "settings": flat(settings),
+    }
+    write_json(folder.report / "statistics.json", content)
+    kept = sum(len(batch.indices) for batch in folder.kept)
+    return (
+        f"{folder.n_samples} images{f', {kept} of them there already' if kept else ''} "
+        f"({timing['images_per_second']:.2f} images/s on {timing['device']}) -> {folder.folder}"
+    )
+
+
+def timing_of(folder: SampleFolder, batches: Sequence[Batch]) -> dict[str, Any]:
+    """The times of the images that were made under the conditions of this process, or else of the last batch."""
+    made_now = [batch for batch in batches if batch.conditions == folder.conditions]
+    conditions = folder.conditions if made_now else batches[-1].conditions
+    timed = [batch for batch in batches if batch.conditions == conditions]
+    sampling, decoding, saving = (float(seconds) for seconds in sum(batch.seconds for batch in timed))
+    images_timed = sum(len(batch.indices) for batch in timed)
+    return {
+        "n_samples": folder.n_samples,
+        "images_timed": images_timed,
+        **conditions,
+        "seconds": sampling,  # of all processes together
+        # The median batch: other work that the machine did for a moment is not the network's time.
+        "seconds_per_image": statistics.median(float(b.seconds[0]) / len(b.indices) for b in timed),
+        "images_per_second": images_timed / sampling * conditions["processes"],
+        "seconds_decoding": decoding,
+        "seconds_saving": saving,
+    }
+
+
+def save_pictures(folder: SampleFolder) -> None:
+    """The first samples as a grid, and the noisy images on the way to them."""
+    indices = range(min(GRID_SAMPLES, folder.n_samples))
+    images = torch.stack([read_png(path) for path in folder.paths(indices)])
+    save_grid(folder.report / "grid_image.png", images, GRID_SAMPLES)
+    if folder.frames:
+        few = indices[:FRAME_SAMPLES]
+        frames = [torch.stack([read_png(path) for path in folder.paths(few, t)]) for t in folder.frames]
+        save_frames(folder.report / "frames.png", frames, images)
+
+
+def save_frames(path: Path, frames: list[Tensor], images: Tensor) -> None:
+    """A row a sample, a column a timestep, the finished image last. Each of them uint8 (N, C, H, W)."""
+    columns = [enlarge(column[:FRAME_SAMPLES], least_side=64) for column in [*frames, images]]
+    tiles = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=255)
+    save_png(path, rearrange(tiles, "n k c h w -> c (n h) (k w)"))

@@ -1,0 +1,232 @@
+"""Which network runs at which timesteps: from the flags of sampler.py, or from a YAML file of stages.
+
+    stages:                            # from the noisiest timesteps to the cleanest
+      - checkpoint_path: shallow.pth   # relative to the folder of this file, or absolute
+        config_path: shallow.yaml      # optional; for weights that came without a description
+        t_min: 400                     # the lowest and the highest timestep at which it runs
+        t_max: 999
+        guidance_scale: 0.4            # optional (default: the run's own)
+      - checkpoint_path: full.pth
+        t_min: 0
+        t_max: 399
+    t_switch: 399                      # optional, of at most two stages: what --t_switch would be
+    calibration: {...}                 # optional: how the stages were found. sampler.py looks at solver and steps
+
+calibrate.py writes such a file, sampler.py --stages reads it. No torch in here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config import read_mapping
+from common.errors import InputError
+from common.files import replacing
+from common.settings import Checked, build, option, plain
+from generation.settings import RunSettings, SamplerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEntry(Checked):
+    """A network at the timesteps t_min..t_max, both included. The fields are the keys in the file."""
+
+    checkpoint_path: Path
+    config_path: Path | None = None
+    t_min: int = option(least=0, most=99_999)
+    t_max: int = option(least=0, most=99_999)
+    guidance_scale: float | None = option(None, least=0, most=1000)  # None: the run's own
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_min > self.t_max:
+            raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted t_min <= t_max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFile:
+    """The content of a file of stages. Raises InputError unless they follow each other down to t = 0."""
+
+    stages: tuple[StageEntry, ...]
+    t_switch: int | None = None
+    calibration: dict | None = None  # plain values
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise InputError("no stages; wanted at least one network")
+        for n, (above, below) in enumerate(zip(self.stages, self.stages[1:], strict=False), 1):
+            if below.t_max != above.t_min - 1:
+                fault = "overlap, or do not fall" if below.t_max >= above.t_min else "leave a gap"
+                raise InputError(
+                    f"stages {n} and {n + 1} {fault}: the first ends at t_min={above.t_min}, the second must begin at "
+                    f"t_max={above.t_min - 1}, not {below.t_max}"
+                )
+        if lowest := self.stages[-1].t_min:
+            raise InputError(f"no network for t = 0..{lowest - 1}: the last stage must have t_min=0")
+        if self.t_switch is not None and self.t_switch not in self._t_switches():
+            raise InputError(f"t_switch={self.t_switch} contradicts the stages")
+
+    def _t_switches(self) -> Sequence[int]:
+        """The values of --t_switch that mean the same."""
+        one, two = (-1, self.stages[0].t_max), (self.stages[-1].t_max,)
+        return {1: one, 2: two}.get(len(self.stages), ())
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage before its network is loaded."""
+
+    network: int  # of the files in the order in which they first run
+    t_min: int  # the lowest timestep at which it runs; the stages before it have all that are higher
+    guidance_scale: float
+    option: str  # which set the scale, for messages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The networks of a run, and the stages at which they run, from the noisiest timesteps to the cleanest."""
+
+    files: Sequence[tuple[Path, Path | None]]  # weights and description of each network
+    stages: Sequence[PlannedStage]
+    num_timesteps: int | None = None  # T, where a file of stages says it
+    calibration: dict | None = None  # how a file of stages was found
+    source: str = "--t_switch"  # for messages
+
+    @property
+    def names(self) -> list[str]:
+        """Of the networks, for people."""
+        if len(self.files) == 1:
+            return ["backbone"]
+        if [stage.network for stage in self.stages] == [0, 1]:
+            return ["shallow", "full"]
+        return [f"network {n}" for n in range(1, len(self.files) + 1)]
+
+    @property
+    def lowest(self) -> list[int]:
+        """Of each stage the lowest timestep, for `diffusion.sampling.split_timesteps`."""
+        return [stage.t_min for stage in self.stages]
+
+    def described(self, num_timesteps: int) -> list[dict[str, Any]]:
+        """The stages as plain values, for the record of a run."""
+        highest = [num_timesteps - 1, *(stage.t_min - 1 for stage in self.stages[:-1])]
+        return [
+            {"network": stage.network, "t_min": stage.t_min, "t_max": t_max, "guidance_scale": stage.guidance_scale}
+            for stage, t_max in zip(self.stages, highest, strict=True)
+        ]
+
+    def check_length(self, num_timesteps: int) -> None:
+        """Raises InputError unless the stages are of the networks' own number of timesteps."""
+        if self.num_timesteps not in (None, num_timesteps):
+            raise InputError(
+                f"{self.source}: stages from t = {self.num_timesteps - 1} on, the networks' are {num_timesteps - 1}..0"
+            )
+        if (t_switch := self.stages[0].t_min - 1) >= num_timesteps:
+            raise InputError(f"--t_switch {t_switch} is out of range, wanted -1..{num_timesteps - 1}")
+
+
+def one_stage(settings: RunSettings) -> Plan:
+    """One network at all timesteps."""
+    files = [(settings.checkpoint_path, settings.config_path)]
+    return Plan(files, [PlannedStage(0, 0, settings.guidance_scale, "--guidance_scale")])
+
+
+def plan_of(settings: SamplerSettings) -> Plan:
+    """The stages that the flags state, or those of a file. While --t_switch is "auto" the files alone are right.
+
+    Raises InputError for a file of stages that does not hold.
+    """
+    if settings.stages is not None:
+        return _plan_of_file(settings.stages, settings)
+    if settings.t_switch is None:
+        return one_stage(settings)
+    early = settings.checkpoint_path, settings.config_path
+    late = settings.checkpoint_path_late, settings.config_path_late
+    lowest = 0 if settings.t_switch == "auto" else settings.t_switch + 1
+    scale = settings.guidance_scale if settings.guidance_scale_late is None else settings.guidance_scale_late
+    return Plan(
+        [early, late],
+        [
+            PlannedStage(0, lowest, settings.guidance_scale, "--guidance_scale"),
+            PlannedStage(1, 0, scale, "--guidance_scale_late"),
+        ],
+    )
+
+
+def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
+    content = read_stages(path)
+    used = [(stage.checkpoint_path, stage.config_path) for stage in content.stages]
+    files = list(dict.fromkeys(used))
+    if settings.offload and len(files) == 1:
+        raise InputError(f"--offload keeps idle networks away; {path} names one alone")
+    stages = [
+        PlannedStage(files.index(file), stage.t_min, settings.guidance_scale, "--guidance_scale")
+        if stage.guidance_scale is None
+        else PlannedStage(files.index(file), stage.t_min, stage.guidance_scale, f"{path}: guidance_scale")
+        for file, stage in zip(used, content.stages, strict=True)
+    ]
+    return Plan(files, stages, content.stages[0].t_max + 1, content.calibration, str(path))
+
+
+def read_stages(path: Path) -> StageFile:
+    """A file of stages, with its paths as they can be opened from here.
+
+    Raises InputError, which names the file, for keys nobody reads, values of the wrong type, stages that do not
+    follow each other, and files that are not there.
+    """
+    content = build(StageFile, read_mapping(path, "stages", list), str(path))
+    stages = []
+    for n, stage in enumerate(content.stages, 1):
+        paths = {name: getattr(stage, name) for name in ("checkpoint_path", "config_path")}
+        paths = {name: path.parent / given for name, given in paths.items() if given is not None}
+        for name, file in paths.items():
+            if not file.is_file():
+                fault = "is a folder" if file.is_dir() else "no such file"
+                raise InputError(f"{path}: stages {n}: {name} {file}: {fault}")
+        stages.append(replace(stage, **paths))
+    return replace(content, stages=tuple(stages))
+
+
+def is_calibration(path: Path) -> bool:
+    """Whether it is a file that a calibration wrote, and may write again."""
+    try:
+        return isinstance(read_mapping(path, "stages", list).get("calibration"), dict)
+    except InputError:
+        return False
+
+
+def write_stages(path: Path, content: StageFile) -> None:
+    """Write paths relative to the folder of the file, so that a folder with its checkpoints can be moved."""
+
+    def relative(file: Path) -> Path:
+        file = file.parent.resolve() / file.name
+        try:
+            return Path(Path(os.path.relpath(file, path.parent.resolve())).as_posix())
+        except ValueError:  # on another drive of Windows
+            return file
+
+    def seen_from_there(stage: StageEntry) -> StageEntry:
+        config_path = None if stage.config_path is None else relative(stage.config_path)
+        return replace(stage, checkpoint_path=relative(stage.checkpoint_path), config_path=config_path)
+
+    content = replace(content, stages=tuple(map(seen_from_there, content.stages)))
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.dump(_stated(plain(content)), Dumper=_PlainDumper, sort_keys=False), encoding="utf-8")
+
+
+def _stated(value: Any) -> Any:
+    """Nested plain values without those that are None."""
+    if isinstance(value, dict):
+        return {key: _stated(item) for key, item in value.items() if item is not None}
+    return [_stated(item) for item in value] if isinstance(value, list) else value
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes a value that occurs twice twice: the reader takes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-
-from training.options import add_training_options, check_training_options
 
 from common.cli import Parser
 from common.distributed import joined_processes
 from common.errors import command
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--model", choices=("uvit",), default="uvit", help="main.py trains early-exit models")
-    add_training_options(parser)
-    return check_training_options(parser, parser.parse_args(argv), argv)
+from training.settings import BackboneSettings, TrainingSettings, typed_words
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = Parser(description=__doc__)
+    run(parser.settings(BackboneSettings, argv, command=typed_words(parser, argv)))
 
-    from training.setup import backbone_trainer
 
-    with joined_processes(args.device) as device:
-        backbone_trainer(args, device).train()
+def run(settings: TrainingSettings) -> None:
+    """Train to the last step, from the beginning or from a checkpoint."""
+    from training.loop import train
+    from training.setup import prepare
+
+    with joined_processes(settings.machine.device) as device:
+        train(prepare(settings, device))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.cli import Parser, existing_file
-from common.config import Config, check_types
+from common.cli import Parser
+from common.config import Config
 from common.errors import InputError, command
 from common.files import lock, replacing
+from common.settings import check_types
 from models.pickles import check_pickles
 from models.weights import FORMAT, read_pth, read_weights
 
@@ -32,12 +33,10 @@ log = logging.getLogger(__name__)
 
 # What a run goes on from, and its type.
 TRAINING_STATE: dict[str, type | UnionType] = {
-    **dict.fromkeys(("step", "n_steps", "summed_steps"), int),
-    **dict.fromkeys(("config", "options", "model", "optimizer", "scaler", "sums"), dict),
+    **dict.fromkeys(("step", "n_steps"), int),
+    **dict.fromkeys(("config", "options", "conditions", "data", "model", "optimizer", "scaler", "counters"), dict),
     "ema": dict | None,
 }
-# What it may lack: checkpoints of before did.
-LATER_STATE = dict.fromkeys(("skipped_steps", "bad_in_row"), int) | dict.fromkeys(("data", "incidental"), dict)
 
 
 class CheckpointFolder:
@@ -127,8 +126,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: holds weights but no training state of this project")
     if lacking := TRAINING_STATE.keys() - content.keys():
         raise InputError(f"{path}: its training state lacks {', '.join(sorted(lacking))}")
-    for name, kind in (TRAINING_STATE | LATER_STATE).items():
-        if name in content and (not isinstance(content[name], kind) or (kind is int and content[name] < 0)):
+    for name, kind in TRAINING_STATE.items():
+        if not isinstance(content[name], kind) or (kind is int and content[name] < 0):
             raise InputError(
                 f"{path}: its training state is not one of this project's ({name} is {content[name]!r:.60})"
             )
@@ -194,7 +193,7 @@ def export(source: Path, target: Path, weights: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="Write a checkpoint's weights as safetensors, with their configuration.")
     parser.add_argument("work", choices=("export",))
-    parser.add_argument("source", metavar="IN", type=existing_file, help="a checkpoint")
+    parser.add_argument("source", metavar="IN", type=Path, help="a checkpoint")
     parser.add_argument("target", metavar="OUT.safetensors", type=Path, help="replaced if it is there")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step")
     args = parser.parse_args(argv)

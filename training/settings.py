@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import CLASSIFIER_TYPES
+from common.cli import Parser
+from common.config import MODELS
 from common.distributed import world_size
 from common.errors import InputError
 from common.options import MOST_BATCH, MOST_SEED, MachineSettings
-from common.settings import CONDITIONS, Checked, option, section
+from common.settings import CONDITIONS, Checked, flat, option, section
 from data import CROPS, DATASETS
 
 MOST_STEPS = 10**9
@@ -162,9 +165,6 @@ class ExitSettings(Checked):
         None, "weights of the trained full backbone", exists="file", decides=(), why=ONE_START
     )
     freeze_backbone: bool = option(False, "train probes and exit heads alone")
-    classifier_type: str | None = option(
-        None, "the probes; beats --config_path", choices=CLASSIFIER_TYPES, decides=(), why=DESCRIBED
-    )
     use_unweighted_loss: bool = option(False, "add the exits' plain squared errors")
 
 
@@ -172,9 +172,7 @@ class ExitSettings(Checked):
 class TrainingSettings(Checked):
     """Settings of train.py and main.py."""
 
-    model: str = option(
-        "uvit", "main.py trains early-exit models too", choices=("uvit", "deediff_uvit"), decides=(), why=DESCRIBED
-    )
+    model: str = option(help="the kind of network", choices=MODELS, decides=(), why=DESCRIBED)
     n_steps: int = option(
         help="optimiser steps", least=1, most=MOST_STEPS, decides=(), why="recorded by itself: a run may be made longer"
     )
@@ -263,10 +261,11 @@ class TrainingSettings(Checked):
 
     def _check_model(self) -> None:
         """End on flags of another kind of network."""
-        of_exits = self.exits != ExitSettings() or self.logs.preview_threshold is not None
-        if self.model == "uvit" and of_exits:
-            names = ", ".join(f"--{name}" for name in (*ExitSettings.__dataclass_fields__, "preview_threshold"))
-            raise InputError(f"{names} belong to --model deediff_uvit")
+        if self.model == "uvit":
+            given = flat(self.exits) | {"preview_threshold": self.logs.preview_threshold}
+            for name, value in given.items():
+                if value not in (None, False):
+                    raise InputError(f"--{name} belongs to --model deediff_uvit")
         if self.model == "deediff_uvit":
             for name in ("init_from", "distill_from"):
                 if getattr(self.teacher, name) is not None:
@@ -275,3 +274,15 @@ class TrainingSettings(Checked):
                 raise InputError(
                     "--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSettings(TrainingSettings):
+    """Settings of train.py."""
+
+    model: str = option("uvit", "main.py trains early-exit models", choices=("uvit",), decides=(), why=DESCRIBED)
+
+
+def typed_words(parser: Parser, argv: Sequence[str] | None) -> tuple[str, ...]:
+    """The command, to be given again with --resume."""
+    return tuple(sys.argv) if argv is None else (parser.prog, *argv)

@@ -1,254 +1,239 @@
-"""From options to a trainer: everything that can be wrong is found here, before the first step."""
+"""From settings to a training: everything that can be wrong is found here, before the first step."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from common.cli import model_settings
-from common.config import (
-    AutoencoderConfig,
-    Config,
-    build_config,
-    carried_settings,
-    contradictions,
-    merge,
-    settings_of,
-    with_range,
-)
+from common.config import AutoencoderConfig, Config, build_config, carried_settings, contradictions
 from common.devices import check_compiler
-from common.distributed import main_first, on_main
+from common.distributed import main_first, on_main, part_of
 from common.errors import InputError
 from common.files import sha256_of, writable_folder
+from common.settings import differences, merge, plain
 from data import DATASETS, crop_of, open_dataset
 from data.dataset import ImageDataset
 from diffusion.sampling import Denoiser
-from models.early_exit import EarlyExitUViT, ExitOutputs
-from models.loading import (
-    build_network,
-    check_range,
-    load_network,
-    load_relative,
-    stated_settings,
-    task_differences,
-)
+from models.early_exit import EarlyExitUViT
+from models.loading import build_network, check_range, load_network, load_relative, stated_settings, task_differences
 from models.warm_start import warm_start
 from models.weights import FORMAT, fill, read_pth, read_weights
+from training.batches import BatchMaker
 from training.checkpoint import CheckpointFolder, read_checkpoint
-from training.loop import Objective, Trainer
-from training.losses import early_exit_losses, total_early_exit_loss
-from training.settings import LATER, data_differences, differences
+from training.loop import Training
+from training.losses import Objective, backbone_objective, distillation_objective, early_exit_objective
+from training.previews import preview_maker
+from training.settings import TrainingSettings
+from training.step import Learner
 
 log = logging.getLogger(__name__)
 
 
-def backbone_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
-    """Train a U-ViT from fresh weights, or from those of a deeper one."""
-    if args.compile:
+def prepare(settings: TrainingSettings, device: torch.device) -> Training:
+    """A training that is ready to begin, or to go on from a checkpoint. Raises InputError."""
+    if settings.optimisation.compile:
         check_compiler(device)
-    config = build_config(stated(args) | {"model": "uvit"}, described(args))
-    torch.manual_seed(args.seed)
-    uvit = build_network(config)
-    if args.init_from:
-        warm_start(uvit, load_relative(args.init_from, config).module, args.init_from)
-    config, dataset = open_data(args, config)
-    objective = backbone_objective
-    if args.distill_from:
-        objective = functools.partial(distillation_objective, load_teacher(args, config, device), args.distill_weight)
-    return _trainer(args, config, dataset, uvit, objective, preview=uvit, device=device)
+    task = backbone_task if settings.model == "uvit" else early_exit_task
+    config, network, objective, preview = task(settings, device)
+    config, dataset = open_data(settings, config)
+    settings = with_num_workers(settings, dataset)
+
+    name = settings.exp_name or f"{settings.data.dataset}_{config.model}_{config.model_params.num_blocks}"
+    checkpoints = CheckpointFolder(settings.log_path / name, f"{settings.data.dataset}_{config.model}")
+    start = on_main(functools.partial(find_start, settings, checkpoints))
+    content = None if start is None else read_start(start, settings.resume)
+    on_main(functools.partial(make_folder, checkpoints))
+    if content is not None and content.get("format") != FORMAT:
+        fill(network, read_weights(start).state_dict, start)
+
+    backbone_of(network).grad_checkpointing = settings.optimisation.grad_checkpointing
+    learner = Learner(
+        network,
+        objective,
+        settings.optimisation,
+        device,
+        batch_size=settings.batch_size,
+        parts=settings.grad_accum_steps,
+        max_bad_steps=settings.max_bad_steps,
+        fsdp=settings.fsdp,
+    )
+    flips, teacher = settings.data.random_flip, settings.teacher.distill_from
+    run = Training(
+        settings=settings,
+        config=config,
+        learner=learner,
+        dataset=dataset,
+        make_batch=BatchMaker(
+            config,
+            dataset,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            part=part_of(settings.batch_size),
+            device=device,
+            random_flip=dataset.random_flip if flips is None else flips,
+            label_dropout=settings.data.label_dropout,
+        ),
+        checkpoints=checkpoints,
+        preview=preview_maker(settings.logs, config, learner, preview, checkpoints.folder, settings.fsdp),
+        identity=on_main(dataset.identity),
+        teacher_sha256=on_main(functools.partial(sha256_of, teacher)) if teacher else None,
+    )
+    if content is not None and content.get("format") == FORMAT:
+        go_on(run, start, content)
+    return run
 
 
-def early_exit_trainer(args: argparse.Namespace, device: torch.device) -> Trainer:
-    """Train probes and exit heads on a backbone, which is frozen or trained along."""
-    if args.compile:
-        check_compiler(device)
-    settings = stated(args)
-    classifier_type = args.classifier_type or settings.pop("classifier_type", None)
-    settings.pop("classifier_type", None)
-    if args.load_backbone:
-        # Heads may learn from other data than the backbone did, with a crop of its own, and at other timesteps.
-        own = ("dataset", "crop", "t_min", "t_max")
-        backbone = load_network(args.load_backbone, settings | dict.fromkeys(own), model="uvit")
-        same_data = backbone.config.dataset in (None, args.dataset)
-        inherited = settings_of(backbone.config) | ({} if same_data else {"crop": None})
-        settings = merge(inherited, {name: settings.get(name) for name in own})
-    config = build_config(settings | {"model": "deediff_uvit", "classifier_type": classifier_type}, described(args))
-    torch.manual_seed(args.seed)
+Task = tuple[Config, nn.Module, Objective, Denoiser]  # the denoiser makes previews
+
+
+def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
+    """A backbone from fresh weights, or from those of a deeper one."""
+    config = build_config(stated(settings) | {"model": "uvit"}, described(settings))
+    torch.manual_seed(settings.seed)
     network = build_network(config)
-    if args.load_backbone:
-        network.uvit.load_state_dict(backbone.module.state_dict())
-    if args.freeze_backbone:
-        check_range(backbone, config.trained_timesteps, "give --t_min and --t_max, or train it along")
-    network.uvit.requires_grad_(not args.freeze_backbone)
+    teacher = settings.teacher
+    if teacher.init_from:
+        warm_start(network, load_relative(teacher.init_from, config).module, teacher.init_from)
+    objective: Objective = backbone_objective
+    if teacher.distill_from:
+        objective = distillation_objective(load_teacher(settings, config, device), teacher.distill_weight)
+    return config, network, objective, network
 
-    threshold = 0.1 if args.preview_threshold is None else args.preview_threshold
+
+def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
+    """Probes and exit heads on a backbone, which is frozen or trained along."""
+    given, exits = stated(settings), settings.exits
+    own_type = {"model": "deediff_uvit", "classifier_type": given.pop("classifier_type", None)}
+    if exits.load_backbone:
+        # Heads may learn from other data than the backbone did, with a crop of its own, and at other timesteps.
+        own = {name: given.pop(name) for name in ("dataset", "crop", "t_min", "t_max") if name in given}
+        backbone = load_network(exits.load_backbone, given, model="uvit")
+        same_data = backbone.config.dataset in (None, settings.data.dataset)
+        given = merge(plain(backbone.config), ({} if same_data else {"crop": None}) | own)
+    config = build_config(given | own_type, described(settings))
+    torch.manual_seed(settings.seed)
+    network = build_network(config)
+    if exits.load_backbone:
+        network.uvit.load_state_dict(backbone.module.state_dict())
+    if exits.freeze_backbone:
+        check_range(backbone, config.trained_timesteps, "give --t_min and --t_max, or train it along")
+    network.uvit.requires_grad_(not exits.freeze_backbone)
+    threshold = 0.1 if settings.logs.preview_threshold is None else settings.logs.preview_threshold
 
     def preview(x_t: torch.Tensor, t: int, y: torch.Tensor | None) -> torch.Tensor:
         return network.early_exit(x_t, t, y, threshold=threshold).output
 
-    objective = functools.partial(early_exit_objective, args.freeze_backbone, args.use_unweighted_loss)
-    config, dataset = open_data(args, config)
-    return _trainer(args, config, dataset, network, objective, preview, device)
+    return config, network, early_exit_objective(exits.freeze_backbone, exits.use_unweighted_loss), preview
 
 
-def backbone_objective(uvit: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
-    """Mean squared error. DDPM (Ho et al. 2020), Eq. 14."""
-    return {"loss": F.mse_loss(uvit(x_t, t, y).float(), target)}
+def backbone_of(network: nn.Module) -> nn.Module:
+    return network.uvit if isinstance(network, EarlyExitUViT) else network
 
 
-def distillation_objective(
-    teacher: nn.Module, weight: float, uvit: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor
-) -> dict[str, Tensor]:
-    """Mean squared error against the target, and `weight` times that against what the teacher predicts."""
-    predicted = uvit(x_t, t, y).float()
-    with torch.no_grad():
-        taught = teacher(x_t, t, y).float()
-    losses = {"target_loss": F.mse_loss(predicted, target), "teacher_loss": F.mse_loss(predicted, taught)}
-    return {"loss": losses["target_loss"] + weight * losses["teacher_loss"], **losses}
-
-
-def load_teacher(args: argparse.Namespace, config: Config, device: torch.device) -> nn.Module:
-    """The network of --distill_from, frozen, all of it on this process. Adds `distill_from_sha256` to args.
+def load_teacher(settings: TrainingSettings, config: Config, device: torch.device) -> nn.Module:
+    """The network of --distill_from, frozen, all of it on this process.
 
     config: of the network that learns. Raises InputError unless the two do the same task at the same timesteps.
     """
-    teacher = load_relative(args.distill_from, config, device)
+    teacher = load_relative(settings.teacher.distill_from, config, device)
     if different := task_differences(config, teacher.config):
         raise InputError(f"--distill_from {teacher.path} is no teacher here: it differs in {', '.join(different)}")
     check_range(teacher, config.trained_timesteps, "it can teach nothing there; give --t_min and --t_max")
-    args.distill_from_sha256 = on_main(functools.partial(sha256_of, args.distill_from))
-    return torch.compile(teacher.module, dynamic=False) if args.compile else teacher.module
+    return torch.compile(teacher.module, dynamic=False) if settings.optimisation.compile else teacher.module
 
 
-def early_exit_objective(
-    freeze_backbone: bool,
-    use_unweighted_loss: bool,
-    network: nn.Module,
-    x_t: Tensor,
-    t: Tensor,
-    y: Tensor | None,
-    target: Tensor,
-) -> dict[str, Tensor]:
-    exits = ExitOutputs(*(part.float() for part in network(x_t, t, y)))
-    losses = early_exit_losses(exits, target)
-    return {"loss": total_early_exit_loss(losses, freeze_backbone, use_unweighted_loss), **losses}
+def stated(settings: TrainingSettings) -> dict[str, Any]:
+    """The description of the network by the flags and the YAML file."""
+    given = {"dataset": settings.data.dataset}
+    if settings.data.crop:
+        given["crop"] = settings.data.crop
+    if path := settings.logs.autoencoder_checkpoint_path:
+        given["autoencoder"] = {"checkpoint_path": str(path)}
+    return stated_settings(settings.config_path, (settings.described or {}) | given)
 
 
-def stated(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags and the YAML file say of the network."""
-    given = model_settings(args) | {
-        "diffusion_params": {"num_timesteps": args.num_timesteps},
-        "dataset": args.dataset,
-        "crop": args.crop,
-        "t_min": args.t_min,
-        "t_max": args.t_max,
-    }
-    if args.autoencoder_checkpoint_path:
-        given["autoencoder"] = {"checkpoint_path": str(args.autoencoder_checkpoint_path)}
-    return stated_settings(args.config_path, given)
+def described(settings: TrainingSettings) -> str:
+    return str(settings.config_path or "the flags (see also --config_path)")
 
 
-def described(args: argparse.Namespace) -> str:
-    return str(args.config_path or "the flags (see also --config_path)")
-
-
-def open_data(args: argparse.Namespace, config: Config) -> tuple[Config, ImageDataset]:
-    """The images to learn from, and the config with what they settle: crop, real classes, scale of latents."""
-    config = dataclasses.replace(config, crop=crop_of(args.dataset, config.crop))
+def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, ImageDataset]:
+    """The images to learn from, and the config with what follows from them: crop, real classes, scale of latents."""
+    name = settings.data.dataset
+    config = replace(config, crop=crop_of(name, config.crop))
     params = config.model_params
-    for name in ("sample_height", "sample_width"):
-        if getattr(args, name) not in (None, params.img_size):
+    for flag in ("sample_height", "sample_width"):
+        if getattr(settings, flag) not in (None, params.img_size):
             raise InputError(
-                f"--{name} {getattr(args, name)}: the network makes {params.img_size} x {params.img_size} images"
+                f"--{flag} {getattr(settings, flag)}: the network makes {params.img_size} x {params.img_size} images"
             )
     with main_first():
         dataset = open_dataset(
-            args.dataset,
-            args.data_path,
+            name,
+            settings.data.data_path,
             img_size=params.img_size,
             in_chans=params.in_chans,
             num_classes=params.num_classes,
             crop=config.crop,
-            download=args.download,
+            download=settings.data.download,
         )
-    config = match_latents(count_real_classes(config, dataset), dataset)
-    if args.label_dropout and config.no_class is None:
+    given = stated(settings)
+    config = match_latents(count_real_classes(config, dataset, given), dataset, given)
+    if settings.data.label_dropout and config.no_class is None:
         raise InputError(
-            f'--label_dropout {args.label_dropout:g}: the network has no class that stands for "no class"; '
-            f"num_classes must be one more than the classes of {args.dataset}"
+            f'--label_dropout {settings.data.label_dropout:g}: the network has no class that stands for "no class"; '
+            f"num_classes must be one more than the classes of {name}"
         )
-    if args.num_workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.num_workers = max(1, min(8, cores)) if dataset.needs_decoding else 0
-    if args.batch_size > len(dataset):
-        raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset)} images of {args.dataset}")
+    if settings.batch_size > len(dataset):
+        raise InputError(f"--batch_size {settings.batch_size} is more than the {len(dataset)} images of {name}")
     return config, dataset
 
 
-def _trainer(
-    args: argparse.Namespace,
-    config: Config,
-    dataset: ImageDataset,
-    network: nn.Module,
-    objective: Objective,
-    preview: Denoiser,
-    device: torch.device,
-) -> Trainer:
-    name = args.exp_name or f"{args.dataset}_{config.model}_{config.model_params.num_blocks}"
-    checkpoints = CheckpointFolder(args.log_path / name, f"{args.dataset}_{config.model}")
-    start = on_main(functools.partial(find_start, args, checkpoints))
-    content = None if start is None else read_start(start, args.resume)
-    on_main(functools.partial(make_folder, checkpoints))
-
-    if content is not None and content.get("format") != FORMAT:
-        fill(network, read_weights(start).state_dict, start)
-    (network.uvit if isinstance(network, EarlyExitUViT) else network).grad_checkpointing = args.grad_checkpointing
-    trainer = Trainer(args, config, network, objective, preview, dataset, checkpoints, device)
-    if content is not None and content.get("format") == FORMAT:
-        go_on(trainer, start, content)
-    return trainer
+def with_num_workers(settings: TrainingSettings, dataset: ImageDataset) -> TrainingSettings:
+    if settings.data.num_workers is not None:
+        return settings
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_workers = max(1, min(8, cores)) if dataset.needs_decoding else 0
+    return replace(settings, data=replace(settings.data, num_workers=num_workers))
 
 
-def count_real_classes(config: Config, dataset: ImageDataset) -> Config:
-    """A network may have more classes than the dataset: what it learns of is written into its description."""
+def count_real_classes(config: Config, dataset: ImageDataset, given: Mapping[str, Any]) -> Config:
+    """A network may have more classes than the dataset: the number of those it learns goes into its description."""
     num_classes = config.model_params.num_classes
-    if num_classes <= 0 or config.real_classes is not None:
+    if num_classes <= 0 or given.get("real_classes") is not None:
         return config
     real = DATASETS[config.dataset].num_classes or (num_classes if dataset.labels is None else max(dataset.labels) + 1)
-    return dataclasses.replace(config, real_classes=min(int(real), num_classes))
+    return replace(config, real_classes=min(int(real), num_classes))
 
 
-def match_latents(config: Config, dataset: ImageDataset) -> Config:
-    """Latents know the factor they are scaled by; the network's description must have the same."""
+def match_latents(config: Config, dataset: ImageDataset, given: Mapping[str, Any]) -> Config:
+    """Packed latents have the factor they are scaled by; the network's description must have the same."""
     scale_factor = getattr(dataset, "scale_factor", None)
     if scale_factor is None:
         if config.autoencoder is not None:
             raise InputError(f"{config.dataset} gives pixels, but the network is described with an autoencoder")
         return config
-    stated = config.autoencoder or AutoencoderConfig()
-    if stated.scale_factor not in (None, scale_factor):
-        raise InputError(f"the latents were packed with scale_factor {scale_factor}, not {stated.scale_factor}")
-    return dataclasses.replace(config, autoencoder=dataclasses.replace(stated, scale_factor=scale_factor))
+    wanted = (given.get("autoencoder") or {}).get("scale_factor")
+    if wanted not in (None, scale_factor):
+        raise InputError(f"the latents were packed with scale_factor {scale_factor}, not {wanted}")
+    return replace(config, autoencoder=replace(config.autoencoder or AutoencoderConfig(), scale_factor=scale_factor))
 
 
-def find_start(args: argparse.Namespace, checkpoints: CheckpointFolder) -> Path | None:
+def find_start(settings: TrainingSettings, checkpoints: CheckpointFolder) -> Path | None:
     """The checkpoint or weights to go on from; None for a new run. Never in another run's folder."""
     checkpoints.claim()
-    if args.resume:
+    if settings.resume:
         newest = checkpoints.newest_whole()
-        checkpoints.tidy(newest, args.keep_last)
+        checkpoints.tidy(newest, settings.logs.keep_last)
         return newest
-    there, start = checkpoints.newest_first(), args.load_checkpoint_path
+    there, start = checkpoints.newest_first(), settings.load_checkpoint_path
     if there and not (start and start.samefile(there[0])):
         raise InputError(
             f"{checkpoints.folder} holds a run already; go on with --resume, or choose another --exp_name or --log_path"
@@ -262,29 +247,55 @@ def make_folder(checkpoints: CheckpointFolder) -> None:
 
 
 def read_start(path: Path, resume: bool) -> Mapping[str, Any]:
-    """What the file to go on from holds; empty for one that can only be bare weights."""
+    """The content of the file to go on from; empty for one that can only be bare weights."""
     if resume:
         return read_checkpoint(path)
     return {} if path.suffix == ".safetensors" else read_pth(path)
 
 
-def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:
-    """Give the trainer the state of a checkpoint; raises InputError where other settings would change the result."""
-    # A new run may be of other timesteps than what it starts from.
-    described = settings_of(trainer.config) | {"t_min": None, "t_max": None}
-    obstacles, others = contradictions(content["config"], described), []
-    if same_run := trainer.args.resume or path.parent.samefile(trainer.checkpoints.folder):
+def go_on(run: Training, path: Path, content: Mapping[str, Any]) -> None:
+    """Give the learner the state of a checkpoint; raises InputError where other settings would change the result."""
+    config, others = carried_settings(run.config), []
+    # A new run may be of other timesteps than the one it starts from.
+    obstacles = contradictions(content["config"], config | {"t_min": None, "t_max": None})
+    if same_run := run.settings.resume or path.parent.samefile(run.checkpoints.folder):
         obstacles = [
-            *differences(with_range(content["config"]), with_range(carried_settings(trainer.config))),
-            *differences(LATER | content["options"], trainer.options()),
-            *data_differences(content.get("data", {}), trainer.data),
+            *differences(content["config"], config),
+            *differences(content["options"], run.options()),
+            *data_differences(content["data"], run.identity),
         ]
-        others = differences(content.get("incidental", {}), trainer.incidental())
-    if obstacles := list(dict.fromkeys(obstacles)):
+        others = differences(content["conditions"], run.conditions())
+    if obstacles:
         also = f" (also other, but no obstacle: {', '.join(others)})" if others else ""
         raise InputError(f"{path} was made with other settings: {', '.join(obstacles)}; go on with the same{also}")
     if others:
         log.warning("%s was made with other settings, which leave the result as it is: %s", path, ", ".join(others))
-    trainer.restore(path, content)
+    restore(run, path, content)
     if not same_run:
-        trainer.begin_sums()  # means over steps of two losses would be of neither
+        run.learner.counters.begin_sums()  # means over steps of two losses would be of neither
+
+
+def data_differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Between two of `ImageDataset.identity`. Files that were copied have other times, but the same contents."""
+    hashes = {"files_sha256", "contents_sha256"}
+    found = differences(*({k: v for k, v in about.items() if k not in hashes} for about in (recorded, present)))
+    common = hashes & recorded.keys() & present.keys()
+    if common and not any(recorded[name] == present[name] for name in common):
+        found.append("the files of the dataset")
+    return found
+
+
+def restore(run: Training, path: Path, content: Mapping[str, Any]) -> None:
+    """Take up the state of a checkpoint; raises InputError where it does not fit this run."""
+    learner, settings = run.learner, run.settings
+    if (content["ema"] is None) != (learner.ema is None):
+        raise InputError(f"{path} was made {'without' if learner.ema else 'with'} --ema_decay; give the same")
+    try:
+        learner.load_state_dict(content)
+    # A backbone that was frozen and now is not, for one; or a file that was made to look like a checkpoint.
+    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
+    if settings.optimisation.lr_schedule == "cosine" and content["n_steps"] != settings.n_steps:
+        log.warning("the learning rate now falls to 0 at step %d, not %d", settings.n_steps, content["n_steps"])
+    if learner.step >= settings.n_steps:
+        raise InputError(f"{path} is at step {learner.step} already; --n_steps {settings.n_steps} leaves nothing to do")

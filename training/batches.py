@@ -1,0 +1,82 @@
+"""From images to the noisy ones that a network learns from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.config import Config
+from common.seeds import nth_seed
+from data.dataset import ImageDataset
+from diffusion import NoiseSchedule
+from diffusion.ddpm import training_target
+
+
+class Batch(NamedTuple):
+    """The rows of a batch that this process works on."""
+
+    x_t: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,) int64
+    y: Tensor | None  # (B,) int64
+    target: Tensor  # (B, C, H, W)
+
+
+class Draws:
+    """Random numbers for some rows of a batch. Drawn for all of them, so that they depend on the step alone."""
+
+    def __init__(self, seed: int, batch_size: int, part: slice, device: torch.device):
+        self.batch_size, self.part, self.device = batch_size, part, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def uniform(self) -> Tensor:
+        """(rows,) in [0, 1)."""
+        return torch.rand(self.batch_size, generator=self.generator, device=self.device)[self.part]
+
+    def below(self, limit: int) -> Tensor:
+        """(rows,) int64 in 0..limit - 1."""
+        return torch.randint(limit, (self.batch_size,), generator=self.generator, device=self.device)[self.part]
+
+    def normal(self, *shape: int) -> Tensor:
+        """(rows, *shape)."""
+        return torch.randn((self.batch_size, *shape), generator=self.generator, device=self.device)[self.part]
+
+
+class BatchMaker:
+    """Noises images. The batch of a step follows from the seed, the step and the images alone.
+
+    part: the rows of each batch that this process works on. label_dropout: how often the class is replaced by
+    "no class".
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: ImageDataset,
+        *,
+        seed: int,
+        batch_size: int,
+        part: slice,
+        device: torch.device,
+        random_flip: bool,
+        label_dropout: float,
+    ):
+        self.config, self.dataset = config, dataset
+        self.seed, self.batch_size, self.part, self.device = seed, batch_size, part, device
+        self.random_flip, self.label_dropout = random_flip, label_dropout
+        self.schedule = NoiseSchedule(**config.diffusion_params.schedule)
+
+    def __call__(self, step: int, images: Tensor, labels: Tensor) -> Batch:
+        """images, labels (B,): as the dataset gives them. step: optimiser steps done before."""
+        draws = Draws(nth_seed(self.seed, "training steps", step), self.batch_size, self.part, self.device)
+        mirrored = draws.uniform() < 0.5 if self.random_flip else None
+        x0 = self.dataset.to_x0(images.to(self.device, non_blocking=True), mirrored, draws.normal)
+        trained = self.config.trained_timesteps
+        t = trained[0] + draws.below(len(trained))
+        eps = draws.normal(*x0.shape[1:])
+        x_t = self.schedule.q_sample(x0, t, eps)
+        y = labels.to(self.device, non_blocking=True) if self.config.classes else None
+        if self.label_dropout:
+            y = torch.where(draws.uniform() < self.label_dropout, self.config.no_class, y)
+        return Batch(x_t, t, y, training_target(self.schedule, x0, x_t, t, eps, self.config.parametrization))

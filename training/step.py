@@ -1,0 +1,198 @@
+"""One optimiser step: loss, gradient, clipping, update, averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.distributed import total, world_size
+from training.batches import Batch
+from training.ema import Ema
+from training.losses import Objective
+from training.parallel import gradients_shared, in_pieces, like, spread, whole
+from training.settings import OptimisationSettings
+
+
+@dataclass
+class Counters:
+    """Sums over the steps of a run. Kept on the device: to read a number makes the device wait for the host."""
+
+    sums: dict[str, Tensor]  # of the losses since the last log, over the steps that were taken
+    summed_steps: Tensor  # so many
+    skipped_steps: Tensor  # since step 0
+    bad_in_row: Tensor  # steps that were not finite, one after the other
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Counters:
+        return cls({}, *(torch.zeros((), device=device) for _ in range(3)))
+
+    def begin_sums(self) -> None:
+        self.sums, self.summed_steps = {}, torch.zeros_like(self.summed_steps)
+
+    def add(self, losses: Mapping[str, Tensor], taken: Tensor, searching: Tensor) -> None:
+        """Take in a step. taken: 0-d bool. searching: 0-d bool, GradScaler is still looking for its scale."""
+        self.bad_in_row = torch.where(taken, 0, self.bad_in_row + ~searching)
+        self.skipped_steps = self.skipped_steps + ~taken
+        self.summed_steps = self.summed_steps + taken
+        for name, value in losses.items():
+            value = torch.where(taken, value, 0)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def means(self) -> dict[str, float]:
+        """Since the last log; nan where no step was taken."""
+        steps = float(self.summed_steps)
+        means = {name: float(value) / steps if steps else math.nan for name, value in self.sums.items()}
+        return means | {"skipped_steps": int(self.skipped_steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {name: int(getattr(self, name)) for name in ("summed_steps", "skipped_steps", "bad_in_row")}
+        return {"sums": self.sums, **counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        device = self.summed_steps.device
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        for name in ("summed_steps", "skipped_steps", "bad_in_row"):
+            getattr(self, name).fill_(state[name])
+
+
+class Learner:
+    """A network in training, with its optimiser, its averaged weights and the counters of the run.
+
+    network: on the CPU; the parameters that want gradients are trained. batch_size: of all processes together.
+    parts: each batch is worked off in so many.
+    max_bad_steps: no step is taken after so many that were not finite.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        settings: OptimisationSettings,
+        device: torch.device,
+        *,
+        batch_size: int,
+        parts: int = 1,
+        max_bad_steps: int = 10,
+        fsdp: bool = False,
+    ):
+        self.network, self.objective, self.settings, self.device = network, objective, settings, device
+        self.batch_size, self.parts, self.max_bad_steps = batch_size, parts, max_bad_steps
+        self.model = spread(network, device, fsdp)
+        # Previews call the network as it is: their batch is another.
+        self.forward = torch.compile(self.model, dynamic=False) if settings.compile else self.model
+        self.trained = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=device.type in ("cuda", "cpu"),
+        )
+        self.ema = Ema(network, settings.ema_decay) if settings.ema_decay else None
+        self.amp_dtype = getattr(torch, settings.amp_dtype)
+        in_fp16 = settings.use_amp and settings.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=in_fp16)
+        self.step = 0
+        self.counters = Counters.zero(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run goes on from. All processes must call it; tensors are whole on process 0."""
+        return {
+            "step": self.step,
+            "model": whole(self.network.state_dict()),
+            "ema": whole(self.ema.averages) if self.ema else None,
+            "optimizer": whole(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "counters": self.counters.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises LookupError, ValueError, RuntimeError, TypeError or AttributeError where it does not fit."""
+        here = self.network.state_dict()
+        self.network.load_state_dict({name: like(value, here[name]) for name, value in state["model"].items()})
+        if self.ema is not None:
+            self.ema.load(state["ema"])
+        fused = self.optimizer.defaults["fused"]
+        self.optimizer.load_state_dict(self._in_pieces(state["optimizer"]))
+        for group in self.optimizer.param_groups:  # the state is the checkpoint's, the settings are this run's
+            betas = (self.settings.beta1, self.settings.beta2)
+            group.update(betas=betas, weight_decay=self.settings.weight_decay, fused=fused)
+        self.scaler.load_state_dict(state["scaler"])
+        self.counters.load_state_dict(state["counters"])
+        self.step = state["step"]
+
+    def _in_pieces(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of an optimiser, each tensor in pieces if its parameter is."""
+        state = {
+            i: {name: like(value, self.trained[i]) for name, value in values.items()}
+            for i, values in optimizer["state"].items()
+        }
+        return {**optimizer, "state": state}
+
+
+def learning_rate(step: int, n_steps: int, settings: OptimisationSettings) -> float:
+    """Of the update after `step` finished ones of n_steps: linear warm-up, then constant or half a cosine to 0."""
+    if step < settings.num_warmup_steps:
+        return settings.lr * (step + 1) / settings.num_warmup_steps
+    if settings.lr_schedule == "constant":
+        return settings.lr
+    progress = (step - settings.num_warmup_steps) / max(1, n_steps - settings.num_warmup_steps)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def train_step(learner: Learner, batch: Batch, lr: float, asked: Tensor) -> Tensor:
+    """One optimiser step; it changes nothing if the loss or the gradient is not finite.
+
+    batch: this process's rows. asked: (K,), summed over the processes together with the losses; returned.
+    """
+    for group in learner.optimizer.param_groups:
+        group["lr"] = lr
+    losses, asked = backward(learner, batch, asked)
+    scale = learner.scaler.scale(torch.ones((), device=learner.device))
+    learner.scaler.unscale_(learner.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(learner.trained, learner.settings.max_grad_norm)
+    grad_norm = grad_norm.full_tensor() if in_pieces(grad_norm) else grad_norm
+
+    finite = losses["loss"].isfinite() & grad_norm.isfinite()
+    # After too many bad steps none is taken any more: a host that reads late finds the weights of the last good.
+    taken = finite & (learner.counters.bad_in_row < learner.max_bad_steps)
+    if learner.optimizer.defaults["fused"]:
+        learner.optimizer.found_inf = (~taken).float()  # read by the kernel, as GradScaler would have it
+        learner.optimizer.step()
+    elif taken:
+        learner.optimizer.step()
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.step += 1
+    if learner.ema is not None:
+        learner.ema.update(learner.step, taken)
+    # fp16 begins with a scale that overflows and lowers it: only at 1 an overflow is the training's fault.
+    searching = losses["loss"].isfinite() & (scale > 1)
+    learner.counters.add(losses | {"grad_norm": grad_norm}, taken, searching)
+    return asked
+
+
+def backward(learner: Learner, batch: Batch, asked: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of the batch's mean loss, over all processes. Returns the losses, and `asked` summed with them.
+
+    Rows weigh the same wherever they are: parts of a batch need not be of one size.
+    """
+    losses: dict[str, Tensor] = {}
+    for k in range(learner.parts):
+        rows = Batch(*(None if tensor is None else tensor.tensor_split(learner.parts)[k] for tensor in batch))
+        share = learner.batch_size / len(rows.t)  # so many of this size make a batch
+        with gradients_shared(learner.model, now=k == learner.parts - 1):
+            with torch.autocast(learner.device.type, learner.amp_dtype, enabled=learner.settings.use_amp):
+                found = learner.objective(learner.forward, *rows)
+            # Gradients are averaged over the processes, and wanted is their sum.
+            learner.scaler.scale(found["loss"] / (share / world_size())).backward()
+        for name, loss in found.items():
+            loss = loss.detach() / share
+            losses[name] = losses[name] + loss if name in losses else loss
+    summed = total(torch.cat([torch.stack(list(losses.values())), asked.to(learner.device, non_blocking=True)]))
+    return dict(zip(losses, summed, strict=False)), summed[len(losses) :]

@@ -40,6 +40,9 @@ class About:
     why: str = ""  # the result does not depend on it
     flag: bool = True  # False: set by the script, not by the command line
     group: str = ""  # of --help
+    parse: Callable[[str], Any] | None = None  # a value from the text of the command line, where it is of no plain type
+    positional: bool = False
+    metavar: str | None = None
 
 
 def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (RESULT,), why: str = "", **about: Any):
@@ -49,8 +52,9 @@ def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (
     included, or without `least` where `above` is given; of the items where the field is a tuple. choices: the
     strings that are allowed. exists: "file", "folder" or "path", which a path must name already. decides: RESULT,
     CONDITIONS (how long a run takes, where its data lie, how often it logs), both or neither. why: the reason, where
-    the result does not depend on the field. flag: False for a field that is not on the command line. group: of
-    --help.
+    the result does not depend on the field. flag: False for a field that is not on the command line. group, metavar:
+    of --help. parse: makes a value of the text on the command line, for types that are not plain. positional: the
+    values stand on the command line without the name.
     """
     if RESULT not in decides and not why:
         raise TypeError(f"a field without influence on the result must say why ({help!r})")
@@ -236,7 +240,8 @@ def add_options(parser: argparse._ActionsContainer, cls: type, *, partial: bool 
         if f.section:
             add_options(groups[name], f.section, partial=partial)
         else:
-            groups[name].add_argument(f"--{f.name}", **_argument(f, partial))
+            flag = f.name if f.about.positional else f"--{f.name}"
+            groups[name].add_argument(flag, **_argument(f, partial))
 
 
 def _argument(f: Field, partial: bool) -> dict[str, Any]:
@@ -245,16 +250,18 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
         values = f.default if f.many else (f.default,)
         text += f" (default {' '.join(map(str, values))})"
     about: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if f.about.metavar:
+        about["metavar"] = f.about.metavar
     if f.kinds == (bool,):
         plain_flag = f.default is False and not partial
         return about | {"action": "store_true" if plain_flag else argparse.BooleanOptionalAction}
-    if f.default is MISSING and not partial:
+    if f.default is MISSING and not partial and not f.about.positional:
         about["required"] = True
-    if f.many:
+    if f.many and not f.about.parse:
         about["nargs"] = "+"
     if f.about.choices:
         return about | {"choices": f.about.choices}
-    return about | {"type": parser_of(f)}
+    return about | {"type": f.about.parse or parser_of(f)}
 
 
 def parser_of(f: Field) -> Callable[[str], Any]:

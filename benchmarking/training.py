@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from training.options import add_training_options, check_training_options
+from torch import nn
 
 from benchmarking.measure import MatrixProduct, in_turns, peak_memory, ratio
 from benchmarking.settings import TrainingBenchmark
-from common.cli import Parser
 from data.dataset import InMemoryDataset, training_batches
 from models.early_exit import EarlyExitUViT
 from models.flops import early_exit_training_flops, uvit_flops
 from models.loading import Network
-from training.checkpoint import CheckpointFolder
-from training.loop import Trainer
-from training.setup import backbone_objective, early_exit_objective
+from training.batches import BatchMaker
+from training.losses import Objective, backbone_objective, early_exit_objective
+from training.settings import OptimisationSettings
+from training.step import Learner, train_step
 
 
 class RandomImages(InMemoryDataset):
@@ -39,44 +36,56 @@ def measure_training(
     settings: TrainingBenchmark, network: Network, precision: str, device: torch.device
 ) -> dict[str, Any]:
     """Times of whole optimiser steps: batch, forward, backward, optimiser, averaged weights."""
-    parser = Parser()
-    add_training_options(parser)
-    argv = ["--dataset", "digits", "--n_steps", "1000000", "--preview_steps", "0"]
-    argv += ["--batch_size", str(settings.batch_size), "--device", str(device)]
-    argv += ["--use_amp"] * (precision != "fp32") + ["--compile"] * settings.compile
-    argv += ["--amp_dtype", "float16" if precision == "fp16" else "bfloat16"]
-    options = check_training_options(parser, parser.parse_args(argv), argv)
-    module = network.module.requires_grad_(True)
-    if early_exit := isinstance(module, EarlyExitUViT):
-        module.uvit.requires_grad_(not settings.freeze_backbone)
-        objective = functools.partial(early_exit_objective, settings.freeze_backbone, False)
-        flops = early_exit_training_flops(module, settings.freeze_backbone)
-    else:
-        objective, flops = backbone_objective, 3 * uvit_flops(module)
+    module, size = network.module.requires_grad_(True), settings.batch_size
+    objective, flops = task_of(module, settings.freeze_backbone)
+    optimisation = OptimisationSettings(
+        use_amp=precision != "fp32",
+        amp_dtype="float16" if precision == "fp16" else "bfloat16",
+        compile=settings.compile,
+    )
     config = dataclasses.replace(network.config, dataset=None)
-    dataset = RandomImages(config.model_params.image_shape, max(512, settings.batch_size), len(config.classes))
+    dataset = RandomImages(config.model_params.image_shape, max(512, size), len(config.classes))
+    make_batch = BatchMaker(
+        config,
+        dataset,
+        seed=0,
+        batch_size=size,
+        part=slice(None),
+        device=device,
+        random_flip=dataset.random_flip,
+        label_dropout=0.0,
+    )
+    learner, asked = Learner(module, objective, optimisation, device, batch_size=size), torch.zeros(0)
+    module.train()
+    batches = training_batches(dataset, size, 0, 0, num_workers=0, pin_memory=device.type == "cuda")
+
+    def step() -> None:
+        train_step(learner, make_batch(learner.step, *next(batches)), optimisation.lr, asked)
+
     product = MatrixProduct(device, precision)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints = CheckpointFolder(Path(folder), "benchmark")
-        trainer = Trainer(options, config, module, objective, module, dataset, checkpoints, device)
-        module.train()
-        pin_memory = device.type == "cuda"
-        batches = training_batches(dataset, settings.batch_size, 0, 0, num_workers=0, pin_memory=pin_memory)
-        step = {"step": lambda: trainer.update(trainer.make_batch(*next(batches)))}
-        seconds = in_turns({"matrix product": product} | step, settings.rounds, device, settings.machine.quiet)
+    seconds = in_turns({"matrix product": product, "step": step}, settings.rounds, device, settings.machine.quiet)
     spent = seconds["step"]
     rate = [product.flops / s for s in seconds["matrix product"]]
+    early_exit = isinstance(module, EarlyExitUViT)
     return {
         "model": "early exit" if early_exit else "backbone",
         "frozen_backbone": early_exit and settings.freeze_backbone,
         "precision": precision,
         "compiled": settings.compile,
-        "batch_size": settings.batch_size,
+        "batch_size": size,
         "steps_per_second": 1 / statistics.median(spent),
-        "images_per_second": settings.batch_size / statistics.median(spent),
+        "images_per_second": size / statistics.median(spent),
         "flops_per_image": flops,
-        "flops_per_second": settings.batch_size * flops / statistics.median(spent),
+        "flops_per_second": size * flops / statistics.median(spent),
         "matrix_flops_per_second": statistics.median(rate),
-        "share_of_matrix_rate": ratio([settings.batch_size * flops / s for s in spent], rate),
+        "share_of_matrix_rate": ratio([size * flops / s for s in spent], rate),
         "peak_memory_bytes": peak_memory(device),
     }
+
+
+def task_of(module: nn.Module, freeze_backbone: bool) -> tuple[Objective, int]:
+    """The objective, and the operations of one image's training step."""
+    if isinstance(module, EarlyExitUViT):
+        module.uvit.requires_grad_(not freeze_backbone)
+        return early_exit_objective(freeze_backbone, False), early_exit_training_flops(module, freeze_backbone)
+    return backbone_objective, 3 * uvit_flops(module)

@@ -91,7 +91,7 @@ class LogSettings(Checked):
         least=1,
         most=10**6,
         decides=HOW,
-        why="as above",
+        why="saving changes no weight",
     )
     n_samples: int = option(16, "images in a preview", least=1, most=1024, decides=HOW, why="previews change no weight")
     preview_steps: int = option(

@@ -97,6 +97,7 @@ def plot_comparison(
     ):
         axis.imshow(strip, cmap="gray", vmin=0, vmax=255)
         axis.set_title(label, loc="left", fontsize=9, color=f"C{i % 10}", parse_math=False)
+        axis.set_anchor("W")
         axis.set_axis_off()
     _save(figure, path)
 

@@ -12,6 +12,7 @@ from common.cli import Parser
 from common.config import contradictions
 from common.errors import InputError, command
 from common.files import read_json, writable_folder, write_json
+from common.tables import on_terminal
 from common.tables import table as aligned
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 SAMPLES_SHOWN = 10
 CONFIDENCE = 0.95
 MEASURED = ("seconds_per_image", "network_flops_per_image")
-# Settings in which the seeds of one label may differ, beside paths: each seed may have networks of its own.
-OF_A_SEED = ("seed", "output_folder", "overwrite", "quiet", "schedule")
+# Settings in which the seeds of one label may differ, beside paths and what their time alone depends on: each seed may
+# have networks of its own.
+OF_A_SEED = ("seed", "output_folder", "overwrite", "quiet", "schedule", "device")
 
 
 class Run(NamedTuple):
@@ -33,6 +35,7 @@ class Run(NamedTuple):
     seed: int
     basis: dict[str, Any]  # what scores must share to be compared
     settings: dict[str, Any]  # what the seeds of one label must share beside
+    conditions: dict[str, Any]  # what times must share to be compared
 
 
 class Estimate(NamedTuple):
@@ -52,7 +55,7 @@ class Summary(NamedTuple):
     runs: list[Run]  # by seed
     score: Estimate
     difference: Estimate | None  # to the first label, seed by seed; None where the seeds are others
-    seconds_per_image: Estimate
+    seconds_per_image: Estimate | None  # None where the seeds were timed under unlike conditions
     flops_per_image: float
 
     @property
@@ -92,26 +95,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     runs = [read_run(label, folder, args.metric) for label, folder in args.runs]
     check_comparable(runs)
-    summaries = summarised(runs)
+    summaries, notes = summarised(runs), notes_on(runs)
     for path in (args.output, args.json):
         if path is not None:
             writable_folder(path.parent)
-    print(table(summaries, args.metric))
+    print("\n".join([table(summaries, args.metric), *map(on_terminal, notes)]))
 
-    from common.plots import plot_comparison
+    from common.plots import drawable, plot_comparison
 
     plot_comparison(
         args.output,
         [summary.label for summary in summaries],
-        [summary.seconds_per_image for summary in summaries],
+        [summary.seconds_per_image if timed_alike(summary, summaries[0]) else None for summary in summaries],
         bars(summaries),
         args.metric.upper(),
         [first_samples(summary.runs[0].folder) for summary in summaries],
-        about_bars(summaries[0].label) if paired(summaries) else "",
+        about_bars(drawable(summaries[0].label)) if paired(summaries) else "",
     )
     print(f"picture: {args.output}")
     if args.json:
-        write_json(args.json, numbers(summaries, args.metric))
+        write_json(args.json, numbers(summaries, args.metric) | {"notes": notes})
         print(f"numbers: {args.json}")
 
 
@@ -133,6 +136,8 @@ def about_bars(standard: str) -> str:
 
 
 def read_run(label: str, folder: Path, metric: str) -> Run:
+    from generation.record import CONDITIONS, recorded_conditions
+
     scored, sampled = folder / "report" / "metrics.json", folder / "report" / "statistics.json"
     if not sampled.exists():
         raise InputError(f"{sampled} is missing: make the samples with sampler.py or eesampler.py")
@@ -143,14 +148,14 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
         if not isinstance(scores.get(metric), int | float):
             raise InputError(f"{scored} has no {metric}; run fid.py with --metrics {metric}")
         basis = {key: scores[key] for key in ("n_samples", "reference", "feature_extractor")}
-        basis |= {key: statistics[key] for key in ("device", "threads")}
         values = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
         if not all(map(math.isfinite, values)) or values[1] <= 0:
             raise ValueError(f"{metric}, {', '.join(MEASURED)}: {values}")
         settings = dict(statistics["settings"])
         seed = int(settings["seed"])
-        shared = {key: value for key, value in settings.items() if key not in OF_A_SEED and "_path" not in key}
-        return Run(label, folder, *values, seed, basis, shared)
+        own = {*OF_A_SEED, *CONDITIONS}
+        shared = {key: value for key, value in settings.items() if key not in own and "_path" not in key}
+        return Run(label, folder, *values, seed, basis, shared, recorded_conditions(statistics))
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -210,11 +215,41 @@ def summarised(runs: Sequence[Run]) -> list[Summary]:
             estimate([run.score - ours.score for run, ours in zip(of_label, standard, strict=True)])
             if same_seeds
             else None,
-            estimate([run.seconds_per_image for run in of_label]),
+            estimate([run.seconds_per_image for run in of_label]) if one_clock(of_label) else None,
             sum(run.flops_per_image for run in of_label) / len(of_label),
         )
         for label, of_label in by_label.items()
     ]
+
+
+def one_clock(runs: Sequence[Run]) -> bool:
+    """Whether all were timed under the same conditions."""
+    return all(run.conditions == runs[0].conditions for run in runs)
+
+
+def timed_alike(summary: Summary, standard: Summary) -> bool:
+    return one_clock([*standard.runs, *summary.runs])
+
+
+def notes_on(runs: Sequence[Run]) -> list[str]:
+    """Lines on what times and scores do not share with the first run; none where all is alike."""
+    from generation.record import setting_differences
+
+    labels = list(dict.fromkeys(run.label for run in runs))
+    unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by what differs
+    for run in sorted(runs, key=lambda run: (labels.index(run.label), run.seed)):
+        if different := setting_differences(run.conditions, runs[0].conditions):
+            unlike.setdefault((run.label, "; ".join(different)), []).append(run.seed)
+    if not unlike:
+        return []
+    lines = [f"times are compared only under the conditions of {runs[0].label}"]
+    for (label, different), seeds in unlike.items():
+        all_seeds = len(seeds) == sum(run.label == label for run in runs)
+        some = "" if all_seeds else f" (seed {', '.join(map(str, seeds))})"
+        lines.append(f"{label}{some}: {different}")
+    if any(run.conditions["precision"] != runs[0].conditions["precision"] for run in runs):
+        lines.append("scores of unlike precision: samples of one seed differ; sample with --precision fp32 to compare")
+    return lines
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -229,12 +264,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def table(summaries: Sequence[Summary], metric: str) -> str:
-    """Score, time and cost of each label; the speed-up is that of the measured time against the first.
+    """Score, time and cost of each label; the speed-up is that of the measured time against the first, if comparable.
 
     Where there are several seeds: their number if it is not always the same, and the paired difference to the first.
     """
     standard = summaries[0]
     unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))
+    of_image = [summary.seconds_per_image for summary in summaries]
+    speed_ups = [speed_up(summary, standard) for summary in summaries]
     counts = sorted({len(summary.runs) for summary in summaries})
     columns = [
         ("run", [summary.label for summary in summaries]),
@@ -244,15 +281,15 @@ def table(summaries: Sequence[Summary], metric: str) -> str:
             f"minus {standard.label}",
             ["", *(f"{summary.difference:+}" for summary in summaries[1:])] if paired(summaries) else None,
         ),
-        ("s/image", [f"{summary.seconds_per_image.mean:.4f}" for summary in summaries]),
+        ("s/image", ["" if seconds is None else f"{seconds.mean:.4f}" for seconds in of_image]),
         (f"{name}/image", [f"{summary.flops_per_image / unit:.3g}" for summary in summaries]),
-        ("speed-up", [f"{speed_up(summary, standard):.2f}x" for summary in summaries]),
+        ("speed-up", ["" if ratio is None else f"{ratio:.2f}x" for ratio in speed_ups]),
     ]
     columns = [(header, cells) for header, cells in columns if cells is not None]
     text = aligned([header for header, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)), left=1)
     if counts[-1] > 1:
         seeds = f"{counts[0]} seeds" if len(counts) == 1 else "the seeds"
-        text += f"\nmeans over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)"
+        text += "\n" + on_terminal(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
     return text
 
 
@@ -270,7 +307,8 @@ def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
                 "scores": [run.score for run in summary.runs],
                 "score": summary.score._asdict(),
                 "difference": summary.difference and summary.difference._asdict(),
-                "seconds_per_image": summary.seconds_per_image._asdict(),
+                "conditions": [run.conditions for run in summary.runs],
+                "seconds_per_image": summary.seconds_per_image and summary.seconds_per_image._asdict(),
                 "flops_per_image": summary.flops_per_image,
                 "speed_up": speed_up(summary, summaries[0]),
             }
@@ -279,7 +317,10 @@ def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
     }
 
 
-def speed_up(summary: Summary, standard: Summary) -> float:
+def speed_up(summary: Summary, standard: Summary) -> float | None:
+    """Of the measured times; None where their conditions are unlike."""
+    if not timed_alike(summary, standard):
+        return None
     return standard.seconds_per_image.mean / summary.seconds_per_image.mean
 
 

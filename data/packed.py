@@ -117,7 +117,7 @@ def find_packed(
             raise InputError(f"{folder}: the packed dataset does not fit: {problem}")
         log.warning("%s is not used: %s", folder, problem)
         return None
-    log.info("using the packed dataset %s", folder)
+    log.warning("using the packed dataset %s", folder)
     module, cls = KINDS[manifest.kind]
     return getattr(importlib.import_module(module), cls)(folder, manifest, num_classes)
 

@@ -51,8 +51,9 @@ DECIDING_LATER = {
     **{"stages": None, "cache_interval": 1, "cache_outer": 1},
     **{"dataset": None, "n_images": CALIBRATION_IMAGES, "speedup": None, "budget": None},  # of --t_switch auto
 }
-# The options that decide how long they take: images made under others are not timed together.
-CONDITIONS = ("batch_size", "compile", "offload", "min_group")
+# The options that decide how long they take, and what they are of a script that has them not: images made under others
+# are not timed together.
+CONDITIONS = {"batch_size": None, "compile": False, "offload": False, "min_group": 1}
 
 ADVICE = "choose another --output_folder or give --overwrite"
 SAMPLE_NAME = re.compile(r"\d{6,}\.png")
@@ -102,6 +103,13 @@ def conditions_of(args: argparse.Namespace, device: torch.device) -> dict[str, A
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def recorded_conditions(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """All that two runs must share for their times to be compared, of a statistics.json."""
+    of_machine = dict.fromkeys(("device", "processes", "threads", "torch"), "unknown")
+    recorded = {name: statistics.get(name, plain) for name, plain in {**CONDITIONS, **of_machine}.items()}
+    return recorded | {"precision": statistics["settings"].get("precision", "unknown")}
 
 
 def samples_in(folder: Path) -> list[Path]:

@@ -476,11 +476,14 @@ class Experiment:
         return folder
 
     def compare(self, name: str, runs: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-        """The numbers of compare.py, and its picture."""
+        """The numbers of compare.py, and its picture. Raises InputError where times are not to be compared."""
         picture = self.work / f"{name}_{'_'.join(map(str, self.seeds))}.png"
         labelled = [f"{label}={folder}" for label, folder in runs]
         self.run("compare", *labelled, "--output", picture, "--json", picture.with_suffix(".json"))
-        return read_json(picture.with_suffix(".json")) | {"picture": str(picture)}
+        compared = read_json(picture.with_suffix(".json"))
+        if notes := compared.get("notes"):
+            raise InputError(f"{'; '.join(notes)}. Remove {self.run.path.parent} and measure all on one machine")
+        return compared | {"picture": str(picture)}
 
 
 def shallow_name(variant: str, seed: int, t_min: int) -> str:

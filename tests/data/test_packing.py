@@ -383,6 +383,14 @@ def test_used_only_where_it_fits(pictures, caplog):
     assert "crop fit, not halve" in caplog.text
 
 
+def test_a_run_says_that_it_takes_a_packed_copy(pictures, monkeypatch, capsys):
+    main(["--dataset=folder", f"--data_path={pictures}", "--img_size=16", "--quiet"])
+    capsys.readouterr()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a script: nothing but Python itself shows notes
+    open_dataset("folder", pictures, img_size=16, in_chans=3)
+    assert capsys.readouterr().err == f"using the packed dataset {pictures / 'packed' / 'folder_16_fit'}\n"
+
+
 def test_a_source_that_changed_is_read_again(celeba_folder, picture_of, caplog):
     root = celeba_folder.parent
     main(["--dataset=celeba", f"--data_path={root}", "--img_size=16", "--quiet"])

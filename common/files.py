@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -84,8 +85,24 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def check_regular(path: Path) -> None:
+    """Raises InputError for a folder, FIFO, device or socket in the place of a file: to open one may wait for ever.
+
+    A path that is not there passes. Links count as what they lead to.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, wanted a file")
+
+
 def read_json(path: Path) -> Any:
     """Raises InputError where the file is missing, no JSON, or has numbers in it that are not finite."""
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except OSError as error:
@@ -104,6 +121,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz. Raises InputError for a file that is none, that holds pickles or too much."""
     import numpy as np
 
+    check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if (size := sum(info.file_size for info in archive.infolist())) > MOST_ARRAY_BYTES:

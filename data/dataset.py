@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
 from common.images import from_uint8
+from data.workers import check_open_files
 
 
 class ImageDataset(Dataset, ABC):
@@ -77,6 +78,9 @@ class ImageDataset(Dataset, ABC):
         Broken images are zeros here, where `__getitems__` puts others in their place.
         """
         return self.__getitems__(indices)[0], {}
+
+    def check_rows(self, rows: np.ndarray) -> None:
+        """For packing: raises InputError where the first rows that were packed show that something is wrong."""
 
 
 class InMemoryDataset(ImageDataset):
@@ -139,6 +143,7 @@ def training_batches(
     if batch_size > len(dataset):
         raise InputError(f"--batch_size {batch_size} is more than the {len(dataset)} images of the dataset")
     wanted = len(range(batch_size)[part])
+    check_open_files(num_workers, FILES_PER_WORKER)
     per_message = _batches_per_message(dataset, wanted) if num_workers else 1
     loader = DataLoader(
         dataset,
@@ -152,6 +157,17 @@ def training_batches(
     return _apart(iter(loader), wanted)
 
 
+FIRST_FEW = 3  # files that are named one by one, where there may be thousands
+
+
+def some_of(left_out: Mapping[str, str]) -> str:
+    """ "755 files left out: a.png (why), b.png (why), c.png (why), ...", from names with reasons."""
+    named = [f"{name} ({why})" for name, why in itertools.islice(left_out.items(), FIRST_FEW)]
+    more = ["..."] if len(left_out) > FIRST_FEW else []
+    text = f"{len(left_out):,} file{'s' * (len(left_out) > 1)} left out: {', '.join(named + more)}"
+    return text.encode("utf-8", "backslashreplace").decode()  # not every name is UTF-8
+
+
 def check_labels(highest: int, num_classes: int, source: object) -> None:
     """Raises InputError if labels 0..highest do not fit a network of num_classes."""
     if 0 < num_classes <= highest:
@@ -162,6 +178,7 @@ def check_labels(highest: int, num_classes: int, source: object) -> None:
 # decoding, so several of those travel as one; and a tensor in it half of that, so labels go as an array.
 
 MESSAGE_BYTES, MOST_BATCHES = 2**23, 4
+FILES_PER_WORKER = 6  # open in the parent: four ends of pipes, and the memory of two messages on their way
 
 
 def _batches_per_message(dataset: ImageDataset, batch_size: int) -> int:
@@ -188,8 +205,13 @@ def _as_message(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, np.ndarray]:
 
 
 def _apart(messages: Iterator[tuple[Tensor, np.ndarray]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in messages:
-        yield from zip(images.split(batch_size), torch.from_numpy(labels).split(batch_size), strict=True)
+    try:
+        for images, labels in messages:
+            yield from zip(images.split(batch_size), torch.from_numpy(labels).split(batch_size), strict=True)
+    except (OSError, RuntimeError) as error:  # the loader's own comes with a worker's traceback
+        if "Too many open files" not in str(error):
+            raise
+        raise InputError("too many open files; raise their limit (ulimit -n), or give fewer --num_workers") from None
 
 
 def _obey_parent_alone(worker: int) -> None:

@@ -19,8 +19,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import InputError
+from common.files import check_regular
 from common.images import open_image
-from data.dataset import ImageDataset
+from data.dataset import FIRST_FEW, ImageDataset
 from data.transforms import to_square
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,11 @@ def image_names(folder: Path) -> Iterator[str]:
                 yield prefix + name
 
 
+def _as_bytes(line: str) -> bytes:
+    """In UTF-8, also where a name in it is not: Python holds the bytes of such a name as surrogates."""
+    return line.encode("utf-8", "surrogatepass")
+
+
 def lands_outside(member: str) -> bool:
     """Whether an archive's member, if it were extracted, would leave its folder."""
     windows = PureWindowsPath(member)  # takes / and \\ for separators
@@ -93,19 +99,20 @@ class FolderSource(Source):
         self.names = sorted(image_names(path))
 
     def open(self, name: str) -> io.BufferedIOBase:
+        check_regular(self.path / name)
         return (self.path / name).open("rb")
 
     def fingerprint(self, names: Sequence[str]) -> str:
         digest = hashlib.sha256()
         for name in names:
             about = (self.path / name).stat()
-            digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+            digest.update(_as_bytes(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n"))
         return digest.hexdigest()
 
     def contents(self, names: Sequence[str]) -> str:
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name}\0{(self.path / name).stat().st_size}\n".encode())
+            digest.update(_as_bytes(f"{name}\0{(self.path / name).stat().st_size}\n"))
         return digest.hexdigest()
 
 
@@ -145,7 +152,7 @@ class ZipSource(Source):
     def fingerprint(self, names: Sequence[str]) -> str:
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name}\0{self.infos[name].CRC}\n".encode())
+            digest.update(_as_bytes(f"{name}\0{self.infos[name].CRC}\n"))
         return digest.hexdigest()
 
 
@@ -195,8 +202,16 @@ class ImageFiles(ImageDataset):
                 return i, self.decode(i)
             except BROKEN as error:
                 self._broken.add(i)
-                log.warning("skipped %s in %s: %s", self.names[i], self.source.path, why_broken(error))
+                self._tell_of(i, error)
         raise InputError(f"{self.source.path}: no image can be read")
+
+    def _tell_of(self, index: int, error: Exception) -> None:
+        """Name the first broken files that this process meets; of thousands tell the number now and then."""
+        count = len(self._broken)
+        if count <= FIRST_FEW:
+            log.warning("skipped %s in %s: %s", self.names[index], self.source.path, why_broken(error))
+        elif count in (10, 100, 1000, 10_000, 100_000):
+            log.warning("skipped %d files in %s by now; python -m data.pack lists them all", count, self.source.path)
 
     def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
         images = torch.zeros(len(indices), self.in_chans, self.img_size, self.img_size, dtype=torch.uint8)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.config import check_types
 from common.errors import InputError
-from common.files import read_json
+from common.files import check_regular, read_json
 from data import DEFAULT_PATH
 from data.dataset import ImageDataset, check_labels
 from data.files import image_names
@@ -175,6 +175,7 @@ def block_checksums(path: Path) -> list[int]:
 
 
 def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
+    check_regular(path)
     try:
         labels = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy meets any bytes there are, and fails in any way there is

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
+from common.files import check_regular
 
 
 class RowsFile:
@@ -32,6 +33,7 @@ class RowsFile:
     @classmethod
     def of_npy(cls, path: Path) -> RowsFile:
         """Raises InputError for a file that is missing, no .npy, or shorter than its header says."""
+        check_regular(path)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy meets any bytes there are, and fails in any way there is
@@ -42,6 +44,12 @@ class RowsFile:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def close(self) -> None:
+        """Close the file, which the next read opens again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}

@@ -12,9 +12,7 @@ import inspect
 import io
 import json
 import math
-import pickle
 import shutil
-import tarfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -382,38 +380,6 @@ def test_packed_datasets(data, pictures, emptied):
     (begun / "journal.jsonl").write_bytes(data.draw(damaged(b'{"number": 0, "crc32": 1, "broken": {}}\n')))
     status = outcome(pack.main, [*argv, "--output", tmp_path / "begun"])
     assert (tmp_path / "begun").exists() == (status == 0)
-
-
-@given(data=st.data())
-def test_cifar10(data, emptied):
-    tmp_path = emptied()
-    folder = tmp_path / "data"
-    folder.mkdir()
-    batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
-    whole = pickle.dumps(batch, protocol=2)
-    if data.draw(st.booleans()):
-        # Pixels may be anything, so damage what is before and after them.
-        odd = data.draw(
-            st.sampled_from(
-                [data.draw(damaged(whole[:300])) + whole[300:], whole[:-60] + data.draw(damaged(whole[-60:]))]
-            )
-        )
-    else:
-        odd = pickle.dumps(data.draw(altered(batch)), protocol=2)
-    batches = {f"data_batch_{k}": odd if k == 3 else whole for k in range(1, 6)}
-    if data.draw(st.booleans()):
-        for name, content in batches.items():
-            (folder / name).write_bytes(content)
-    else:
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w:gz") as archive:
-            for name, content in batches.items():
-                info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-        (folder / "cifar-10-python.tar.gz").write_bytes(data.draw(damaged(file.getvalue())))
-    status = outcome(pack.main, ["--dataset", "cifar10", "--data_path", folder, "--img_size", 32, "--quiet"])
-    assert (folder / "packed").exists() == (status == 0)
 
 
 # Flags

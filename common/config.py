@@ -48,6 +48,7 @@ class UViTConfig:
     mlp_time_embed: bool = False
     num_classes: int = -1  # -1: unconditional
     normalize_timesteps: bool = False  # divide t by 1000 before embedding it
+    conv: bool = True  # a final 3 x 3 convolution; the public huge weights have none
 
     def __post_init__(self) -> None:
         limits = {"img_size": 4096, "patch_size": 4096, "in_chans": 256, "embed_dim": 16384, "depth": 999}
@@ -234,16 +235,21 @@ def carried_settings(config: Config) -> dict[str, Any]:
     settings = settings_of(config)
     if config.autoencoder is not None:
         settings["autoencoder"]["checkpoint_path"] = None
+    # A setting that came later is left out where it changes nothing: checkpoints made before it compare equal.
+    if settings["model_params"].get("conv"):
+        del settings["model_params"]["conv"]
     trained, last = config.trained_timesteps, config.diffusion_params.num_timesteps - 1
-    # An end that is the schedule's own is not said, as in the checkpoints of before, which knew no others.
     return settings | {"t_min": trained[0] or None, "t_max": None if trained[-1] == last else trained[-1]}
 
 
-def with_range(carried: Mapping[str, Any]) -> dict[str, Any]:
-    """Carried settings that say t_min and t_max: a network that names none was trained on every timestep."""
+def completed(carried: Mapping[str, Any]) -> dict[str, Any]:
+    """Carried settings with t_min, t_max and conv: a network that leaves them out was trained on every timestep, and
+    has a final convolution.
+    """
     num_timesteps = (carried.get("diffusion_params") or {}).get("num_timesteps") or DiffusionConfig.num_timesteps
     t_min, t_max = _range_of(carried.get("t_min"), carried.get("t_max"), num_timesteps)
-    return {**carried, "t_min": t_min, "t_max": t_max}
+    model_params = {"conv": UViTConfig.conv, **(carried.get("model_params") or {})}
+    return {**carried, "model_params": model_params, "t_min": t_min, "t_max": t_max}
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

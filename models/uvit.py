@@ -77,6 +77,11 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def final_convolution(config: UViTConfig) -> nn.Module:
+    """The last layer of an output head, (B, C, H, W) -> (B, C, H, W); with conv=False it does nothing."""
+    return nn.Conv2d(config.in_chans, config.in_chans, kernel_size=3, padding=1) if config.conv else nn.Identity()
+
+
 def patches_to_image(
     patches: Tensor, norm: nn.Module, decoder_pred: nn.Module, final_layer: nn.Module, in_chans: int
 ) -> Tensor:
@@ -120,7 +125,7 @@ class UViT(nn.Module):
 
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, config.patch_size**2 * config.in_chans)
-        self.final_layer = nn.Conv2d(config.in_chans, config.in_chans, kernel_size=3, padding=1)
+        self.final_layer = final_convolution(config)
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)

@@ -10,11 +10,19 @@ BLOCK = 2 * N * D * (3 * D + D + 8 * D) + 2 * 2 * N * N * D  # projections and M
 SKIP = 2 * N * 2 * D * D
 BLOCK_6, SKIP_6 = 2 * 6 * D * 12 * D + 4 * 6 * 6 * D, 2 * 6 * 2 * D * D  # with a token for the class
 EMBED = 2 * PATCHES * D * P2C
-HEAD = 2 * PATCHES * D * P2C + 2 * 9 * 64  # patches to pixels, then the 3 x 3 convolution
+CONV = 2 * 9 * 64  # 3 x 3 on 64 pixels of one channel
+HEAD = 2 * PATCHES * D * P2C + CONV  # patches to pixels, then the convolution
 
 
 def test_uvit_flops_are_those_of_its_products():
     assert uvit_flops(UViT(**TINY, depth=5)) == EMBED + 5 * BLOCK + 2 * SKIP + HEAD
+
+
+def test_without_the_convolution_they_are_fewer():
+    full, plain = (UViT(**TINY, depth=3, conv=conv) for conv in (True, False))
+    assert uvit_flops(full) - uvit_flops(plain) == uvit_flops(full, 1) - uvit_flops(plain, 1) == CONV
+    early = [early_exit_flops(EarlyExitUViT(uvit, "attention_probe")) for uvit in (full, plain)]
+    assert [a - b for a, b in zip(*early, strict=True)] == [CONV] * 4
 
 
 def test_around_the_middle_it_takes_the_outer_blocks_alone():

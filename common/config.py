@@ -48,20 +48,10 @@ class UViTConfig:
     mlp_time_embed: bool = False
     num_classes: int = -1  # -1: unconditional
     normalize_timesteps: bool = False  # divide t by 1000 before embedding it
+    conv: bool = True  # a final 3 x 3 convolution; the public huge weights have none
 
     def __post_init__(self) -> None:
-        limits = {"img_size": 4096, "patch_size": 4096, "in_chans": 256, "embed_dim": 16384, "depth": 999}
-        for name, most in (limits | {"num_heads": 1024}).items():
-            if not 1 <= getattr(self, name) <= most:
-                raise InputError(f"{name}={getattr(self, name)} is outside 1..{most}")
-        if self.img_size % self.patch_size:
-            raise InputError(f"img_size={self.img_size} is no multiple of patch_size={self.patch_size}")
-        if self.embed_dim % self.num_heads or self.embed_dim % 2:
-            raise InputError(f"embed_dim={self.embed_dim} must be even and a multiple of num_heads={self.num_heads}")
-        if not 0 < self.mlp_ratio <= 64:
-            raise InputError(f"mlp_ratio={self.mlp_ratio} is outside (0, 64]")
-        if self.num_classes != -1 and not 1 <= self.num_classes <= 1_000_000:
-            raise InputError(f"num_classes={self.num_classes}: give -1 (unconditional) or 1..1000000")
+        _check_transformer(self, side="img_size", channels="in_chans", width="embed_dim", of_width=2)
 
     @property
     def num_blocks(self) -> int:
@@ -70,6 +60,63 @@ class UViTConfig:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.in_chans, self.img_size, self.img_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """One DiT or SiT backbone. The fields are the arguments of DiT; the defaults are those of DiT-XL/2 at 256."""
+
+    input_size: int = 32  # side of the input, in pixels (latent cells with an autoencoder)
+    patch_size: int = 2  # side of a patch, same unit
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4
+    class_dropout_prob: float = 0.1  # more than 0: there is one more class, num_classes, that stands for none
+    num_classes: int = 1000  # without "no class"; -1: unconditional
+    learn_sigma: bool = False  # the weights make a variance too, which is dropped; False takes weights of either kind
+
+    def __post_init__(self) -> None:
+        _check_transformer(self, side="input_size", channels="in_channels", width="hidden_size", of_width=4)
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise InputError(f"class_dropout_prob={self.class_dropout_prob} is outside [0, 1]")
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.input_size, self.input_size
+
+    @property
+    def no_class(self) -> int | None:
+        """The class that stands for none, where the network has one."""
+        return self.num_classes if self.num_classes > 0 and self.class_dropout_prob else None
+
+    @property
+    def num_labels(self) -> int:
+        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
+        return max(0, self.num_classes) + (self.no_class is not None)
+
+
+def _check_transformer(config: UViTConfig | DiTConfig, *, side: str, channels: str, width: str, of_width: int) -> None:
+    """Raises InputError for values out of range. side, channels, width: the fields of these. of_width: divides it."""
+    limits = {side: 4096, "patch_size": 4096, channels: 256, width: 16384, "depth": 999, "num_heads": 1024}
+    for name, most in limits.items():
+        if not 1 <= getattr(config, name) <= most:
+            raise InputError(f"{name}={getattr(config, name)} is outside 1..{most}")
+    if getattr(config, side) % config.patch_size:
+        raise InputError(f"{side}={getattr(config, side)} is no multiple of patch_size={config.patch_size}")
+    if getattr(config, width) % config.num_heads or getattr(config, width) % of_width:
+        raise InputError(
+            f"{width}={getattr(config, width)} must be a multiple of {of_width} and of num_heads={config.num_heads}"
+        )
+    if not 0 < config.mlp_ratio <= 64:
+        raise InputError(f"mlp_ratio={config.mlp_ratio} is outside (0, 64]")
+    if config.num_classes != -1 and not 1 <= config.num_classes <= 1_000_000:
+        raise InputError(f"num_classes={config.num_classes}: give -1 (unconditional) or 1..1000000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,16 +281,21 @@ def carried_settings(config: Config) -> dict[str, Any]:
     settings = settings_of(config)
     if config.autoencoder is not None:
         settings["autoencoder"]["checkpoint_path"] = None
+    # A setting that came later is left out where it changes nothing: checkpoints made before it compare equal.
+    if settings["model_params"].get("conv"):
+        del settings["model_params"]["conv"]
     trained, last = config.trained_timesteps, config.diffusion_params.num_timesteps - 1
-    # An end that is the schedule's own is not said, as in the checkpoints of before, which knew no others.
     return settings | {"t_min": trained[0] or None, "t_max": None if trained[-1] == last else trained[-1]}
 
 
-def with_range(carried: Mapping[str, Any]) -> dict[str, Any]:
-    """Carried settings that say t_min and t_max: a network that names none was trained on every timestep."""
+def completed(carried: Mapping[str, Any]) -> dict[str, Any]:
+    """Carried settings with t_min, t_max and conv: a network that leaves them out was trained on every timestep, and
+    has a final convolution.
+    """
     num_timesteps = (carried.get("diffusion_params") or {}).get("num_timesteps") or DiffusionConfig.num_timesteps
     t_min, t_max = _range_of(carried.get("t_min"), carried.get("t_max"), num_timesteps)
-    return {**carried, "t_min": t_min, "t_max": t_max}
+    model_params = {"conv": UViTConfig.conv, **(carried.get("model_params") or {})}
+    return {**carried, "model_params": model_params, "t_min": t_min, "t_max": t_max}
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

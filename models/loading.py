@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from common.config import Config, build_config, contradictions, merge, read_yaml, settings_of, with_range
+from common.config import Config, build_config, completed, contradictions, merge, read_yaml, settings_of
 from common.errors import InputError
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
@@ -70,7 +70,7 @@ def load_network(
             raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
         settings = merge({"model": model}, stated)
     else:
-        if different := contradictions(with_range(read.settings), stated):
+        if different := contradictions(completed(read.settings), stated):
             raise InputError(
                 f"{path} differs from --config_path or the flags in {', '.join(different)}; "
                 "it carries its own settings, so those can be left out"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.config import Config, check_types
 from common.errors import InputError
+from models.dit import DiT, without_variance
 from models.early_exit import EarlyExitUViT, MlpProbes
 from models.pickles import check_pickles, check_sums
 
@@ -35,11 +36,11 @@ class Weights(NamedTuple):
 
 
 def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> None:
-    """Load a file into a UViT or EarlyExitUViT.
+    """Load a file into a UViT, DiT or EarlyExitUViT.
 
-    Reads .safetensors and .pth: this project's checkpoints, plain U-ViT state dicts such as the public
-    ones, the original DuoDiff authors' checkpoints, and names prefixed by wrappers. Only tensors and
-    plain values are unpickled.
+    Reads .safetensors and .pth: this project's checkpoints, plain state dicts such as the public ones, the
+    original DuoDiff authors' checkpoints, and names prefixed by wrappers. Only tensors and plain values are
+    unpickled. A DiT that makes no variance takes the weights of one that learned to.
 
     weights: "ema" (where the file has them) or "raw", of this project's checkpoints.
     Raises InputError for a file that is missing, damaged or does not fit the model; the model is then
@@ -143,6 +144,8 @@ def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | 
     given = {WRAPPERS.sub("", key): value for key, value in state_dict.items()}
     if isinstance(model, EarlyExitUViT):
         given = _from_original_names(given, model)
+    if isinstance(model, DiT):
+        given = without_variance(given, model.config)
     wanted = model.state_dict()
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     shapes = [

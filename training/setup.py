@@ -21,10 +21,11 @@ from common.config import (
     Config,
     build_config,
     carried_settings,
+    check_types,
+    completed,
     contradictions,
     merge,
     settings_of,
-    with_range,
 )
 from common.devices import check_compiler
 from common.distributed import main_first, on_main
@@ -272,10 +273,11 @@ def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:
     """Give the trainer the state of a checkpoint; raises InputError where other settings would change the result."""
     # A new run may be of other timesteps than what it starts from.
     described = settings_of(trainer.config) | {"t_min": None, "t_max": None}
-    obstacles, others = contradictions(content["config"], described), []
+    recorded = completed(check_types(Config, content["config"], str(path)))
+    obstacles, others = contradictions(recorded, described), []
     if same_run := trainer.args.resume or path.parent.samefile(trainer.checkpoints.folder):
         obstacles = [
-            *differences(with_range(content["config"]), with_range(carried_settings(trainer.config))),
+            *differences(recorded, completed(carried_settings(trainer.config))),
             *differences(LATER | content["options"], trainer.options()),
             *data_differences(content.get("data", {}), trainer.data),
         ]

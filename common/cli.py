@@ -102,6 +102,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         ("qkv_bias", "bias in the attention's projections"),
         ("mlp_time_embed", "an MLP on the timestep embedding"),
         ("normalize_timesteps", "give the network t / 1000"),
+        ("conv", "a final 3 x 3 convolution"),
     ):
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
     group.add_argument(

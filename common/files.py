@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -82,6 +83,21 @@ def _umask() -> int:
 def write_json(path: Path, content: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_regular(path: Path) -> None:
+    """Raises InputError for a folder, FIFO, device or socket in the place of a file: to open one may wait for ever.
+
+    A path that is not there passes. Links count as what they lead to.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, wanted a file")
 
 
 def read_json(path: Path) -> Any:

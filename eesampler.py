@@ -45,12 +45,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from generation.exits import ExitRecorder
     from generation.run import SamplingRun, guide, settle_speed
     from models.inference import EarlyExitTracer
-    from models.loading import check_range, load_network, stated_settings
+    from models.loading import check_range, described_by, load_network, stated_settings
 
     with joined_processes(args.device) as device:
         settle_speed(args, device)
         stated = stated_settings(args.config_path, network_settings(args))
-        network = load_network(args.checkpoint_path, stated, model="deediff_uvit", weights=args.weights, device=device)
+        network = load_network(
+            *(args.checkpoint_path, stated),
+            described=described_by(args.config_path),
+            model="deediff_uvit",
+            weights=args.weights,
+            device=device,
+        )
         run = SamplingRun(args, [network], network.config, device)
         if not args.allow_outside_range:
             check_range(network, run.timesteps, "give --allow_outside_range to let it")

@@ -80,6 +80,10 @@ def measure_predictions(
                 for k, of_network in enumerate(predicted):
                     if of_network is not None:
                         error[k, s, rows] = mean_square(of_network - eps)
+                        if not np.isfinite(error[k, s, rows]).all():
+                            raise InputError(
+                                f"network {k + 1} predicts noise that is not finite at t = {t}; try --precision fp32"
+                            )
                         distance[k, s, rows] = mean_square(of_network - predicted[-1])
                 bar.update()
     return Predictions(error, distance, x0[0].numel())

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from common.errors import InputError
+from common.files import check_regular
 
 MODELS = ("uvit", "deediff_uvit")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
@@ -24,7 +25,7 @@ SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 MOST_YAML_BYTES = 2**20
-BETA_SCHEDULES = ("linear", "scaled_linear")
+BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp")
 CLASSIFIER_TYPES = (
     "attention_probe",
     "mlp_probe_per_layer",
@@ -123,8 +124,12 @@ def _check_transformer(config: UViTConfig | DiTConfig, *, side: str, channels: s
 class DiffusionConfig:
     """The noise schedule, and how a network is told where on it an image is: the keys of `diffusion_params`.
 
-    The network's time input is time_scale * (t + time_shift). The public U-ViT weights expect 0.999 (t + 1)
-    or t + 1.
+    beta_schedule: betas linear, or linear in their square root (scaled_linear), from beta_start to beta_end; or those
+    between T points of the continuous VP process (continuous_vp), whose beta rises from T beta_start to T beta_end in
+    time 0..1.
+
+    The network's time input is time_scale * (t + time_shift), see `diffusion.time_input`. The public U-ViT weights
+    expect 0.999 (t + 1), which is 999 times the continuous time, or t + 1.
     """
 
     num_timesteps: int = 1000
@@ -216,6 +221,18 @@ class Config:
         """The class that stands for none, where the network has one."""
         return len(self.classes) if self.classes and len(self.classes) == self.model_params.num_classes - 1 else None
 
+    @property
+    def conventions(self) -> str:
+        """For people: the noise schedule, and what the network is told of t."""
+        diffusion, normalize = self.diffusion_params, self.model_params.normalize_timesteps
+        scale, shift = diffusion.time_scale, diffusion.time_shift
+        told = f"t {'-' if shift < 0 else '+'} {abs(shift):g}" if shift else "t"
+        if shift and (scale != 1 or normalize):
+            told = f"({told})"
+        told = f"{'' if scale == 1 else f'{scale:g} '}{told}{' / 1000' if normalize else ''}"
+        betas = f"{diffusion.beta_schedule} betas {diffusion.beta_start:g}..{diffusion.beta_end:g}"
+        return f"{betas}, time input {told} for t = 0..{diffusion.num_timesteps - 1}"
+
 
 def _range_of(t_min: int | None, t_max: int | None, num_timesteps: int) -> tuple[int, int]:
     return t_min or 0, num_timesteps - 1 if t_max is None else t_max
@@ -226,21 +243,68 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise InputError(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
+# What YAML 1.1 takes for a number and means another one by than most who write it: 1:30 is 90 there, and 010 is 8.
+AMBIGUOUS_NUMBER = re.compile(r".*:.*|[-+]?0[\d_]+")
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values, each written out: aliases of aliases of aliases could fill the memory from a few lines."""
+    """Plain values, each written out: aliases of aliases of aliases could fill the memory from a few lines.
+
+    A key that is given twice is an error, and numbers that YAML 1.1 reads in an unexpected way are text.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases (*) are not taken", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        for key in (key for key in keys if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {shown(key.value)} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.Node) -> int | str:
+        text = self.construct_scalar(node)
+        return text if AMBIGUOUS_NUMBER.fullmatch(text) else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.Node) -> float | str:
+        text = self.construct_scalar(node)
+        return text if AMBIGUOUS_NUMBER.fullmatch(text) else super().construct_yaml_float(node)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_yaml_float)
+
+# Where the original authors' files have a setting, and its place here.
+ORIGINAL_PLACES = {
+    ("model_params", "classifier_type"): (None, "classifier_type"),
+    ("autoencoder", "autoencoder_checkpoint_path"): ("autoencoder", "checkpoint_path"),
+}
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings a YAML file gives, as nested dicts; sections and keys are checked, defaults not filled in.
 
-    Raises InputError for a file that is no YAML mapping, a key nobody reads or a value of the wrong type.
+    The original authors' files are read too. Raises InputError for a file that is no YAML mapping, a key nobody reads
+    or a value of the wrong type.
     """
-    return check_types(Config, read_mapping(path, "model_params", dict), str(path))
+    given = read_mapping(path, "model_params", dict)
+    for (section, key), (own_section, own_key) in ORIGINAL_PLACES.items():
+        if isinstance(given.get(section), dict) and key in given[section]:
+            value = given[section].pop(key)
+            own = given if own_section is None else given[own_section]
+            if own.get(own_key) is None:
+                own[own_key] = value
+            elif value not in (None, own[own_key]):
+                raise InputError(
+                    f"{path}: {section}.{key} {shown(value)} contradicts {own_key} {shown(own[own_key])}; leave one out"
+                )
+    return check_types(Config, given, str(path))
 
 
 def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
@@ -248,6 +312,7 @@ def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
 
     Raises InputError for a file that is none.
     """
+    check_regular(path)
     try:
         if (size := path.stat().st_size) > MOST_YAML_BYTES:
             raise InputError(f"{path}: {size:,} bytes, at most {MOST_YAML_BYTES:,} are taken")
@@ -266,7 +331,7 @@ def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
 def build_config(settings: Mapping[str, Any], where: str) -> Config:
     """A complete Config from nested settings; what they leave out takes its default.
 
-    where: named in the message when something required is missing.
+    where: named in the InputError where something required is missing, or a value does not do.
     """
     return build(Config, settings, where)
 
@@ -374,16 +439,22 @@ def _check_type(value: Any, wanted: Any, where: str) -> Any:
 
 
 def build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls`, and of those in it, from nested settings; None there means not given."""
+    """An instance of the dataclass `cls`, and of those in it, from nested settings; None there means not given.
+
+    where: begins the message of the InputError for a key nobody reads, a value of the wrong type or out of range.
+    """
     settings = check_types(cls, {key: value for key, value in settings.items() if value is not None}, where)
     hints = get_type_hints(cls)
     for name, value in settings.items():
         for section in filter(dataclasses.is_dataclass, (hints[name], *get_args(hints[name]))):
             if isinstance(value, Mapping):
-                settings[name] = build(section, value, where)
+                settings[name] = build(section, value, f"{where}: {name}")
             elif isinstance(value, list):
                 settings[name] = [build(section, item, f"{where}: {name} {n}") for n, item in enumerate(value, 1)]
     required = [f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in settings]:
         raise InputError(f"{where}: {', '.join(missing)} not given")
-    return cls(**settings)
+    try:
+        return cls(**settings)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

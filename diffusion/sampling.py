@@ -113,6 +113,35 @@ def random_classes(choices: Sequence[int], seed: int, indices: Sequence[int]) ->
     return torch.tensor([choices[pick] for pick in picks])
 
 
+class FiniteWatch:
+    """Ends a run whose numbers are not finite any more. Such a number stays, and would become a black pixel.
+
+    To know at once the host would have to wait for the accelerator at each step. It asks after many of them instead,
+    and at the end, when the images are wanted anyway: `settle` must be called then.
+    """
+
+    EVERY = 100  # calls
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[int, Tensor]] = []  # t, and on the device 0 where all was finite, else NaN
+
+    def __call__(self, t: int, values: Tensor) -> None:
+        """values: of any shape, met at t."""
+        self.marks.append((t, (values * 0).sum()))
+        if len(self.marks) == self.EVERY:
+            self.settle()
+
+    def settle(self) -> None:
+        """Raises InputError, which names the first t, if something was not finite since the last time."""
+        spoiled = torch.stack([mark for _, mark in self.marks]).isnan().tolist() if self.marks else []
+        if True in spoiled:
+            raise InputError(
+                f"not finite from t = {self.marks[spoiled.index(True)][0]} on; try --precision fp32, or a --solver "
+                "and --steps that are known to do"
+            )
+        self.marks.clear()
+
+
 @torch.inference_mode()
 def sample(
     denoiser: Denoiser,
@@ -122,12 +151,13 @@ def sample(
     image_shape: tuple[int, int, int],
     y: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
+    watch: FiniteWatch | None = None,
 ) -> Tensor:
     """Generate images: (B, C, H, W), nominally in [-1, 1], not clipped.
 
     timesteps: falling; the last one leads to the clean image. noise: called with image_shape (C, H, W),
     gives (B, C, H, W); it makes the start and what the solver draws. on_step: called before each step
-    with t and x_t.
+    with t and x_t. watch: sees what each step makes; the caller settles it.
     """
     which = denoiser.index if isinstance(denoiser, SwitchingDenoiser) else lambda t: 0
     solver.begin(timesteps)
@@ -138,5 +168,8 @@ def sample(
         if (chosen := which(t)) != network:
             network = chosen
             solver.forget()
-        x_t = solver.step(denoiser(x_t, t, y), x_t, t, s, lambda: noise(*image_shape))
+        output = denoiser(x_t, t, y)
+        x_t = solver.step(output, x_t, t, s, lambda: noise(*image_shape))
+        if watch is not None:
+            watch(t, output if solver.clip_x0 else x_t)  # clipping makes of an infinite number one that looks well
     return x_t

@@ -27,7 +27,7 @@ from common.files import write_json
 from common.images import enlarge, read_png, save_grid, save_png, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
-from diffusion.sampling import Denoiser, SeededNoise, SwitchingDenoiser, guided, random_classes, sample
+from diffusion.sampling import Denoiser, FiniteWatch, SeededNoise, SwitchingDenoiser, guided, random_classes, sample
 from diffusion.solvers import make_solver, spaced_timesteps
 from generation.record import Batch, RunRecord, conditions_of, deciding_settings, samples_in
 from models.autoencoder import image_maker
@@ -172,7 +172,8 @@ class SamplingRun:
     def _make(
         self, denoiser: Denoiser, indices: range, bar: tqdm, of_batch: Callable[[], dict[str, np.ndarray]]
     ) -> Batch:
-        """Make and save a batch."""
+        """Make and save a batch. Raises InputError, and saves none of it, where it is not all finite."""
+        batch = f"samples {indices[0]}..{indices[-1]}"
         frames: dict[int, Tensor] = {}
 
         def on_step(t: int, x_t: Tensor) -> None:
@@ -182,19 +183,36 @@ class SamplingRun:
 
         sampling, decoding, saving = (Stopwatch(self.device) for _ in range(3))
         with sampling:
-            x0 = self._sample(denoiser, indices, on_step)
+            watch = FiniteWatch()
+            try:
+                x0 = self._sample(denoiser, indices, on_step, watch)
+                watch.settle()
+            except InputError as error:
+                raise InputError(f"{batch}: {error}") from None
         with decoding:
-            images = to_uint8(self.to_images(x0))
+            images = self.to_images(x0)
+            if not images.isfinite().all():
+                raise InputError(
+                    f"{batch}: what the autoencoder decodes after t = {self.timesteps[-1]} is not finite; is it the "
+                    "one of these latents?"
+                )
+            images = to_uint8(images)
         with saving:
             checksums = [self._save(images, self.record.paths(indices))]
             checksums += [self._save(frames[t], self.record.paths(indices, t)) for t in self.record.frames]
         seconds = np.array([sampling.seconds, decoding.seconds, saving.seconds])
         return Batch(indices, np.array(checksums, np.uint32), seconds, self.conditions, of_batch())
 
-    def _sample(self, denoiser: Denoiser, indices: Sequence[int], on_step: Callable[[int, Tensor], None]) -> Tensor:
+    def _sample(
+        self,
+        denoiser: Denoiser,
+        indices: Sequence[int],
+        on_step: Callable[[int, Tensor], None],
+        watch: FiniteWatch,
+    ) -> Tensor:
         noise = SeededNoise([nth_seed(self.args.seed, "samples", i) for i in indices], self.device)
         shape = self.config.model_params.image_shape
-        return sample(denoiser, self.solver, self.timesteps, noise, shape, self._classes(indices), on_step)
+        return sample(denoiser, self.solver, self.timesteps, noise, shape, self._classes(indices), on_step, watch)
 
     @staticmethod
     def _save(images: Tensor, paths: Sequence[Path]) -> list[int]:

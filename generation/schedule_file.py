@@ -91,10 +91,7 @@ def read_schedule(path: Path) -> ScheduleFile:
     follow each other, and files that are not there.
     """
     given = read_mapping(path, "stages", list)
-    try:
-        schedule = build(ScheduleFile, given, str(path))
-    except InputError as error:
-        raise InputError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from None
+    schedule = build(ScheduleFile, given, str(path))
     stages = []
     for n, stage in enumerate(schedule.stages, 1):
         paths = {name: getattr(stage, name) for name in ("checkpoint_path", "config_path")}

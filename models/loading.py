@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from common.config import Config, build_config, completed, contradictions, merge
 from common.errors import InputError
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
-from models.weights import Weights, check_fit, fill, read_weights
+from models.weights import Weights, check_fit, read_weights
+
+log = logging.getLogger(__name__)
 
 SCRIPTS = {"uvit": "sampler.py", "deediff_uvit": "eesampler.py"}
 
@@ -48,35 +51,39 @@ def stated_settings(config_path: Path | None, given: Mapping[str, Any]) -> dict[
     return merge(read_yaml(config_path) if config_path else {}, given)
 
 
+def described_by(config_path: Path | None) -> str:
+    """Who states the settings, for messages."""
+    return str(config_path or "the flags (see also --config_path)")
+
+
 def load_network(
     path: Path,
     stated: Mapping[str, Any],
     *,
     model: str | None,
+    described: str = "the flags",
     weights: str = "ema",
     device: torch.device | str = "cpu",
 ) -> Network:
     """Build and load the network of a checkpoint, or of bare weights with settings.
 
-    stated: settings from `stated_settings`; needed for bare weights only. model: the kind that is wanted,
-    "uvit" or "deediff_uvit", None for either (bare weights are then a uvit's). Raises InputError where the file does
-    not fit, or contradicts what is stated.
+    stated: settings from `stated_settings`; needed for bare weights only. described: who states them. model: the kind
+    that is wanted, "uvit" or "deediff_uvit", None for either (bare weights are then a uvit's). Raises InputError where
+    the file does not fit, or contradicts what is stated.
     """
     read = read_weights(path, weights)
-    if weights == "raw" and read.kind == "ema":
-        raise InputError(f"{path} holds averaged weights alone; leave --weights raw out")
     if read.settings is None:
         if (stated.get("model_params") or {}).get("img_size") is None:
             raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
-        settings = merge({"model": model}, stated)
+        config = build_config(merge({"model": model}, stated), described)
     else:
         if different := contradictions(completed(read.settings), stated):
             raise InputError(
                 f"{path} differs from --config_path or the flags in {', '.join(different)}; "
                 "it carries its own settings, so those can be left out"
             )
-        settings = merge(stated, read.settings)
-    return _loaded(path, read, build_config(settings, str(path)), model, device)
+        config = build_config(merge(stated, read.settings), str(path))
+    return _loaded(path, read, config, model, described, weights, device)
 
 
 def load_together(
@@ -92,7 +99,13 @@ def load_together(
     of all of them. Raises InputError unless every one fits the last.
     """
     networks = [
-        load_network(path, stated_settings(config_path, given), model="uvit", weights=weights, device=device)
+        load_network(
+            *(path, stated_settings(config_path, given)),
+            model="uvit",
+            described=described_by(config_path),
+            weights=weights,
+            device=device,
+        )
         for path, config_path in files
     ]
     for network in networks[:-1]:
@@ -111,16 +124,40 @@ def load_relative(path: Path, config: Config, device: torch.device | str = "cpu"
     if settings is None:
         half = len({match[1] for name in read.state_dict if (match := re.search(r"\bin_blocks\.(\d+)\.", name))})
         settings = merge(settings_of(config), {"model_params": {"depth": 2 * half + 1}})
-    return _loaded(path, read, build_config(settings, str(path)), "uvit", device)
+    config = build_config(settings, str(path))
+    return _loaded(path, read, config, "uvit", "the network that learns from it", "ema", device)
 
 
-def _loaded(path: Path, read: Weights, config: Config, model: str | None, device: torch.device | str) -> Network:
+def load_described(network: nn.Module, config: Config, path: Path, described: str) -> None:
+    """Load a file into a network of `build_network` that `described` describes. Raises InputError as `load_weights`."""
+    read = read_weights(path)
+    network.load_state_dict(check_fit(network, read, path).state_dict)
+    _note_description(path, read, config, described)
+
+
+def _note_description(path: Path, read: Weights, config: Config, described: str) -> None:
+    """Nothing in bare weights contradicts another time input or schedule than they were trained with: say which."""
+    if read.settings is None:
+        log.warning("%s carries no description; taken from %s: %s", path, described, config.conventions)
+
+
+def _loaded(
+    path: Path,
+    read: Weights,
+    config: Config,
+    model: str | None,
+    described: str,
+    weights: str,
+    device: torch.device | str,
+) -> Network:
     if model not in (None, config.model):
         raise InputError(f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it")
     with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
-        check_fit(build_network(config), read.state_dict, path)
+        shapes = build_network(config)
+    read = check_fit(shapes, read, path, weights)
     network = build_network(config)
-    fill(network, read.state_dict, path)
+    network.load_state_dict(read.state_dict)
+    _note_description(path, read, config, described)
     network.requires_grad_(False).eval().to(device)
     return Network(network, config, read.kind, read.step, path)
 

@@ -259,7 +259,7 @@ def test_from_the_public_weights_to_duodiff(walk):
     said = printed_by(walk, "sampler.py", "out/public_duodiff")
     assert "shallow ran 2 timesteps, full ran 2 timesteps" in said  # 999, 749; 499, 249
     carried = torch.load("logs/shallow_public/celeba_uvit_last.pth", weights_only=True)["config"]
-    assert carried["crop"] == "uvit128" and carried["diffusion_params"]["time_scale"] == 0.999
+    assert carried["crop"] == "uvit128" and carried["diffusion_params"]["beta_schedule"] == "continuous_vp"
 
 
 def test_where_to_switch(walk):
@@ -312,20 +312,24 @@ def test_what_the_demo_prints_can_be_pasted(tmp_path):
     assert called("-c", "\n".join(pasted))[1] == by_the_demo
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+OF_THE_PAPER = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.endswith("_public"))
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda path: path.stem)
 def test_configs_describe_networks(path):
+    """Those of public weights: tests/test_public_weights.py."""
     settings = read_yaml(path)
     model = "deediff_uvit" if path.stem.startswith("deediff") else "uvit"
     config = build_config(settings | {"model": model}, str(path))
     params = config.model_params
-    name, _, blocks = path.stem.removesuffix("_public").partition("_")[2].partition("_")
+    name, _, blocks = path.stem.partition("_")[2].partition("_")
     full = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21, "digits": 7, "emoji16": 7}[name]
     assert params.num_blocks == int(blocks or full)
     assert (params.mlp_ratio, params.qkv_bias) == (4, False)
     if name not in ("digits", "emoji16"):
         width, heads = {"imagenet64": (768, 12), "imagenet256": (1024, 16)}.get(name, (512, 8))
         assert (params.embed_dim, params.num_heads, params.mlp_time_embed) == (width, heads, False)
-        assert params.normalize_timesteps == (name in ("celeba", "cifar10") and "public" not in path.stem)
+        assert params.normalize_timesteps == (name in ("celeba", "cifar10"))
         assert params.num_classes == {"imagenet64": 1000, "imagenet256": 1001}.get(name, -1)
         shapes = {"celeba": (64, 4, 3), "cifar10": (32, 2, 3), "imagenet64": (64, 4, 3), "imagenet256": (32, 2, 4)}
         assert (params.img_size, params.patch_size, params.in_chans) == shapes[name]

@@ -25,7 +25,7 @@ from common.config import Config, check_types
 from common.errors import InputError, command
 from common.files import lock, replacing
 from models.pickles import check_pickles
-from models.weights import FORMAT, read_pth, read_weights
+from models.weights import FORMAT, check_numbers, read_pth, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 f"{path}: its training state is not one of this project's ({name} is {content[name]!r:.60})"
             )
     check_types(Config, content["config"], str(path))
+    check_weights(content, path)
     return content
+
+
+def check_weights(content: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError where the weights to go on from, or their averages, are not finite."""
+    for name in ("model", "ema"):
+        check_numbers(content[name] or {}, path, name)
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -184,6 +191,7 @@ def export(source: Path, target: Path, weights: str) -> str:
         raise InputError(f"{source} carries no description of its network; only checkpoints of this project do")
     if read.kind != weights:
         raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
+    check_numbers(read.state_dict, source)
     about = {"format": "pt", "config": json.dumps(read.settings), "weights": read.kind, "step": str(read.step)}
     with replacing(target) as temporary:
         save_file({name: value.contiguous() for name, value in read.state_dict.items()}, temporary, about)

@@ -38,14 +38,15 @@ from models.early_exit import EarlyExitUViT, ExitOutputs
 from models.loading import (
     build_network,
     check_range,
+    load_described,
     load_network,
     load_relative,
     stated_settings,
     task_differences,
 )
 from models.warm_start import warm_start
-from models.weights import FORMAT, fill, read_pth, read_weights
-from training.checkpoint import CheckpointFolder, read_checkpoint
+from models.weights import FORMAT, read_pth
+from training.checkpoint import CheckpointFolder, check_weights, read_checkpoint
 from training.loop import Objective, Trainer
 from training.losses import early_exit_losses, total_early_exit_loss
 from training.settings import LATER, data_differences, differences
@@ -79,7 +80,8 @@ def early_exit_trainer(args: argparse.Namespace, device: torch.device) -> Traine
     if args.load_backbone:
         # Heads may learn from other data than the backbone did, with a crop of its own, and at other timesteps.
         own = ("dataset", "crop", "t_min", "t_max")
-        backbone = load_network(args.load_backbone, settings | dict.fromkeys(own), model="uvit")
+        here = settings | dict.fromkeys(own)
+        backbone = load_network(args.load_backbone, here, model="uvit", described=described(args))
         same_data = backbone.config.dataset in (None, args.dataset)
         inherited = settings_of(backbone.config) | ({} if same_data else {"crop": None})
         settings = merge(inherited, {name: settings.get(name) for name in own})
@@ -212,7 +214,7 @@ def _trainer(
     on_main(functools.partial(make_folder, checkpoints))
 
     if content is not None and content.get("format") != FORMAT:
-        fill(network, read_weights(start).state_dict, start)
+        load_described(network, config, start, described(args))
     (network.uvit if isinstance(network, EarlyExitUViT) else network).grad_checkpointing = args.grad_checkpointing
     trainer = Trainer(args, config, network, objective, preview, dataset, checkpoints, device)
     if content is not None and content.get("format") == FORMAT:
@@ -266,7 +268,10 @@ def read_start(path: Path, resume: bool) -> Mapping[str, Any]:
     """What the file to go on from holds; empty for one that can only be bare weights."""
     if resume:
         return read_checkpoint(path)
-    return {} if path.suffix == ".safetensors" else read_pth(path)
+    content = {} if path.suffix == ".safetensors" else read_pth(path)
+    if content.get("format") == FORMAT:
+        check_weights(content, path)
+    return content
 
 
 def go_on(trainer: Trainer, path: Path, content: Mapping[str, Any]) -> None:

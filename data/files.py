@@ -6,20 +6,17 @@ import hashlib
 import io
 import logging
 import os
-import struct
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import InputError
-from common.images import open_image
+from common.image_files import BrokenImage, decoding, read_image
 from data.dataset import ImageDataset
 from data.transforms import to_square
 
@@ -27,18 +24,6 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MOST_FILE_BYTES = 2**28  # of an image in an archive
-# What Pillow and zipfile raise on files that are cut short, no image at all, or unreasonably large.
-BROKEN = (
-    *(OSError, ValueError, SyntaxError, EOFError, struct.error, zipfile.BadZipFile, zlib.error),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-)
-
-
-def why_broken(error: Exception) -> str:
-    """What to say of a file that raised one of BROKEN; the same words every time."""
-    if isinstance(error, UnidentifiedImageError):  # its own words hold an address in memory
-        return "not readable as an image"
-    return f"the image is broken ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 class Source(ABC):
@@ -48,7 +33,8 @@ class Source(ABC):
     names: list[str]  # of everything named like an image, sorted, with / between folders
 
     @abstractmethod
-    def open(self, name: str) -> io.BufferedIOBase: ...
+    def open(self, name: str) -> io.BufferedIOBase:
+        """Raises BrokenImage where an archive's member is damaged, OSError where the disk or the permissions fail."""
 
     @abstractmethod
     def fingerprint(self, names: Sequence[str]) -> str:
@@ -136,11 +122,9 @@ class ZipSource(Source):
 
     def open(self, name: str) -> io.BufferedIOBase:
         if self.infos[name].file_size > MOST_FILE_BYTES:
-            raise zipfile.BadZipFile(f"{self.infos[name].file_size:,} bytes when unpacked")
-        try:  # all of it at once, so that the checksum is checked
+            raise BrokenImage(f"the image is broken ({self.infos[name].file_size:,} bytes when unpacked)")
+        with decoding():  # all of it at once, so that the checksum is checked
             return io.BytesIO(self.archive.read(name))
-        except RuntimeError as error:  # encrypted, or compressed in a way that is not known
-            raise zipfile.BadZipFile(str(error)) from None
 
     def fingerprint(self, names: Sequence[str]) -> str:
         digest = hashlib.sha256()
@@ -193,9 +177,9 @@ class ImageFiles(ImageDataset):
                 continue
             try:
                 return i, self.decode(i)
-            except BROKEN as error:
+            except (BrokenImage, OSError) as error:
                 self._broken.add(i)
-                log.warning("skipped %s in %s: %s", self.names[i], self.source.path, why_broken(error))
+                log.warning("skipped %s in %s: %s", self.names[i], self.source.path, error)
         raise InputError(f"{self.source.path}: no image can be read")
 
     def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
@@ -204,15 +188,15 @@ class ImageFiles(ImageDataset):
         for row, index in enumerate(indices):
             try:
                 images[row] = self.decode(index)
-            except BROKEN as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the disk or the permissions fail, not the image
-                broken[index] = why_broken(error)
+            except BrokenImage as error:
+                broken[index] = str(error)
         return images, broken
 
     def decode(self, index: int) -> Tensor:
-        """uint8 (C, H, W). Raises one of BROKEN for a file that is no whole image."""
-        with self.source.open(self.names[index]) as file, open_image(file) as image:
+        """uint8 (C, H, W). Raises BrokenImage, also for an image that does not suit the crop."""
+        with self.source.open(self.names[index]) as file:
+            image = read_image(file)
+        with decoding():
             return to_square(image, self.crop, self.img_size, self.in_chans)
 
     def describe(self) -> dict[str, Any]:

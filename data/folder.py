@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from common.errors import InputError
-from common.images import open_image
+from common.image_files import BrokenImage, in_chans_of
 from data.dataset import check_labels
-from data.files import BROKEN, SUFFIXES, FolderSource, ImageFiles, why_broken
+from data.files import SUFFIXES, FolderSource, ImageFiles
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class ImageFolder(ImageFiles):
     def _unreadable(path: Path) -> str | None:
         """Why the header is not that of an image; the pixels are met when they are needed."""
         try:
-            with open_image(path):
-                return None
-        except BROKEN as error:
-            log.warning("skipped %s: %s", path, why_broken(error))
-            return why_broken(error)
+            in_chans_of(path)
+        except (BrokenImage, OSError) as error:
+            log.warning("skipped %s: %s", path, error)
+            return str(error)
+        return None

@@ -10,6 +10,7 @@ from torch import Tensor
 from common.images import to_tensor
 
 Resampling = Image.Resampling
+MOST_ENLARGED = 32  # length over width of what `halve` enlarges
 
 
 def none(image: Image.Image, size: int) -> Image.Image:
@@ -44,10 +45,21 @@ def halve(image: Image.Image, size: int) -> Image.Image:
     leaves enough, then bicubic to the size, then the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    if min(image.size) < size:
+        image = _middle(image, MOST_ENLARGED * min(image.size))
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _middle(image: Image.Image, most: int) -> Image.Image:
+    """What is left when pixels are cut off both ends of a strip, as many off either, until at most `most` + 1 stay.
+
+    A whole strip, enlarged, can take gigabytes, and its ends would be cut off afterwards.
+    """
+    left, top = (max(0, side - most) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
@@ -60,9 +72,5 @@ CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def to_square(image: Image.Image, crop: str, size: int, in_chans: int) -> Tensor:
-    """uint8 (in_chans, size, size); upright, and with what is transparent turned white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("P", "PA", "LA", "RGBA"):
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return to_tensor(CROPS[crop](image.convert("RGB"), size), in_chans)
+    """uint8 (in_chans, size, size) of an image of mode L or RGB."""
+    return to_tensor(CROPS[crop](image, size), in_chans)

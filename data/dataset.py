@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import signal
@@ -20,6 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
 from common.images import from_uint8
+
+log = logging.getLogger(__name__)
+
+NAMED = 10  # broken files, in a warning about all of them
 
 
 class ImageDataset(Dataset, ABC):
@@ -77,6 +82,19 @@ class ImageDataset(Dataset, ABC):
         Broken images are zeros here, where `__getitems__` puts others in their place.
         """
         return self.__getitems__(indices)[0], {}
+
+    def name_of(self, index: int) -> str:
+        """The file of an image, or its number where images are no files of their own."""
+        names = getattr(self, "names", None)
+        return names[index] if names else str(index)
+
+
+def say_left_out(left_out: Mapping[str, str], source: object) -> None:
+    """Warn that broken files are left out, in one line that names the first of them. left_out: by name, and why."""
+    if left_out:
+        first = "; ".join(f"{name}: {why}" for name, why in itertools.islice(left_out.items(), NAMED))
+        more = "; ..." if len(left_out) > NAMED else ""
+        log.warning("%s: %d broken, left out (%s%s)", source, len(left_out), first, more)
 
 
 class InMemoryDataset(ImageDataset):

@@ -48,6 +48,7 @@ class Source(ABC):
 def image_names(folder: Path) -> Iterator[str]:
     """What is named like an image below a folder, with / between folders, in no order; nothing hidden.
 
+    The pictures in the report of a folder of samples are none of its images.
     Links to folders are followed, to each folder once: they may lead in a circle.
     """
     seen = set()
@@ -57,12 +58,16 @@ def image_names(folder: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((about.st_dev, about.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_report(Path(path) / name)]
         within = Path(path).relative_to(folder).as_posix()
         prefix = "" if within == "." else f"{within}/"
         for name in files:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):  # noqa: PTH122
                 yield prefix + name
+
+
+def _is_report(folder: Path) -> bool:
+    return folder.name == "report" and any((folder / f"{name}.json").exists() for name in ("run", "statistics"))
 
 
 def lands_outside(member: str) -> bool:

@@ -46,19 +46,20 @@ def halve(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     if min(image.size) < size:
-        image = _middle(image, MOST_ENLARGED * min(image.size))
+        image = _middle(image)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def _middle(image: Image.Image, most: int) -> Image.Image:
-    """What is left when pixels are cut off both ends of a strip, as many off either, until at most `most` + 1 stay.
+def _middle(image: Image.Image) -> Image.Image:
+    """A strip without its ends, which `halve` cuts off in any case: all of it, enlarged, can take gigabytes.
 
-    A whole strip, enlarged, can take gigabytes, and its ends would be cut off afterwards.
+    Whole squares are taken off, as many from either end. Enlarged they are whole pixels, so the middle does not move.
     """
-    left, top = (max(0, side - most) // 2 for side in image.size)
+    short = min(image.size)
+    left, top = (max(0, side // short - MOST_ENLARGED) // 2 * short for side in image.size)
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 

@@ -173,8 +173,10 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _opaque_of_16_bits(pixels: np.ndarray, mode: str, key: int | tuple[int, ...] | None) -> Image.Image:
-    """pixels: (H, W), (H, W, 3), CMYK, or with alpha: (H, W, 2), (H, W, 4). Rounded once, at the end."""
+    """pixels: (H, W), (H, W, 3), of CMYK or RGBX, or with alpha: (H, W, 2), (H, W, 4). Rounded once, at the end."""
     pixels = pixels.astype(np.uint64)
+    if mode == "RGBX":  # as some releases of Pillow call colours beside an unused channel
+        pixels = pixels[..., :3]
     if pixels.shape[2:] == (2,) or mode == "RGBA":
         alpha = pixels[..., -1:]
         pixels = pixels[..., :-1] * alpha + MOST_OF_16_BITS * (MOST_OF_16_BITS - alpha)

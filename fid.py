@@ -32,7 +32,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=existing_path,
         help="score against a folder of images, or an .npz with mu and sigma, or with images in arr_0",
     )
-    parser.add_argument("--n_reference", type=whole(2), help="only so many real images, evenly spaced; all if not said")
+    parser.add_argument(
+        "--n_reference",
+        type=whole(2),
+        help="only so many real images, evenly spaced, less those that are broken; all if not said",
+    )
     parser.add_argument("--metrics", type=metrics, default=("fid",), metavar="fid,kid,is,prc", help="comma-separated")
     parser.add_argument(
         "--feature_extractor",

@@ -77,7 +77,8 @@ class ImageDataset(Dataset, ABC):
         return x0 if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
 
     def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
-        """For packing: images (B, C, H, W) in the order of their indices, and why some of them are broken.
+        """For what counts images (packing, scores, calibration): images (B, C, H, W) in the order of their indices,
+        and why some of them are broken.
 
         Broken images are zeros here, where `__getitems__` puts others in their place.
         """

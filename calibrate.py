@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibration = calibrate(args, networks, device)
     save(args.output, calibration, files, args)
     sampling = f"{args.solver}, {len(calibration.steps.timesteps)} steps"
-    print(f"{args.n_images} images of {args.dataset}, {sampling}, calls in {args.precision} on {device_name(device)}")
+    n_images = calibration.predictions.error.shape[-1]
+    print(f"{n_images} images of {args.dataset}, {sampling}, calls in {args.precision} on {device_name(device)}")
     print(as_table(calibration))
     print(in_words(calibration))
     if args.verify:

@@ -163,7 +163,7 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
 
 
 def first_samples(folder: Path) -> np.ndarray:
-    """The first samples beside each other, uint8 (H, W) or (H, W, 3)."""
+    """The first samples beside each other, uint8 (H, W, 3)."""
     import numpy as np
     from PIL import Image
 
@@ -171,7 +171,7 @@ def first_samples(folder: Path) -> np.ndarray:
 
     images = []
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
-        image = FinishedImages.open(path)
+        image = FinishedImages.open(path).convert("RGB")
         larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
         images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
     if not images:

@@ -1,4 +1,4 @@
-"""Score a folder of samples against real images: FID, and KID, Inception score, precision and recall."""
+"""Score samples against real images: FID, and KID, Inception score, precision and recall."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ METRICS = ("fid", "kid", "is", "prc")
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--samples_path", type=existing_path, required=True, help="folder of images, as sampler.py writes it"
+        "--samples_path",
+        type=existing_path,
+        required=True,
+        help="folder of images, as sampler.py writes it, or an .npz with arr_0, uint8 (N, H, W, 3), whose scores go to "
+        "<name>_report/ beside it",
     )
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="score against its whole training set")
     parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
@@ -26,9 +30,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reference",
         type=existing_path,
-        help="score against a folder of images, or an .npz with mu and sigma",
+        help="score against a folder of images, or an .npz with mu and sigma, or with images in arr_0",
     )
-    parser.add_argument("--n_reference", type=whole(2), help="only so many real images, evenly spaced; all if not said")
+    parser.add_argument(
+        "--n_reference",
+        type=whole(2),
+        help="only so many real images, evenly spaced, less those that are broken; all if not said",
+    )
     parser.add_argument("--metrics", type=metrics, default=("fid",), metavar="fid,kid,is,prc", help="comma-separated")
     parser.add_argument(
         "--feature_extractor",
@@ -48,8 +56,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_common_options(parser)
     args = parser.parse_args(argv)
 
-    if not args.samples_path.is_dir():
-        parser.error(f"--samples_path {args.samples_path}: is no folder")
+    if not args.samples_path.is_dir() and args.samples_path.suffix != ".npz":
+        parser.error(f"--samples_path {args.samples_path}: wanted a folder of images, or an .npz")
+    if args.save_stats and args.save_stats.is_dir():
+        parser.error(
+            f"--save_stats {args.save_stats}: is a folder; name a file, such as {args.save_stats / 'stats.npz'}"
+        )
+    if args.save_stats and args.save_stats.exists():
+        for name in ("samples_path", "reference"):
+            if (path := getattr(args, name)) and path.samefile(args.save_stats):
+                parser.error(f"--save_stats {args.save_stats}: would replace --{name}; name another file")
     if (args.dataset is None) == (args.reference is None) and not (args.save_stats and args.dataset is None):
         parser.error("give --dataset or --reference, one of them, to score against")
     for name in ("data_path", "crop", "download"):
@@ -62,10 +78,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("--feature_extractor_weights belongs to --feature_extractor inception")
         if "is" in args.metrics:
             parser.error("--metrics is: the Inception score needs --feature_extractor inception")
-    if args.reference and args.reference.is_file() and {"kid", "prc"} & set(args.metrics):
-        parser.error("--metrics kid, prc: need real images, not statistics; give --dataset or a folder")
-    if args.n_reference and args.reference and args.reference.is_file():
-        parser.error("--n_reference: the statistics in a file cannot be cut down")
     return args
 
 

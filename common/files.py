@@ -11,7 +11,7 @@ import re
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,20 +117,35 @@ def _finite(text: str) -> float:
     return value
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz. Raises InputError for a file that is none, that holds pickles or too much."""
+def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, or those of the names that are there; others are not read, and may be of any size.
+
+    Raises InputError for a file that is none, that holds pickles or too much.
+    """
     import numpy as np
 
     check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            if (size := sum(info.file_size for info in archive.infolist())) > MOST_ARRAY_BYTES:
+            wanted = [
+                info for info in archive.infolist() if names is None or info.filename.removesuffix(".npy") in names
+            ]
+            if (size := sum(info.file_size for info in wanted)) > MOST_ARRAY_BYTES:
                 raise ValueError(f"{size:,} bytes when unpacked, {MOST_ARRAY_BYTES:,} at most are taken")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in file.files if names is None or name in names}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # zipfile and numpy meet any bytes there are, and fail in any way there is
+        raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
+
+
+def array_names(path: Path) -> list[str]:
+    """Of the arrays in an .npz, none of which is read. Raises InputError for a file that is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except Exception as error:  # zipfile meets any bytes there are, and fails in any way there is
         raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
 
 

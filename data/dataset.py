@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import signal
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.errors import InputError
 from common.images import from_uint8
 from data.workers import check_open_files
+
+log = logging.getLogger(__name__)
 
 
 class ImageDataset(Dataset, ABC):
@@ -73,7 +76,8 @@ class ImageDataset(Dataset, ABC):
         return x0 if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
 
     def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
-        """For packing: images (B, C, H, W) in the order of their indices, and why some of them are broken.
+        """For what counts images (packing, scores, calibration): images (B, C, H, W) in the order of their indices,
+        and why some of them are broken.
 
         Broken images are zeros here, where `__getitems__` puts others in their place.
         """
@@ -81,6 +85,11 @@ class ImageDataset(Dataset, ABC):
 
     def check_rows(self, rows: np.ndarray) -> None:
         """For packing: raises InputError where the first rows that were packed show that something is wrong."""
+
+    def name_of(self, index: int) -> str:
+        """The file of an image, or its number where images are no files of their own."""
+        names = getattr(self, "names", None)
+        return names[index] if names else str(index)
 
 
 class InMemoryDataset(ImageDataset):
@@ -166,6 +175,12 @@ def some_of(left_out: Mapping[str, str]) -> str:
     more = ["..."] if len(left_out) > FIRST_FEW else []
     text = f"{len(left_out):,} file{'s' * (len(left_out) > 1)} left out: {', '.join(named + more)}"
     return text.encode("utf-8", "backslashreplace").decode()  # not every name is UTF-8
+
+
+def say_left_out(left_out: Mapping[str, str], source: object) -> None:
+    """Warn that files are left out, in one line. left_out: by name, and why."""
+    if left_out:
+        log.warning("%s: %s", source, some_of(left_out))
 
 
 def check_labels(highest: int, num_classes: int, source: object) -> None:

@@ -212,7 +212,6 @@ class _Work:
             labels_sha256 = hashlib.sha256(labels).hexdigest()
             with replacing(self.partial / LABELS) as temporary:
                 np.save(temporary, labels, allow_pickle=False)
-        names = getattr(dataset, "names", None)
         manifest = Manifest(
             format=FORMAT,
             kind=dataset.kind,
@@ -220,7 +219,7 @@ class _Work:
             source_state=state_of(source),
             shape=[int(keep.sum()), *self.rows.shape[1:]],
             random_flip=dataset.random_flip,
-            left_out={**dataset.left_out, **{names[i] if names else str(i): why for i, why in broken.items()}},
+            left_out={**dataset.left_out, **{dataset.name_of(i): why for i, why in broken.items()}},
             images_sha256=_sha256(path, quiet),
             labels_sha256=labels_sha256,
             blocks_crc32=block_checksums(path),

@@ -116,7 +116,10 @@ def extract_all(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> tuple
     if parts is None:
         return None, None
     rounds = itertools.zip_longest(*parts)  # each process had every world_size()-th batch
-    features, logits = zip(*(batch for batch in itertools.chain.from_iterable(rounds) if batch), strict=True)
+    batches = [batch for batch in itertools.chain.from_iterable(rounds) if batch]
+    if not batches:
+        raise InputError("no image can be read, so there is nothing to score")
+    features, logits = zip(*batches, strict=True)
     return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 
 

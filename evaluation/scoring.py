@@ -48,6 +48,7 @@ def score(
     real = reference.statistics(extractor, batch_size, quiet) if "fid" in chosen else None
     if chosen & {"kid", "prc"}:
         real_features, _ = extract_all(extractor, reference.batches(batch_size, quiet))
+    reference.account()
     if not is_main():
         return {}
 
@@ -122,11 +123,11 @@ def precision_recall(samples: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def write_scores(samples: Samples, reference: Reference, extractor: FeatureExtractor, scores: dict[str, float]) -> Path:
-    """Write <samples_path>/report/metrics.json: the scores, and what they depend on."""
+    """Write metrics.json into the samples' report: the scores, and what they depend on."""
     path = writable_folder(samples.report) / "metrics.json"
     content = scores | {
         "n_samples": len(samples.images),
-        "samples": str(samples.images.folder),
+        "samples": str(samples.images.path),
         "reference": reference.about,
         "feature_extractor": extractor.describe(),
         "run": {key: samples.run.get(key) for key in ("backbones", "settings")},

@@ -226,6 +226,17 @@ def test_compare(scored, run_quietly):
     assert Image.open(picture).size[0] > 300
 
 
+def test_the_strip_of_samples_of_many_kinds(tmp_path):
+    """Grey beside colour, 16 bits and alpha, as every other reader sees them."""
+    Image.new("L", (8, 8), 50).save(tmp_path / "000000.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "000001.png")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "000002.png")
+    Image.frombytes("I;16", (8, 8), np.full(64, 257 * 9, "<u2").tobytes()).save(tmp_path / "000003.png")
+    strip = compare.first_samples(tmp_path)
+    assert strip.shape == (64, 4 * 64, 3)
+    assert strip[32, 32::64].tolist() == [[50] * 3, [255] * 3, [1, 2, 3], [9] * 3]
+
+
 def sampled_and_scored(folder, score, seconds, seed, **settings):
     """The least that compare.py wants of a run."""
     (folder / "report").mkdir(parents=True)

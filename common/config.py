@@ -7,6 +7,7 @@ that reading options stays quick.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import types
 from collections.abc import Mapping
@@ -24,6 +25,11 @@ SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 MOST_YAML_BYTES = 2**20
+# The largest value of each setting, wherever it is given.
+MOST = {
+    **{"img_size": 4096, "patch_size": 4096, "in_chans": 256, "embed_dim": 16384, "depth": 999, "num_heads": 1024},
+    **{"mlp_ratio": 64, "num_classes": 1_000_000, "num_timesteps": 100_000},
+}
 BETA_SCHEDULES = ("linear", "scaled_linear")
 CLASSIFIER_TYPES = (
     "attention_probe",
@@ -50,18 +56,17 @@ class UViTConfig:
     normalize_timesteps: bool = False  # divide t by 1000 before embedding it
 
     def __post_init__(self) -> None:
-        limits = {"img_size": 4096, "patch_size": 4096, "in_chans": 256, "embed_dim": 16384, "depth": 999}
-        for name, most in (limits | {"num_heads": 1024}).items():
-            if not 1 <= getattr(self, name) <= most:
-                raise InputError(f"{name}={getattr(self, name)} is outside 1..{most}")
+        for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+            if not 1 <= getattr(self, name) <= MOST[name]:
+                raise InputError(f"{name}={getattr(self, name)} is outside 1..{MOST[name]}")
         if self.img_size % self.patch_size:
             raise InputError(f"img_size={self.img_size} is no multiple of patch_size={self.patch_size}")
         if self.embed_dim % self.num_heads or self.embed_dim % 2:
             raise InputError(f"embed_dim={self.embed_dim} must be even and a multiple of num_heads={self.num_heads}")
-        if not 0 < self.mlp_ratio <= 64:
-            raise InputError(f"mlp_ratio={self.mlp_ratio} is outside (0, 64]")
-        if self.num_classes != -1 and not 1 <= self.num_classes <= 1_000_000:
-            raise InputError(f"num_classes={self.num_classes}: give -1 (unconditional) or 1..1000000")
+        if not 0 < self.mlp_ratio <= MOST["mlp_ratio"]:
+            raise InputError(f"mlp_ratio={self.mlp_ratio} is outside (0, {MOST['mlp_ratio']}]")
+        if self.num_classes != -1 and not 1 <= self.num_classes <= MOST["num_classes"]:
+            raise InputError(f"num_classes={self.num_classes}: give -1 (unconditional) or 1..{MOST['num_classes']}")
 
     @property
     def num_blocks(self) -> int:
@@ -89,8 +94,8 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        if not 1 <= self.num_timesteps <= 100_000:
-            raise InputError(f"num_timesteps={self.num_timesteps} is outside 1..100000")
+        if not 1 <= self.num_timesteps <= MOST["num_timesteps"]:
+            raise InputError(f"num_timesteps={self.num_timesteps} is outside 1..{MOST['num_timesteps']}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted 0 < start <= end < 1")
         if not 0 < self.time_scale <= 1000 or abs(self.time_shift) > 1000:
@@ -275,11 +280,12 @@ def contradictions(
             if before // 2 != now // 2:
                 found.append(f"{prefix}{key} ({before} and {now})")
         elif before != now:
-            found.append(f"{prefix}{key} ({before} and {now})")
+            found.append(f"{prefix}{key} ({in_words(before)} and {in_words(now)})")
     return found
 
 
 T = TypeVar("T")
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path", list: "a list"}
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 
 
@@ -298,7 +304,23 @@ def shown(value: object) -> str:
         return f"{value!r:.80}"
     if isinstance(value, int) and value.bit_length() > 256:
         return "a huge number"
-    return f"{value!r:.80}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
+    if value is None:
+        return "none"
+    if isinstance(value, int | float):
+        return f"{value!r:.80}"
+    return "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+
+
+def in_words(value: object) -> str:
+    """A setting's value for a message, without the marks of Python's lists, mappings and texts; not long."""
+
+    def bare(item: object) -> str:
+        return item[:80] if isinstance(item, str) else shown(item)
+
+    if isinstance(value, Mapping):
+        value = [f"{key} {bare(item)}" for key, item in itertools.islice(value.items(), 8)]
+    text = ", ".join(map(bare, value[:8])) if isinstance(value, list | tuple) else bare(value)
+    return text[:80] or "empty"
 
 
 def _check_type(value: Any, wanted: Any, where: str) -> Any:
@@ -316,8 +338,7 @@ def _check_type(value: Any, wanted: Any, where: str) -> Any:
             return value
         if option is float and isinstance(value, str) and EXPONENT.fullmatch(value):
             return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    names = "a mapping" if any(map(dataclasses.is_dataclass, options)) else names
+    names = " or ".join(KINDS.get(get_origin(o) or o, "a mapping") for o in options if o is not type(None))
     raise InputError(f"{where} is {shown(value)}, wanted {names}")
 
 

@@ -90,7 +90,7 @@ class TestRange:
         torch.save(content, tmp_path / "run" / LAST)
         argv = [*ANY, "--depth", 5, "--n_steps", 6, "--log_path", tmp_path, "--exp_name", "run", "--resume"]
         fails(train_script.main, [*argv, "--t_min", 3], "t_min (0 and 3)")
-        fails(train_script.main, [*argv, "--distill_from", full], "distill_weight (None and 1.0)")
+        fails(train_script.main, [*argv, "--distill_from", full], "distill_weight (none and 1.0)")
         train_script.main([*map(str, argv)])
 
     def test_a_yaml_file_may_state_it(self, early, tmp_path, fails, drawn):

@@ -67,7 +67,10 @@ def load_network(
         raise InputError(f"{path} holds averaged weights alone; leave --weights raw out")
     if read.settings is None:
         if (stated.get("model_params") or {}).get("img_size") is None:
-            raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
+            raise InputError(
+                f"{path} does not say what network it belongs to; give its --config_path, or its --img_size, "
+                "--patch_size and whatever else differs from the defaults"
+            )
         settings = merge({"model": model}, stated)
     else:
         if different := contradictions(with_range(read.settings), stated):
@@ -82,6 +85,7 @@ def load_network(
 def load_together(
     files: Sequence[tuple[Path, Path | None]],
     given: Mapping[str, Any],
+    of_first: Mapping[str, Any],
     *,
     weights: str = "ema",
     device: torch.device | str = "cpu",
@@ -89,12 +93,12 @@ def load_together(
     """U-ViTs that take turns on one image.
 
     files: weights and, where they came without a description, the YAML file of each. given: what the command line says
-    of all of them. Raises InputError unless every one fits the last.
+    of all of them. of_first: what it says of the first beside. Raises InputError unless every one fits the last.
     """
-    networks = [
-        load_network(path, stated_settings(config_path, given), model="uvit", weights=weights, device=device)
-        for path, config_path in files
-    ]
+    networks = []
+    for path, config_path in files:
+        stated = stated_settings(config_path, given if networks else {**given, **of_first})
+        networks.append(load_network(path, stated, model="uvit", weights=weights, device=device))
     for network in networks[:-1]:
         check_pair(network, networks[-1])
     return networks

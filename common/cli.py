@@ -40,7 +40,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
         except ValueError:  # no number, or one of thousands of digits
             value = None
         if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is out of range, wanted a whole number in {least}..{most}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number in {least}..{most}")
         return value
 
     return parse
@@ -55,8 +55,8 @@ def real(least: float, most: float, *, above: bool = False) -> Callable[[str], f
         except ValueError:
             value = math.nan
         if not least <= value <= most or (above and value == least):
-            wanted = f"{'more than' if above else 'at least'} {least:.10g} and at most {most:.10g}"
-            raise argparse.ArgumentTypeError(f"{shown(text)} is out of range, wanted a number of {wanted}")
+            wanted = f"above {least:.10g}, up to {most:.10g}" if above else f"from {least:.10g} to {most:.10g}"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is no number {wanted}")
         return value
 
     return parse

@@ -276,8 +276,8 @@ def contradictions(
             continue
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             found += contradictions(before, now, f"{prefix}{key}.", none_counts=none_counts)
-        elif key == "depth":  # 12 and 13 are the same network
-            if before // 2 != now // 2:
+        elif key == "depth" and isinstance(before, int) and isinstance(now, int):
+            if before // 2 != now // 2:  # 12 and 13 are the same network
                 found.append(f"{prefix}{key} ({before} and {now})")
         elif before != now:
             found.append(f"{prefix}{key} ({in_words(before)} and {in_words(now)})")

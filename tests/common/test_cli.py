@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -15,6 +16,7 @@ from tests.parsers import Command, commands
 COMMANDS = commands()
 PER_COMMAND = pytest.mark.parametrize("command", COMMANDS, ids=str)
 TOO_LARGE = [str(2**63), "9" * 400, "9" * 5000, "-" + "9" * 5000, "1e400", "inf", "-inf", "nan"]
+REFUSED = r" is no (whole )?number (in|from|above) -?[0-9]"
 MAY_BE_MINUS_1 = {"num_classes", "t_switch"}
 
 
@@ -52,7 +54,7 @@ def test_numbers_are_bounded(command):
     for action in filter(is_number, command.options):
         for text in [*TOO_LARGE, *(["-1"] if action.dest not in MAY_BE_MINUS_1 else [])]:
             said = refusal(command, [f"{action.option_strings[0]}={text}"])
-            assert f"{action.option_strings[0]}: " in said and "out of range, wanted a " in said
+            assert f"argument {action.option_strings[0]}: " in said and re.search(REFUSED, said)
 
 
 @PER_COMMAND
@@ -96,5 +98,5 @@ def test_a_label_without_a_folder(fails):
 def test_types_of_numbers(kind, taken, refused):
     assert [kind(text) for text in taken] == [text if text == "auto" else float(text) for text in taken]
     for text in refused:
-        with pytest.raises(argparse.ArgumentTypeError, match="out of range, wanted a"):
+        with pytest.raises(argparse.ArgumentTypeError, match=REFUSED):
             kind(text)

@@ -43,7 +43,8 @@ def test_refusals_show_no_raw_values():
     with pytest.raises(InputError) as refused:
         SwitchingDenoiser([len, len, len], [3, 5])
     said.append(str(refused.value))
-    for wrong in ({"model_params": {"depth": None}}, {"t_min": []}, {"model_params": 3}, {"crop": 5}, {"autoencoder": "x"}):
+    none = {"model_params": {"depth": None}}
+    for wrong in (none, {"t_min": []}, {"model_params": 3}, {"crop": 5}, {"autoencoder": "x"}):
         with pytest.raises(InputError) as refused:
             check_types(Config, {"model_params": {}} | wrong, "net.yaml")
         said.append(str(refused.value))
@@ -52,3 +53,11 @@ def test_refusals_show_no_raw_values():
         assert not any(mark in message.replace("'x'", "") for mark in MARKS), message
     assert "class_id (random and 3, 5)" in said and "class_id random, not 3, 5" in said
     assert "net.yaml: t_min is a list, wanted a whole number" in said
+
+
+@pytest.mark.parametrize(
+    "one, other, said",
+    [(12, 13, []), (13, 12, []), (3, 5, ["depth (3 and 5)"]), (None, 5, ["depth (none and 5)"]), (None, None, [])],
+)
+def test_depths(one, other, said):
+    assert contradictions({"depth": one}, {"depth": other}, none_counts=True) == said

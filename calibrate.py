@@ -8,10 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.options import add_calibration_options
-from common.cli import SEED, Parser, add_common_options, existing_file, existing_path, whole
-from common.config import PARAMETRIZATIONS
+from common.cli import (
+    BATCH_SIZE,
+    SEED,
+    Parser,
+    add_common_options,
+    add_model_options,
+    any_path,
+    any_text,
+    architecture,
+    architecture_flags,
+    existing_file,
+    existing_path,
+    whole,
+)
 from common.errors import InputError, command
-from generation.options import add_precision_option, add_solver_options, check_solver_options, network_settings
+from generation.options import (
+    DESCRIBING_FIRST,
+    add_precision_option,
+    add_solver_options,
+    check_solver_options,
+    network_settings,
+)
 
 if TYPE_CHECKING:
     from calibration.run import Calibration
@@ -40,8 +58,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"a YAML file for each, only for weights that came without; {NONE} for the others",
     )
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights of the checkpoints")
-    parser.add_argument("--parametrization", choices=PARAMETRIZATIONS, help="only for weights that do not say")
-    parser.add_argument("--batch_size", type=whole(1), default=128, help="images in a call, whose time is measured too")
+    parser.add_argument(
+        "--batch_size", type=BATCH_SIZE, default=128, help="images in a call, whose time is measured too"
+    )
     parser.add_argument("--seed", type=SEED, default=0, help="of the choice of images and their noise")
     parser.add_argument(
         "--free", action="store_true", help="let networks take turns in any order, not the full one last"
@@ -50,7 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--allow_outside_range", action="store_true", help="ask networks about timesteps they never saw"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("calibration.yaml"), help="the schedule; beside it a .json and a .png"
+        "--output", type=any_path, default=Path("calibration.yaml"), help="the schedule; beside it a .json and a .png"
     )
     parser.add_argument(
         "--overwrite",
@@ -62,17 +81,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_precision_option(parser)
     group = parser.add_argument_group("scores of samples beside it")
     group.add_argument(
-        "--verify", type=whole(2), metavar="K", help="sample and score K switches, the chosen one among them"
+        "--verify", type=whole(2, 100_000), metavar="K", help="sample and score K switches, the chosen one among them"
     )
-    group.add_argument("--n_samples", type=whole(2), default=1000, help="of each switch and seed")
+    group.add_argument("--n_samples", type=whole(2, 10_000_000), default=1000, help="of each switch and seed")
     group.add_argument("--sample_seeds", type=SEED, nargs="+", default=[0], help="the same for every switch")
     group.add_argument(
-        "--reference", type=existing_path, help="what to score against, see fid.py --help; --dataset if not said"
+        "--reference", type=existing_path, help="what to score against, see fid.py --help; --dataset unless given"
     )
-    group.add_argument("--feature_extractor", default="inception", help="see fid.py --help")
+    group.add_argument("--feature_extractor", type=any_text, default="inception", help="see fid.py --help")
     group.add_argument("--feature_extractor_weights", type=existing_file, help="see fid.py --help")
     group.add_argument("--autoencoder_checkpoint_path", type=existing_path, help="see sampler.py --help")
     add_common_options(parser)
+    add_model_options(parser, DESCRIBING_FIRST)
     args = parser.parse_args(argv)
     check_solver_options(parser, args)
     if len(args.checkpoint_path) < 2:
@@ -106,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
     files = list(zip(args.checkpoint_path, args.config_path, strict=True))
-    networks = load_together(files, network_settings(args), weights=args.weights, device=device)
+    flags = network_settings(args), architecture(args)
+    networks = load_together(files, *flags, weights=args.weights, device=device)
     writable_folder(args.output.parent)
     check_output(args)
     if args.verify:
@@ -166,7 +187,7 @@ def verify(
     against = ("reference",) if args.reference else ("dataset", "data_path", "crop")
     scoring = ["--feature_extractor", args.feature_extractor] + ["--quiet"] * args.quiet
     for argv, names in (
-        (sampling, ("parametrization", "autoencoder_checkpoint_path")),
+        (sampling, ("parametrization", "num_timesteps", "autoencoder_checkpoint_path")),
         (scoring, (*against, "feature_extractor_weights")),
     ):
         argv += ["--device", args.device]
@@ -180,7 +201,8 @@ def verify(
         write_schedule(schedule, ScheduleFile(stages=stages))
         for seed in args.sample_seeds:
             samples = folder / f"{name}_seed-{seed}"
-            run(sampler.main, ["--schedule", schedule, "--seed", seed, "--output_folder", samples, *sampling])
+            argv = ["--schedule", schedule, "--seed", seed, "--output_folder", samples, *sampling]
+            run(sampler.main, [*argv, *(architecture_flags(args) if stages[0].checkpoint_path == files[0][0] else ())])
             run(fid.main, ["--samples_path", samples, *scoring])
             scores.setdefault(number, []).append(read_json(samples / "report" / "metrics.json")["fid"])
     return scores

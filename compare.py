@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.cli import Parser
+from common.cli import Parser, any_path, any_text
 from common.config import contradictions
 from common.errors import InputError, command
 from common.files import read_json, writable_folder, write_json
@@ -72,9 +72,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=labelled,
         help="scored samples; the first is the standard. A label that is given several times has several seeds",
     )
-    parser.add_argument("--metric", default="fid", help="which score of report/metrics.json")
-    parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the picture")
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    parser.add_argument("--metric", type=any_text, default="fid", help="which score of report/metrics.json")
+    parser.add_argument("--output", type=any_path, default=Path("comparison.png"), help="the picture")
+    parser.add_argument("--json", type=any_path, help="also write all numbers to this file")
     args = parser.parse_args(argv)
     if args.output.suffix.lower() not in (".png", ".pdf", ".svg"):
         parser.error(f"--output {args.output}: wanted a .png, .pdf or .svg")
@@ -150,7 +150,7 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
         basis = {key: scores[key] for key in ("n_samples", "reference", "feature_extractor")}
         values = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
         if not all(map(math.isfinite, values)) or values[1] <= 0:
-            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {values}")
+            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {', '.join(map(str, values))}")
         settings = dict(statistics["settings"])
         seed = int(settings["seed"])
         own = {*OF_A_SEED, *CONDITIONS}

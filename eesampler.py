@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.cli import Parser, real, whole
+from common.cli import BATCH_SIZE, Parser, architecture, real
+from common.config import CLASSIFIER_TYPES
 from common.errors import command
 from generation.options import add_sampling_options, check_sampling_options, network_settings
 
@@ -27,10 +28,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--min_group",
-        type=whole(1),
+        type=BATCH_SIZE,
         default=1,
         help="images that left stay in the batch until so many wait; changes the time alone",
     )
+    parser.add_argument("--classifier_type", choices=CLASSIFIER_TYPES, help="the probes, like the network's options")
     args = check_sampling_options(parser, parser.parse_args(argv))
     if args.min_group > args.batch_size:
         parser.error(f"--min_group {args.min_group}: --batch_size {args.batch_size} never has so many to wait for")
@@ -49,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with joined_processes(args.device) as device:
         settle_speed(args, device)
-        stated = stated_settings(args.config_path, network_settings(args))
+        flags = {**network_settings(args), **architecture(args), "classifier_type": args.classifier_type}
         network = load_network(
-            *(args.checkpoint_path, stated),
+            *(args.checkpoint_path, stated_settings(args.config_path, flags)),
             described=described_by(args.config_path),
             model="deediff_uvit",
             weights=args.weights,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import Parser, add_common_options, existing_file, existing_path, whole
+from common.cli import BATCH_SIZE, Parser, add_common_options, any_path, any_text, existing_file, existing_path, whole
 from common.errors import command
 from data import CROPS, DATASETS
 
@@ -25,7 +25,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="score against its whole training set")
     parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
-    parser.add_argument("--crop", choices=CROPS, help="of the dataset; that of the samples' network if not said")
+    parser.add_argument("--crop", choices=CROPS, help="of the dataset; that of the samples' network unless given")
     parser.add_argument("--download", action="store_true", help="fetch the dataset first, if it is not there")
     parser.add_argument(
         "--reference",
@@ -34,25 +34,28 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--n_reference",
-        type=whole(2),
-        help="only so many real images, evenly spaced, less those that are broken; all if not said",
+        type=whole(2, 10_000_000),
+        help="only so many real images, evenly spaced, less those that are broken; all unless given",
     )
     parser.add_argument("--metrics", type=metrics, default=("fid",), metavar="fid,kid,is,prc", help="comma-separated")
     parser.add_argument(
         "--feature_extractor",
+        type=any_text,
         default="inception",
         help="inception, or a TorchScript file: uint8 (N, C, H, W) -> (N, D)",
     )
     parser.add_argument(
-        "--feature_extractor_weights", type=existing_file, help="of inception; downloaded once if not said"
+        "--feature_extractor_weights", type=existing_file, help="of inception; downloaded once unless given"
     )
     parser.add_argument(
         "--save_stats",
-        type=Path,
+        type=any_path,
         help="write mu and sigma of the samples to this .npz, a --reference for later",
     )
-    parser.add_argument("--cache_dir", type=Path, default=default_cache(), help="statistics of datasets are kept here")
-    parser.add_argument("--batch_size", type=whole(1), default=64)
+    parser.add_argument(
+        "--cache_dir", type=any_path, help="statistics of datasets are kept here; ~/.cache/duodiff unless given"
+    )
+    parser.add_argument("--batch_size", type=BATCH_SIZE, default=64)
     add_common_options(parser)
     args = parser.parse_args(argv)
 
@@ -78,6 +81,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("--feature_extractor_weights belongs to --feature_extractor inception")
         if "is" in args.metrics:
             parser.error("--metrics is: the Inception score needs --feature_extractor inception")
+    if args.dataset and args.cache_dir is None:
+        args.cache_dir = default_cache(parser)
     return args
 
 
@@ -88,8 +93,11 @@ def metrics(text: str) -> tuple[str, ...]:
     return chosen
 
 
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duodiff"
+def default_cache(parser: Parser) -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duodiff"
+    except RuntimeError:  # HOME is not set, and the user has no entry that names one
+        parser.error("there is no home folder to keep the statistics of the dataset in; give --cache_dir")
 
 
 @command

@@ -21,7 +21,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--freeze_backbone", action="store_true", help="train probes and exit heads alone")
     group.add_argument("--classifier_type", choices=CLASSIFIER_TYPES, help="the probes; beats --config_path")
     group.add_argument("--use_unweighted_loss", action="store_true", help="add the exits' plain squared errors")
-    group.add_argument("--preview_threshold", type=real(0, 1), help="exit threshold of the previews; 0.1 if not said")
+    group.add_argument("--preview_threshold", type=real(0, 1), help="exit threshold of the previews; 0.1 unless given")
     args = check_training_options(parser, parser.parse_args(argv), argv)
     if args.model == "uvit":
         for name in (

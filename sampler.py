@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from calibration.options import CALIBRATION_OPTIONS, add_calibration_options
-from common.cli import Parser, existing_file, real, whole
+from common.cli import STEPS, T_SWITCH, Parser, architecture, existing_file, real, whole, word_or
+from common.config import MOST
 from common.errors import InputError, command
 from generation.options import add_sampling_options, check_sampling_options, network_settings
 from generation.turns import Turns, check_length, turns_of
@@ -40,13 +41,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--t_switch",
-        type=lambda text: text if text == "auto" else whole(-1)(text),
+        type=word_or("auto", T_SWITCH),
         help="timestep: the shallow backbone runs at every t > t_switch, the full one at the rest; auto: found first, "
         "as calibrate.py does it",
     )
     add_calibration_options(parser.add_argument_group("for --t_switch auto"))
     parser.add_argument(
-        "--guidance_scale_late", type=real(0, 1000), help="of the full backbone; --guidance_scale if not said"
+        "--guidance_scale_late", type=real(0, 1000), help="of the full backbone; --guidance_scale unless given"
     )
     parser.add_argument(
         "--schedule",
@@ -55,14 +56,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--cache_interval",
-        type=whole(1),
+        type=STEPS,
         default=1,
         help="compute the middle blocks at every so many-th step of a network and reuse what they add between",
     )
     parser.add_argument(
         "--cache_outer",
-        type=whole(1),
-        help="in blocks, and as many out blocks, that run at every step all the same; 1 if not said",
+        type=whole(1, MOST["depth"]),
+        help="in blocks, and as many out blocks, that run at every step all the same; 1 unless given",
     )
     parser.add_argument(
         "--offload",
@@ -145,10 +146,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         offloader = Offloader([network.module for network in networks], device) if args.offload else None
         on_switch = offloader and (lambda turn: offloader(plan.turns[turn].network))
         denoiser = SwitchingDenoiser(denoisers, plan.switches, on_switch)
-        if is_main():
-            compare_with_calibration(args, plan, len(run.timesteps))
 
         run.warm_up(denoiser)
+        if is_main():
+            compare_with_calibration(args, plan, len(run.timesteps))
+            name_idle(args, plan, networks, own)
         batches = run.run(denoiser, on_begin=calibration and (lambda: save_calibration(args, calibration)))
         if is_main():
             work = describe_work(plan, networks, backbones, own, len(batches))
@@ -199,7 +201,8 @@ def load_networks(args: argparse.Namespace, plan: Turns, device: torch.device | 
     """The networks, which fit each other and the timesteps at which they take turns."""
     from models.loading import load_together
 
-    networks = load_together(plan.files, network_settings(args), weights=args.weights, device=device)
+    flags = network_settings(args), architecture(args)
+    networks = load_together(plan.files, *flags, weights=args.weights, device=device)
     check_length(args, networks[0].config.diffusion_params.num_timesteps)
     return networks
 
@@ -250,6 +253,22 @@ def compare_with_calibration(args: argparse.Namespace, plan: Turns, steps: int) 
     for name, value in (("solver", args.solver), ("steps", steps)):
         if plan.calibration.get(name, value) != value:
             log.warning("%s was made for %s %s, this is %s", args.schedule, name, plan.calibration[name], value)
+
+
+def name_idle(args: argparse.Namespace, plan: Turns, networks: Sequence[Network], own: Sequence[Sequence[int]]) -> None:
+    """Say which networks have none of the run's timesteps in a turn. own: those of each turn."""
+    visited = [t for timesteps in own for t in timesteps]
+    for n, (turn, timesteps) in enumerate(zip(plan.turns, own, strict=True)):
+        if not timesteps:
+            log.warning(
+                "%s leaves the %s, %s, nothing to do: none of the run's %d timesteps, t = %d..%d, is in its part",
+                f"--t_switch {args.t_switch}" if args.schedule is None else f"{args.schedule}: stage {n + 1}",
+                f"{plan.names()[turn.network]} network" if args.schedule is None else "network",
+                networks[turn.network].path,
+                len(visited),
+                visited[0],
+                visited[-1],
+            )
 
 
 def describe_work(

@@ -7,6 +7,7 @@ that reading options stays quick.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import types
 from collections.abc import Mapping
@@ -25,6 +26,11 @@ SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 MOST_YAML_BYTES = 2**20
+# The largest value of each setting, wherever it is given.
+MOST = {
+    **{"img_size": 4096, "patch_size": 4096, "in_chans": 256, "embed_dim": 16384, "depth": 999, "num_heads": 1024},
+    **{"mlp_ratio": 64, "num_classes": 1_000_000, "num_timesteps": 100_000},
+}
 BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp")
 CLASSIFIER_TYPES = (
     "attention_probe",
@@ -104,8 +110,9 @@ class DiTConfig:
 
 def _check_transformer(config: UViTConfig | DiTConfig, *, side: str, channels: str, width: str, of_width: int) -> None:
     """Raises InputError for values out of range. side, channels, width: the fields of these. of_width: divides it."""
-    limits = {side: 4096, "patch_size": 4096, channels: 256, width: 16384, "depth": 999, "num_heads": 1024}
-    for name, most in limits.items():
+    as_of_uvit = {side: "img_size", channels: "in_chans", width: "embed_dim"}
+    for name in (side, "patch_size", channels, width, "depth", "num_heads"):
+        most = MOST[as_of_uvit.get(name, name)]
         if not 1 <= getattr(config, name) <= most:
             raise InputError(f"{name}={getattr(config, name)} is outside 1..{most}")
     if getattr(config, side) % config.patch_size:
@@ -114,10 +121,10 @@ def _check_transformer(config: UViTConfig | DiTConfig, *, side: str, channels: s
         raise InputError(
             f"{width}={getattr(config, width)} must be a multiple of {of_width} and of num_heads={config.num_heads}"
         )
-    if not 0 < config.mlp_ratio <= 64:
-        raise InputError(f"mlp_ratio={config.mlp_ratio} is outside (0, 64]")
-    if config.num_classes != -1 and not 1 <= config.num_classes <= 1_000_000:
-        raise InputError(f"num_classes={config.num_classes}: give -1 (unconditional) or 1..1000000")
+    if not 0 < config.mlp_ratio <= MOST["mlp_ratio"]:
+        raise InputError(f"mlp_ratio={config.mlp_ratio} is outside (0, {MOST['mlp_ratio']}]")
+    if config.num_classes != -1 and not 1 <= config.num_classes <= MOST["num_classes"]:
+        raise InputError(f"num_classes={config.num_classes}: give -1 (unconditional) or 1..{MOST['num_classes']}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +148,8 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        if not 1 <= self.num_timesteps <= 100_000:
-            raise InputError(f"num_timesteps={self.num_timesteps} is outside 1..100000")
+        if not 1 <= self.num_timesteps <= MOST["num_timesteps"]:
+            raise InputError(f"num_timesteps={self.num_timesteps} is outside 1..{MOST['num_timesteps']}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted 0 < start <= end < 1")
         if not 0 < self.time_scale <= 1000 or abs(self.time_shift) > 1000:
@@ -388,15 +395,16 @@ def contradictions(
             continue
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             found += contradictions(before, now, f"{prefix}{key}.", none_counts=none_counts)
-        elif key == "depth":  # 12 and 13 are the same network
-            if before // 2 != now // 2:
+        elif key == "depth" and isinstance(before, int) and isinstance(now, int):
+            if before // 2 != now // 2:  # 12 and 13 are the same network
                 found.append(f"{prefix}{key} ({before} and {now})")
         elif before != now:
-            found.append(f"{prefix}{key} ({before} and {now})")
+            found.append(f"{prefix}{key} ({in_words(before)} and {in_words(now)})")
     return found
 
 
 T = TypeVar("T")
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path", list: "a list"}
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 
 
@@ -415,7 +423,23 @@ def shown(value: object) -> str:
         return f"{value!r:.80}"
     if isinstance(value, int) and value.bit_length() > 256:
         return "a huge number"
-    return f"{value!r:.80}" if isinstance(value, int | float | None) else f"a {type(value).__name__}"
+    if value is None:
+        return "none"
+    if isinstance(value, int | float):
+        return f"{value!r:.80}"
+    return "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+
+
+def in_words(value: object) -> str:
+    """A setting's value for a message, without the marks of Python's lists, mappings and texts; not long."""
+
+    def bare(item: object) -> str:
+        return item[:80] if isinstance(item, str) else shown(item)
+
+    if isinstance(value, Mapping):
+        value = [f"{key} {bare(item)}" for key, item in itertools.islice(value.items(), 8)]
+    text = ", ".join(map(bare, value[:8])) if isinstance(value, list | tuple) else bare(value)
+    return text[:80] or "empty"
 
 
 def _check_type(value: Any, wanted: Any, where: str) -> Any:
@@ -433,8 +457,7 @@ def _check_type(value: Any, wanted: Any, where: str) -> Any:
             return value
         if option is float and isinstance(value, str) and EXPONENT.fullmatch(value):
             return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    names = "a mapping" if any(map(dataclasses.is_dataclass, options)) else names
+    names = " or ".join(KINDS.get(get_origin(o) or o, "a mapping") for o in options if o is not type(None))
     raise InputError(f"{where} is {shown(value)}, wanted {names}")
 
 

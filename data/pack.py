@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import Parser, add_common_options, existing_path, real, whole
+from common.cli import Parser, add_common_options, any_path, existing_path, real, whole
+from common.config import MOST
 from common.errors import command
 from data import CROPS, DATASETS, crop_of, open_source
 
@@ -19,16 +20,21 @@ if TYPE_CHECKING:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--dataset", choices=tuple(DATASETS))
-    parser.add_argument("--data_path", type=existing_path, help="where the dataset lies; datasets/ if not said")
+    parser.add_argument("--data_path", type=existing_path, help="where the dataset lies; datasets/ unless given")
     parser.add_argument("--download", action="store_true", help="fetch the dataset first, where that is possible")
-    parser.add_argument("--img_size", type=whole(1), help="side of the packed images")
-    parser.add_argument("--crop", choices=CROPS, help="how images are made square; the dataset's default if not said")
-    parser.add_argument("--in_chans", type=whole(1), default=3, help="channels: 3 colour, 1 grey")
-    parser.add_argument("--num_classes", type=whole(-1), default=-1, help="of --dataset folder, to pack labels with it")
+    parser.add_argument("--img_size", type=whole(1, MOST["img_size"]), help="side of the packed images")
+    parser.add_argument("--crop", choices=CROPS, help="how images are made square; the dataset's default unless given")
+    parser.add_argument("--in_chans", type=whole(1, MOST["in_chans"]), default=3, help="channels: 3 colour, 1 grey")
+    parser.add_argument(
+        "--num_classes",
+        type=whole(-1, MOST["num_classes"]),
+        default=-1,
+        help="of --dataset folder, to pack labels with it",
+    )
     parser.add_argument(
         "--output",
-        type=Path,
-        help="folder to make; packed/<name> under --data_path if not said; "
+        type=any_path,
+        help="folder to make; packed/<name> under --data_path unless given; "
         "with --benchmark: where there is room for 3 GB for a while",
     )
     parser.add_argument("--num_workers", type=whole(0, 1024), default=num_cores(), help="processes that decode")

@@ -68,7 +68,8 @@ class PackedDataset(ImageDataset):
         self.row_shape = tuple(manifest.shape[1:])
         self.images = RowsFile.of_npy(folder / IMAGES)
         if self.images.shape != tuple(manifest.shape) or self.images.dtype != self.dtype:
-            raise _disagree(folder / IMAGES, f"it holds {self.images.shape} {self.images.dtype}, not {manifest.shape}")
+            wanted = tuple(manifest.shape)
+            raise _disagree(folder / IMAGES, f"it holds {self.images.shape} {self.images.dtype}, not {wanted}")
         if block_checksums(folder / IMAGES) != manifest.blocks_crc32:
             raise _disagree(folder / IMAGES, "its bytes were changed")
         if manifest.labels_sha256 is not None:

@@ -47,7 +47,7 @@ class SwitchingDenoiser:
         if len(switches) != len(denoisers) - 1:
             raise InputError(f"{len(denoisers)} networks need {len(denoisers) - 1} switches, not {len(switches)}")
         if list(switches) != sorted(switches, reverse=True):
-            raise InputError(f"switches {list(switches)} must not rise")
+            raise InputError(f"switches {', '.join(map(str, switches))} must not rise")
         self.denoisers, self.switches, self.on_switch = list(denoisers), list(switches), on_switch
         self.active: int | None = None
 

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from common.cli import SEED, Parser, add_common_options, existing_file, existing_path, real, whole
-from common.config import PARAMETRIZATIONS, PRECISIONS, SOLVERS
+from common.cli import (
+    BATCH_SIZE,
+    IMAGES,
+    SEED,
+    STEPS,
+    TIMESTEP,
+    Parser,
+    add_common_options,
+    add_model_options,
+    any_path,
+    existing_file,
+    existing_path,
+    real,
+    task_settings,
+    whole,
+    word_or,
+)
+from common.config import MOST, PRECISIONS, SOLVERS
 
+DESCRIBING = "network, for weights that came without a description (each beats --config_path)"
+DESCRIBING_FIRST = f"{DESCRIBING}; of several networks the first, but parametrization and num_timesteps of all"
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmsolver++": 20, "unipc": 20}  # None: every timestep
 
 
@@ -23,8 +40,7 @@ def add_sampling_options(parser: Parser, *, one_network: bool = True) -> None:
         help="YAML file of the network; only for weights that came without one",
     )
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="which weights of a checkpoint")
-    parser.add_argument("--parametrization", choices=PARAMETRIZATIONS, help="only for weights that do not say")
-    parser.add_argument("--output_folder", type=Path, required=True, help="images go here, the rest to its report/")
+    parser.add_argument("--output_folder", type=any_path, required=True, help="images go here, the rest to its report/")
     parser.add_argument(
         "--autoencoder_checkpoint_path",
         type=existing_path,
@@ -32,18 +48,19 @@ def add_sampling_options(parser: Parser, *, one_network: bool = True) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the samples that are there")
     parser.add_argument("--seed", type=SEED, default=0, help="sample i depends on this and i alone")
-    parser.add_argument("--n_samples", type=whole(1, 10_000_000), help="as many as --batch_size if not said")
-    parser.add_argument("--batch_size", type=whole(1), default=128, help="samples made at a time")
+    parser.add_argument("--n_samples", type=IMAGES, help="as many as --batch_size unless given")
+    parser.add_argument("--batch_size", type=BATCH_SIZE, default=128, help="samples made at a time")
     add_solver_options(parser)
     parser.add_argument(
         "--class_id",
+        type=word_or("random", whole(0, MOST["num_classes"])),
         nargs="+",
         default=["random"],
         help="random, or one class, or several that take turns (class-conditional networks only)",
     )
     parser.add_argument(
         "--timesteps_save",
-        type=whole(0),
+        type=TIMESTEP,
         nargs="+",
         default=[],
         help="also save x_t at these t, to report/frames",
@@ -55,14 +72,15 @@ def add_sampling_options(parser: Parser, *, one_network: bool = True) -> None:
     )
     add_speed_options(parser)
     add_common_options(parser)
+    add_model_options(parser, DESCRIBING if one_network else DESCRIBING_FIRST)
 
 
 def add_solver_options(parser: Parser) -> None:
     parser.add_argument("--solver", choices=SOLVERS, default="ddpm")
     parser.add_argument(
-        "--steps", type=whole(1), help="network calls per image; if not said, every t for ddpm, 50 for ddim, else 20"
+        "--steps", type=STEPS, help="network calls per image; if not given, every t for ddpm, 50 for ddim, else 20"
     )
-    parser.add_argument("--eta", type=real(0, 1), help="of ddim: 0 deterministic (if not said), 1 as random as ddpm")
+    parser.add_argument("--eta", type=real(0, 1), help="of ddim: 0 deterministic (unless given), 1 as random as ddpm")
     parser.add_argument("--clip_x0", action="store_true", help="hold the predicted clean image to [-1, 1]")
     parser.add_argument(
         "--guidance_scale",
@@ -81,7 +99,7 @@ def add_precision_option(parser: Parser) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="of the networks; bf16 if not said where the device calculates in it, else fp32",
+        help="of the networks; unless given bf16 where the device calculates in it, else fp32",
     )
 
 
@@ -89,10 +107,8 @@ def check_sampling_options(parser: Parser, args: argparse.Namespace) -> argparse
     """Fill in what depends on other options; end on combinations that make no sense."""
     check_solver_options(parser, args)
     args.n_samples = args.n_samples or args.batch_size
-    if args.class_id != ["random"]:
-        if wrong := [text for text in args.class_id if not text.isdecimal()]:
-            parser.error(f"--class_id {wrong[0]}: give random, or whole numbers")
-        args.class_id = [int(text) for text in args.class_id]
+    if "random" in args.class_id and len(args.class_id) > 1:
+        parser.error("--class_id: give random alone, or classes")
     return args
 
 
@@ -104,8 +120,8 @@ def check_solver_options(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def network_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of a network, see common.config; None where a flag was not given."""
-    settings: dict[str, Any] = {"parametrization": args.parametrization}
+    """What the flags say of all networks of a run, see common.config; None where a flag was not given."""
+    settings = task_settings(args)
     if args.autoencoder_checkpoint_path:
         settings["autoencoder"] = {"checkpoint_path": str(args.autoencoder_checkpoint_path)}
     return settings

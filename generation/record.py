@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from calibration.options import CALIBRATION_IMAGES
-from common.config import carried_settings
+from common.config import carried_settings, in_words
 from common.devices import device_name
 from common.distributed import world_size
 from common.errors import InputError
@@ -276,5 +276,5 @@ def setting_differences(there: Any, wanted: Any, name: str = "") -> list[str]:
     elif isinstance(there, list) and isinstance(wanted, list) and len(there) == len(wanted):
         pairs = [(f"{name}.{i}", *pair) for i, pair in enumerate(zip(there, wanted, strict=True))]
     else:
-        return [] if there == wanted else [f"{name} {there!s:.40}, not {wanted!s:.40}"]
+        return [] if there == wanted else [f"{name} {in_words(there):.40}, not {in_words(wanted):.40}"]
     return [difference for pair in pairs for difference in setting_differences(pair[1], pair[2], pair[0])]

@@ -74,7 +74,10 @@ def load_network(
     read = read_weights(path, weights)
     if read.settings is None:
         if (stated.get("model_params") or {}).get("img_size") is None:
-            raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
+            raise InputError(
+                f"{path} does not say what network it belongs to; give its --config_path, or its --img_size, "
+                "--patch_size and whatever else differs from the defaults"
+            )
         config = build_config(merge({"model": model}, stated), described)
     else:
         if different := contradictions(completed(read.settings), stated):
@@ -89,6 +92,7 @@ def load_network(
 def load_together(
     files: Sequence[tuple[Path, Path | None]],
     given: Mapping[str, Any],
+    of_first: Mapping[str, Any],
     *,
     weights: str = "ema",
     device: torch.device | str = "cpu",
@@ -96,17 +100,17 @@ def load_together(
     """U-ViTs that take turns on one image.
 
     files: weights and, where they came without a description, the YAML file of each. given: what the command line says
-    of all of them. Raises InputError unless every one fits the last.
+    of all of them. of_first: what it says of the first beside. Raises InputError unless every one fits the last.
     """
     networks = [
         load_network(
-            *(path, stated_settings(config_path, given)),
+            *(path, stated_settings(config_path, {**given, **of_first} if n == 0 else given)),
             model="uvit",
             described=described_by(config_path),
             weights=weights,
             device=device,
         )
-        for path, config_path in files
+        for n, (path, config_path) in enumerate(files)
     ]
     for network in networks[:-1]:
         check_pair(network, networks[-1])

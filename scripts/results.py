@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import SEED, Parser
+from common.cli import SEED, Parser, any_path
 from common.errors import InputError, command
 from common.files import read_json, sha256_of, writable_folder, write_json
 
@@ -135,9 +135,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "folder",
         nargs="?",
-        type=Path,
+        type=any_path,
         metavar="FOLDER",
-        help="colour images, a sub-folder for each of their classes; if not said, emoji, which npm fetches",
+        help="colour images, a sub-folder for each of their classes; if not given, emoji, which npm fetches",
     )
     parser.add_argument("--sets", nargs="+", choices=("digits", "colour"), default=("digits", "colour"), help="which")
     parser.add_argument("--seeds", nargs="+", type=SEED, default=SEEDS, help="of networks and samples, two or more")

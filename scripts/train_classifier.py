@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import SEED, Parser, existing_path, whole
+from common.cli import OPTIMISER_STEPS, SEED, Parser, any_path, existing_path, whole
+from common.config import MOST
 from common.errors import InputError, command
 from common.files import replacing, writable_folder
 from data import DATASETS, open_dataset
@@ -63,12 +64,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", choices=tuple(DATASETS), required=True)
     parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
-    parser.add_argument("--img_size", type=whole(LEAST_SIDE), required=True, help="side of the images")
-    parser.add_argument("--in_chans", type=whole(1), default=3, help="channels: 3 colour, 1 grey")
-    parser.add_argument("--num_classes", type=whole(2), required=True)
-    parser.add_argument("--n_steps", type=whole(1), default=1500, help=f"optimiser steps of {BATCH_SIZE} images")
+    parser.add_argument(
+        "--img_size", type=whole(LEAST_SIDE, MOST["img_size"]), required=True, help="side of the images"
+    )
+    parser.add_argument("--in_chans", type=whole(1, MOST["in_chans"]), default=3, help="channels: 3 colour, 1 grey")
+    parser.add_argument("--num_classes", type=whole(2, MOST["num_classes"]), required=True)
+    parser.add_argument("--n_steps", type=OPTIMISER_STEPS, default=1500, help=f"optimiser steps of {BATCH_SIZE} images")
     parser.add_argument("--seed", type=SEED, default=0, help="weights and batches follow from it")
-    parser.add_argument("--output", type=Path, required=True, help="the TorchScript file")
+    parser.add_argument("--output", type=any_path, required=True, help="the TorchScript file")
     return parser.parse_args(argv)
 
 

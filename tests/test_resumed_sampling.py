@@ -156,7 +156,7 @@ def test_other_settings_are_refused(full, early_exit, runs, tmp_path, fails, run
     fails(sampler.main, ["--checkpoint_path", full, *one, "--weights", "raw"], "weights ema, not raw")
     fails(sampler.main, ["--checkpoint_path", runs / "shallow" / "digits_uvit_last.pth", *one], "depth 5, not 1")
     fails(sampler.main, ["--checkpoint_path", full, *one, "--timesteps_save", 0], "timesteps_save")
-    fails(eesampler.main, ["--checkpoint_path", early_exit, *one, "--threshold", 0.5], "threshold None, not 0.5")
+    fails(eesampler.main, ["--checkpoint_path", early_exit, *one, "--threshold", 0.5], "threshold none, not 0.5")
     assert result(tmp_path / "s") == before
     # The weights are told by what they are, not by where they lie.
     (tmp_path / "moved.pth").write_bytes(full.read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import shutil
 import urllib.error
 from pathlib import Path
@@ -176,6 +177,38 @@ def test_no_network_for_the_download(real, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     fails(fid.main, ["--samples_path", real, "--reference", real], "no network", "--feature_extractor_weights")
+
+
+class TestWithoutAHome:
+    """HOME is not set, and the user is unknown: a container that runs under any number."""
+
+    @pytest.fixture(autouse=True)
+    def _homeless(self, monkeypatch):
+        def unknown(uid):
+            raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+        for name in ("HOME", "XDG_CACHE_HOME", "TORCH_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+        with pytest.raises(RuntimeError):
+            Path.home()
+
+    def test_help_and_what_needs_no_cache(self, real, tmp_path, capsys, run_quietly):
+        with pytest.raises(SystemExit) as ended:
+            fid.main(["--help"])
+        assert ended.value.code == 0 and "~/.cache/duodiff" in capsys.readouterr().out
+        argv = ["--samples_path", real, "--feature_extractor", CLASSIFIER, "--device", "cpu", "--quiet"]
+        run_quietly(fid.main, [*argv, "--reference", real])
+        run_quietly(fid.main, [*argv, "--dataset", "digits", "--cache_dir", tmp_path / "cache"])
+        assert list((tmp_path / "cache").iterdir())
+        shutil.rmtree(real / "report")
+
+    def test_what_needs_one_asks_for_a_place(self, real, tmp_path, fails, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        fails(fid.main, ["--samples_path", real, "--dataset", "digits"], "no home folder", "--cache_dir")
+        argv = ["--samples_path", real, "--reference", real, "--device", "cpu"]
+        fails(fid.main, argv, "no home folder", "--feature_extractor_weights")
+        assert not list(tmp_path.glob("~*"))
 
 
 class TestBadInput:

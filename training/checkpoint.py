@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import logging
@@ -20,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.cli import Parser, existing_file
-from common.config import Config, check_types
+from common.cli import Parser, any_path, existing_file
+from common.config import Config, check_types, shown
 from common.errors import InputError, command
 from common.files import lock, replacing
 from models.pickles import check_pickles
@@ -130,7 +131,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     for name, kind in (TRAINING_STATE | LATER_STATE).items():
         if name in content and (not isinstance(content[name], kind) or (kind is int and content[name] < 0)):
             raise InputError(
-                f"{path}: its training state is not one of this project's ({name} is {content[name]!r:.60})"
+                f"{path}: its training state is not one of this project's ({name} is {shown(content[name])})"
             )
     check_types(Config, content["config"], str(path))
     check_weights(content, path)
@@ -198,14 +199,18 @@ def export(source: Path, target: Path, weights: str) -> str:
     return f"{read.kind} weights of step {read.step}"
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Write a checkpoint's weights as safetensors, with their configuration.")
     parser.add_argument("work", choices=("export",))
     parser.add_argument("source", metavar="IN", type=existing_file, help="a checkpoint")
-    parser.add_argument("target", metavar="OUT.safetensors", type=Path, help="replaced if it is there")
+    parser.add_argument("target", metavar="OUT.safetensors", type=any_path, help="replaced if it is there")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     print(f"{export(args.source, args.target, args.weights)} -> {args.target}")
 
 

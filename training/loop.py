@@ -137,6 +137,16 @@ class Trainer:
 
     def train(self) -> None:
         """To the last step, or until something asks to stop: then raises SystemExit with the status that says so."""
+        args = self.args
+        if self.step == args.n_steps:
+            if is_main():
+                print(f"finished already: {self.saved} is at step {self.step} of {args.n_steps}")
+            return
+        if args.num_warmup_steps > args.n_steps:
+            log.warning(
+                "--num_warmup_steps %d is more than --n_steps %d: the learning rate never reaches --lr %g",
+                *(args.num_warmup_steps, args.n_steps, args.lr),
+            )
         with self.stop:
             reason = self._run()
         if reason is None:
@@ -383,12 +393,13 @@ class Trainer:
         # A backbone that was frozen and now is not, for one; or a file that was made to look like a checkpoint.
         except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
-        if self.args.lr_schedule == "cosine" and content["n_steps"] != self.args.n_steps:
-            log.warning("the learning rate now falls to 0 at step %d, not %d", self.args.n_steps, content["n_steps"])
-        if self.step >= self.args.n_steps:
+        done = self.step == self.args.n_steps
+        if self.step > self.args.n_steps or (done and not self.args.resume):  # queues may give a command once more
             raise InputError(
                 f"{path} is at step {self.step} already; --n_steps {self.args.n_steps} leaves nothing to do"
             )
+        if self.args.lr_schedule == "cosine" and content["n_steps"] != self.args.n_steps and not done:
+            log.warning("the learning rate now falls to 0 at step %d, not %d", self.args.n_steps, content["n_steps"])
 
     def _in_pieces(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
         """The state of an optimizer, each tensor in pieces if its parameter is."""

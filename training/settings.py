@@ -57,8 +57,12 @@ def decisive(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def incidental(args: argparse.Namespace) -> dict[str, Any]:
-    """Every other option, as plain values: how a run is done, and not what comes of it."""
-    chosen = {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
+    """Every other option, as plain values: how a run is done, and not what comes of it.
+
+    --n_steps is one of them where the learning rate does not depend on it; a run may change it in any case.
+    """
+    elsewhere = ELSEWHERE | ({"n_steps"} if args.lr_schedule == "cosine" else set())
+    chosen = {name: value for name, value in vars(args).items() if name not in elsewhere}
     plain = {
         name: value if isinstance(value, bool | int | float | None) else str(value) for name, value in chosen.items()
     }

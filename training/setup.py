@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.cli import model_settings
+from common.cli import architecture, task_settings
 from common.config import (
     AutoencoderConfig,
     Config,
@@ -149,8 +149,9 @@ def early_exit_objective(
 
 def stated(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags and the YAML file say of the network."""
-    given = model_settings(args) | {
-        "diffusion_params": {"num_timesteps": args.num_timesteps},
+    given = {
+        **architecture(args),
+        **task_settings(args),
         "dataset": args.dataset,
         "crop": args.crop,
         "t_min": args.t_min,

@@ -134,7 +134,7 @@ class TestRange:
         fails(train_script.main, [*argv, "--no-conv"], "conv (True and False)")
         elsewhere = [*argv[:-3], "--exp_name", "new", "--no-conv", "--load_checkpoint_path", tmp_path / "run" / LAST]
         fails(train_script.main, elsewhere, "conv (True and False)")
-        fails(train_script.main, [*argv, "--distill_from", full], "distill_weight (None and 1.0)")
+        fails(train_script.main, [*argv, "--distill_from", full], "distill_weight (none and 1.0)")
         train_script.main([*map(str, argv)])
 
     def test_a_yaml_file_may_state_it(self, early, tmp_path, fails, drawn):

@@ -135,7 +135,7 @@ def pack(dataset: ImageDataset, output: Path, num_workers: int = 0, quiet: bool 
     if not partial.exists():
         _check_space(writable_folder(output.parent), len(dataset) * dataset.row_bytes)
     writable_folder(partial)
-    with lock(partial / LOCK, f"{partial}: another process is packing it; wait for it"):
+    with lock(partial / LOCK, f"{partial}: another process is packing it"):
         if not (partial / MANIFEST).exists():
             work = _Work.begin_or_go_on(partial, dataset, source)
             work.decode(dataset, num_workers, quiet)

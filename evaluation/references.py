@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.distributed import is_main, on_main, share
-from common.errors import InputError
+from common.errors import InputError, WriteError
 from common.files import writable_folder
 from data import open_dataset
 from data.dataset import ImageDataset
@@ -76,7 +76,10 @@ class DatasetReference(Reference):
             return known
         statistics = super().statistics(extractor, batch_size, quiet)
         if statistics is not None:
-            save_statistics(path, statistics)
+            try:
+                save_statistics(path, statistics)
+            except WriteError as error:  # the score is not lost for that
+                log.warning("%s; the next run will compute them again", error)
         return statistics
 
 

@@ -135,12 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--verify: {args.data_path} holds latents; give --reference, images to score against")
         load_extractor(args.feature_extractor, args.feature_extractor_weights, device)  # or end now, not after sampling
     calibration = calibrate(args, networks, device)
-    save(args.output, calibration, files, args)
     sampling = f"{args.solver}, {len(calibration.steps.timesteps)} steps"
     n_images = calibration.predictions.error.shape[-1]
     print(f"{n_images} images of {args.dataset}, {sampling}, calls in {args.precision} on {device_name(device)}")
     print(as_table(calibration))
     print(in_words(calibration))
+    save(args.output, calibration, files, args)
     if args.verify:
         scores = verify(args, calibration, files)
         save(args.output, calibration, files, args, scores)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
 from common.images import from_uint8
+from common.signals import ASKING_TO_END, ignore
 from data.workers import check_open_files
 
 log = logging.getLogger(__name__)
@@ -230,8 +231,8 @@ def _apart(messages: Iterator[tuple[Tensor, np.ndarray]], batch_size: int) -> It
 
 
 def _obey_parent_alone(worker: int) -> None:
-    """Of a loading process: Ctrl-C and a queue's SIGTERM reach it too, but whether to end is its parent's to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Of a loading process: Ctrl-C and a queue's signals reach it too, but whether to end is its parent's to say."""
+    ignore({signal.SIGINT, *ASKING_TO_END} - {signal.SIGTERM})
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

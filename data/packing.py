@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import InputError, WriteError
 from common.files import check_regular, lock, read_json, remove_leftovers, replacing, writable_folder, write_json
 from data.dataset import ImageDataset
 from data.packed import (
@@ -61,7 +61,7 @@ def pack(dataset: ImageDataset, output: Path, num_workers: int = 0, quiet: bool 
     if not partial.exists():
         _check_space(place, len(dataset) * dataset.row_bytes)
     lock_file = output.with_name(f"{output.name}.lock")  # not in a folder that is renamed: Windows refuses that
-    with lock(lock_file, f"{partial}: another process is packing it; wait for it"), _explaining_a_full_disk(partial):
+    with lock(lock_file, f"{partial}: another process is packing it"), _explaining_a_full_disk(partial):
         try:
             return _finished(output, dataset, source) or _go_on(dataset, source, partial, output, num_workers, quiet)
         finally:
@@ -108,12 +108,12 @@ def _go_on(
 def _explaining_a_full_disk(partial: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, WriteError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        why = str(error) if isinstance(error, WriteError) else f"{partial}: {error.strerror}"
         raise InputError(
-            f"{partial}: {error.strerror}; what is packed so far is kept there: make room, and the same command goes "
-            "on from it"
+            f"{why}; the images packed so far are kept in {partial}: make room, and the same command goes on from them"
         ) from None
 
 

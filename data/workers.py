@@ -12,6 +12,7 @@ from multiprocessing import parent_process
 from multiprocessing.connection import wait
 
 from common.errors import InputError
+from common.signals import ASKING_TO_END
 
 try:
     import resource
@@ -19,7 +20,7 @@ except ImportError:  # Windows
     resource = None
 
 SPARE_FILES = 16  # that this process opens meanwhile for other ends
-ASKING_TO_END = {getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)}
+ENDING = {signal.SIGINT, *ASKING_TO_END}
 
 
 def check_open_files(num_workers: int, per_worker: int) -> None:
@@ -65,7 +66,7 @@ def signals_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING_TO_END)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
@@ -77,12 +78,12 @@ def end_with_parent() -> None:
 
     It would wait for ever for the next task of a parent that was killed.
     """
-    for number in ASKING_TO_END:
+    for number in ENDING:
         if callable(signal.getsignal(number)):  # not what is ignored on purpose, as nohup does
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING_TO_END)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.distributed import gather, is_main, on_main, share
-from common.errors import InputError
+from common.errors import InputError, WriteError
 from common.files import array_names, writable_folder
 from data import open_dataset
 from data.dataset import ImageDataset, say_left_out
@@ -123,7 +123,10 @@ class DatasetReference(Reference):
         statistics = super().statistics(extractor, batch_size, quiet)
         self._share_broken()
         if statistics is not None:
-            save_statistics(path, statistics, self.broken)
+            try:
+                save_statistics(path, statistics, self.broken)
+            except WriteError as error:  # the score is not lost for that
+                log.warning("%s; the next run will compute them again", error)
         return statistics
 
     def _cached(self, path: Path) -> Statistics | None:

@@ -167,7 +167,7 @@ class RunRecord:
         writable_folder(self.folder)
         samples = samples_in(self.folder)
         self.report.mkdir(exist_ok=True)
-        self._lock = lock(self.report / ".lock", f"{self.folder}: another process is sampling into it; wait for it")
+        self._lock = lock(self.report / ".lock", f"{self.folder}: another process is sampling into it")
         if samples and not overwrite:
             self._refuse_another(samples, n_samples)
             self.goes_on, self.kept = True, self._kept(n_samples)

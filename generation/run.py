@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,11 @@ from tqdm import tqdm
 from common.config import Config
 from common.devices import DTYPES, Stopwatch, check_compiler, pick_precision
 from common.distributed import barrier, is_main, on_main, share
-from common.errors import InputError
+from common.errors import InputError, WriteError
 from common.files import write_json
 from common.images import enlarge, read_png, save_grid, save_png, to_uint8
 from common.seeds import nth_seed
+from common.signals import status_of
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, FiniteWatch, SeededNoise, SwitchingDenoiser, guided, random_classes, sample
 from diffusion.solvers import make_solver, spaced_timesteps
@@ -271,23 +271,17 @@ class SamplingRun:
 
 @contextmanager
 def going_on_later() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the process at once, in a line that says how to go on; no file is left half-written."""
-    status = 130
-
-    def terminate(*_: object) -> NoReturn:
-        nonlocal status
-        status = 143
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
+    """What ends the work in the block, a signal or a full disk, ends it in a line that says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if is_main():
             print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(status) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise SystemExit(status_of(interrupt)) from None
+    except WriteError as error:
+        raise InputError(
+            f"{error}; the samples before it are whole: {error.remedy}, then the same command goes on from here"
+        ) from None
 
 
 def save_frames(path: Path, frames: list[Tensor], images: Tensor) -> None:

@@ -17,6 +17,7 @@ They are kept, for scores of another classifier are not comparable.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,8 +92,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = {"training": slice(HELD_OUT, None), "held-out": slice(0, HELD_OUT)}
     for name, part in parts.items():
         print(f"{name} accuracy {accuracy(classifier, images[part], labels[part]):.4f}")
+    content = io.BytesIO()  # given a path, torch ends the process where the disk is full
+    torch.jit.save(torch.jit.script(classifier), content)
     with replacing(args.output) as temporary:
-        torch.jit.script(classifier).save(str(temporary))
+        temporary.write_bytes(content.getbuffer())
     print(f"{args.output} ({args.output.stat().st_size / 1024:.0f} KB)")
 
 

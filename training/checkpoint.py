@@ -15,18 +15,15 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser, any_path, existing_file
 from common.config import Config, check_types, shown
 from common.errors import InputError, command
 from common.files import lock, replacing
-from models.pickles import check_pickles
-from models.weights import FORMAT, check_numbers, read_pth, read_weights
+
+if TYPE_CHECKING:  # torch is slow to import, and --help does without
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +52,7 @@ class CheckpointFolder:
         Raises InputError where another is in it: two would take each other's files for leftovers.
         """
         if self._lock is None and self.folder.is_dir():
-            self._lock = lock(
-                self.folder / ".lock", f"{self.folder}: another training is at work there; wait for its end"
-            )
+            self._lock = lock(self.folder / ".lock", f"{self.folder}: another training is at work there")
 
     def at_step(self, step: int) -> Path:
         return self.folder / f"{self.prefix}_step-{step}.pth"
@@ -113,6 +108,10 @@ def set_aside(path: Path) -> Path:
 
 def step_of(path: Path) -> int | None:
     """The step of a checkpoint, without reading its tensors; None for a file that does not say."""
+    import torch
+
+    from models.pickles import check_pickles
+
     try:
         check_pickles(path)
         step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
@@ -123,6 +122,8 @@ def step_of(path: Path) -> int | None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this project with its training state; raises InputError for other files."""
+    from models.weights import FORMAT, read_pth
+
     content = read_pth(path)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: holds weights but no training state of this project")
@@ -147,24 +148,19 @@ def check_weights(content: Mapping[str, Any], path: Path) -> None:
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """content: tensors and plain values, nested.
 
-    Raises InputError if a number in it is not finite, or the disk does not take it; what was there before stays.
+    Raises InputError if a number in it is not finite, WriteError if the disk does not take it; the old file stays.
     """
+    import torch
+
+    from models.weights import FORMAT
+
     if not all_finite(content):
         raise InputError(
             f"step {content['step']}: the weights are not finite, so {path.name} was not written; the training "
             "diverged. Go on from an earlier checkpoint, with a lower --lr or without fp16"
         )
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-    except (OSError, RuntimeError) as error:  # torch hides why a file could not be written
-        reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
-        if reason is None:
-            raise
-        raise InputError(
-            f"step {content['step']}: {path} could not be written ({reason.strerror}); the checkpoints before it are "
-            "as they were. Make room, then go on with --resume"
-        ) from None
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 def all_finite(content: Any) -> bool:
@@ -172,6 +168,8 @@ def all_finite(content: Any) -> bool:
 
 
 def tensors_in(content: Any) -> Iterator[Tensor]:
+    from torch import Tensor
+
     if isinstance(content, Tensor):
         yield content
     elif isinstance(content, Mapping | list | tuple):
@@ -181,6 +179,10 @@ def tensors_in(content: Any) -> Iterator[Tensor]:
 
 def export(source: Path, target: Path, weights: str) -> str:
     """Write the weights of a checkpoint, with its configuration, as safetensors. Returns what was written."""
+    from safetensors.torch import save_file
+
+    from models.weights import check_numbers, read_weights
+
     if target.suffix != ".safetensors":
         raise InputError(f"{target}: wanted a name that ends in .safetensors")
     if not target.parent.is_dir():

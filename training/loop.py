@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from common.config import Config, carried_settings
 from common.distributed import is_main, on_main, part_of, total, world_size
-from common.errors import InputError
+from common.errors import InputError, WriteError, writing
 from common.files import remove_leftovers
 from common.images import save_grid, to_uint8
 from common.seeds import nth_seed
@@ -136,7 +136,10 @@ class Trainer:
         self.saved: Path | None = None  # the newest checkpoint
 
     def train(self) -> None:
-        """To the last step, or until something asks to stop: then raises SystemExit with the status that says so."""
+        """To the last step, or until something asks to stop: then raises SystemExit with the status that says so.
+
+        Raises InputError where a file cannot be written: training that could not be saved is not worth its time.
+        """
         args = self.args
         if self.step == args.n_steps:
             if is_main():
@@ -147,8 +150,11 @@ class Trainer:
                 "--num_warmup_steps %d is more than --n_steps %d: the learning rate never reaches --lr %g",
                 *(args.num_warmup_steps, args.n_steps, args.lr),
             )
-        with self.stop:
-            reason = self._run()
+        try:
+            with self.stop:
+                reason = self._run()
+        except WriteError as error:
+            raise InputError(f"step {self.step}: {error}; {self._what_is_kept(error.remedy)}") from None
         if reason is None:
             return
         if is_main():
@@ -162,7 +168,8 @@ class Trainer:
         if is_main():
             for folder in (self.checkpoints.folder, self.checkpoints.folder / "previews"):
                 remove_leftovers(folder)
-            metrics = MetricsLog(self.checkpoints.folder, self.step)
+            with writing(self.checkpoints.folder / "metrics.jsonl"):
+                metrics = MetricsLog(self.checkpoints.folder, self.step)
             trained = sum(p.numel() for p in self.trained) / 1e6
             print(f"{trained:.2f} M parameters learn from {len(self.dataset):,} images -> {self.checkpoints.folder}")
         batches = training_batches(
@@ -187,7 +194,8 @@ class Trainer:
             if metrics and (finished or self.step % args.log_every_n_steps == 0):
                 scalars = self._means()  # waits for the device
                 steps_per_second = (self.step - since_step) / (time.perf_counter() - since)
-                metrics.write(self.step, scalars | {"steps_per_second": steps_per_second})
+                with writing(metrics.path):
+                    metrics.write(self.step, scalars | {"steps_per_second": steps_per_second})
                 tqdm.write(f"step {self.step}: loss {scalars['loss']:.4f}, {steps_per_second:.2f} steps/s")
             if self.step % args.log_every_n_steps == 0:  # the end alone is no such step: see what goes on from it
                 self.begin_sums()
@@ -297,6 +305,13 @@ class Trainer:
                 break
         start = "python" if world_size() == 1 else "torchrun ..."
         return f"go on with: {start} {shlex.join([*words, '--resume'])}"
+
+    def _what_is_kept(self, remedy: str) -> str:
+        """Of a training that ends on a file that could not be written, and how to go on; process 0 says it."""
+        kept = self.checkpoints.newest_first()
+        if not kept:
+            return f"there is no checkpoint yet: {remedy}, then give the same command again"
+        return f"the newest checkpoint is {kept[0]}: {remedy}, then {self._how_to_go_on()}"
 
     def begin_sums(self) -> None:
         """Of what is logged, since the last log, over the steps that were taken."""

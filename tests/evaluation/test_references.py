@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
 import struct
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,14 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import fid
-from common.errors import InputError
+from common.errors import InputError, WriteError
+from data import open_dataset
 from data.files import ImageFiles
+from evaluation import references
 from evaluation.images import FinishedImages, ImageArray
+from evaluation.references import DatasetReference
 from evaluation.scoring import kernel_distance, precision_recall
-from evaluation.statistics import frechet_distance, load_statistics, statistics_of
+from evaluation.statistics import Statistics, frechet_distance, load_statistics, statistics_of
 
 SIDE = 8
 
@@ -480,3 +485,18 @@ def test_calibration_leaves_broken_images_out(tmp_path, pixels, caplog):
         path.write_bytes(path.read_bytes()[:80])
     with pytest.raises(InputError, match="at least 2"):
         measured(whole, range(12))
+
+
+def test_statistics_that_cannot_be_kept_are_not_lost(tmp_path, monkeypatch, caplog):
+    """A full disk in the place of the cache costs the next run its time, and this one nothing."""
+    found = Statistics(np.zeros(2), np.eye(2), 10)
+
+    def refuse(path, statistics):
+        raise WriteError(path, errno.ENOSPC)
+
+    monkeypatch.setattr(references.Reference, "statistics", lambda *_: found)
+    monkeypatch.setattr(references, "save_statistics", refuse)
+    dataset = open_dataset("digits", None, img_size=8, in_chans=1, num_classes=-1, crop=None)
+    extractor = SimpleNamespace(name="none", describe=lambda: {})
+    assert DatasetReference(dataset, 10, tmp_path).statistics(extractor, 4, quiet=True) is found
+    assert "No space left on device" in caplog.text and str(tmp_path) in caplog.text

@@ -106,6 +106,8 @@ def test_pieces_train_as_copies(logs, by_two):
     pieces = run(logs, "pieces", "--fsdp", "--grad_checkpointing", count=2, steps=10)
     for ours, theirs in zip(metrics(pieces), metrics(by_two), strict=False):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        # Adam does not tell a sum of the processes' gradients from their mean: the norm does.
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     ours, theirs = last(pieces), last(by_two)
     assert ours.keys() == theirs.keys()
     for part in ("model", "ema", "optimizer"):

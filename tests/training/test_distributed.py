@@ -243,5 +243,6 @@ class TestBadInput:
         """A run that is there already is found by process 0, which also writes."""
         argv = [*FLAGS, "--n_steps", 20, "--log_path", logs, "--exp_name", "alone"]
         assert processes.run("train", argv, logs / "again.txt", 2) == [2, 2]
-        said = (logs / "again.txt").read_text().splitlines()
-        assert said[0].startswith("train.py: ") and all("holds a run already" in line for line in said)
+        said = (logs / "again.txt").read_text()  # with torch 2.9, beside lines of gloo's own ("[Gloo] Rank 0 is ...")
+        assert said.count("train.py: ") == said.count("holds a run already") == 1, said
+        assert "Traceback" not in said

@@ -141,6 +141,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_weights(content: Mapping[str, Any], path: Path) -> None:
     """Raises InputError where the weights to go on from, or their averages, are not finite."""
+    from models.weights import check_numbers
+
     for name in ("model", "ema"):
         check_numbers(content[name] or {}, path, name)
 

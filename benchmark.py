@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarking.settings import BenchmarkSettings, ExitBenchmark, SamplingBenchmark, TrainingBenchmark
 from common.cli import Parser
+from common.config import Config
 from common.errors import InputError, command
-from common.settings import add_options, flat, from_flags
+from common.settings import add_options, flat, from_flags, given_of
 
 if TYPE_CHECKING:
     import torch
 
     from models.loading import Network
 
+M = TypeVar("M")
 SETTINGS: dict[str, type[BenchmarkSettings]] = {
     "sample": SamplingBenchmark,
     "early-exit": ExitBenchmark,
@@ -29,10 +32,12 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[str, BenchmarkSettings]:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{sample,early-exit,train}")
     for name, cls in SETTINGS.items():
-        add_options(commands.add_parser(name, help=cls.__doc__, description=cls.__doc__), cls)
+        sub = commands.add_parser(name, help=cls.__doc__, description=cls.__doc__)
+        add_options(sub, cls)
+        add_options(sub, Config, partial=True)
     given = vars(parser.parse_args(argv))
     name = given["command"]
-    return name, from_flags(SETTINGS[name], given)
+    return name, from_flags(SETTINGS[name], given, described=given_of(Config, given))
 
 
 @command
@@ -74,8 +79,9 @@ def prepare_sampling(settings: SamplingBenchmark, device: torch.device) -> tuple
     from diffusion import NoiseSchedule
     from diffusion.solvers import make_solver, spaced_timesteps
     from models.loading import check_pair
+    from models.uvit import UViT
 
-    full, shallow = open_network(settings.full, "uvit"), open_network(settings.shallow, "uvit")
+    full, shallow = open_network(settings.full, UViT, settings), open_network(settings.shallow, UViT)
     check_pair(shallow, full)
     config = full.config
     num_timesteps = config.diffusion_params.num_timesteps
@@ -94,8 +100,9 @@ def prepare_sampling(settings: SamplingBenchmark, device: torch.device) -> tuple
 def prepare_early_exit(settings: ExitBenchmark, device: torch.device) -> tuple[Measurement, ToText]:
     from benchmarking.early_exit import measure_early_exit
     from benchmarking.report import early_exit_table
+    from models.early_exit import EarlyExitUViT
 
-    network = open_network(settings.model, "deediff_uvit")
+    network = open_network(settings.model, EarlyExitUViT, settings)
 
     def measure(precision: str) -> dict[str, Any]:
         return measure_early_exit(settings, copy_of(network, device), precision, device)
@@ -104,10 +111,12 @@ def prepare_early_exit(settings: ExitBenchmark, device: torch.device) -> tuple[M
 
 
 def prepare_training(settings: TrainingBenchmark, device: torch.device) -> tuple[Measurement, ToText]:
+    from torch import nn
+
     from benchmarking.report import training_table
     from benchmarking.training import measure_training
 
-    network = open_network(settings.model)
+    network = open_network(settings.model, nn.Module, settings)
     if network.config.model == "uvit" and settings.freeze_backbone:
         raise InputError(f"--freeze_backbone is for early-exit models; {settings.model} is a backbone")
 
@@ -120,27 +129,34 @@ def prepare_training(settings: TrainingBenchmark, device: torch.device) -> tuple
 COMMANDS = {"sample": prepare_sampling, "early-exit": prepare_early_exit, "train": prepare_training}
 
 
-def open_network(path: Path, model: str | None = None) -> Network:
+def open_network(path: Path, kind: type[M], settings: BenchmarkSettings | None = None) -> Network[M]:
     """The network of a checkpoint, or one of random weights from a YAML file.
 
-    model: the kind that is wanted, None for either. Raises InputError for files that are neither.
+    kind: the class that is wanted, nn.Module for any. settings: where flags describe the network. Raises InputError
+    for files that are neither.
     """
-    from common.config import build_config, read_yaml
-    from models.loading import Network, build_network, load_network
+    from common.config import build_config
+    from models.early_exit import EarlyExitUViT
+    from models.loading import Network, build_network, load_network, stated_settings
 
+    flags, config_path = (settings.described or {}, settings.config_path) if settings else ({}, None)
     if path.suffix not in (".yaml", ".yml"):
-        return load_network(path, {}, model=model)
-    stated = read_yaml(path)
+        return load_network(path, stated_settings(config_path, flags), kind)
+    if config_path:
+        raise InputError(f"--config_path {config_path}: {path} describes its network already; give one of them")
+    stated = stated_settings(path, flags)
     stated.setdefault("model", "deediff_uvit" if stated.get("classifier_type") else "uvit")
     config = build_config(stated, str(path))
-    if model not in (None, config.model):
-        raise InputError(f"{path} describes a {config.model}, wanted a {model}")
-    return Network(build_network(config).requires_grad_(False).eval(), config, "random", None, path)
+    network = build_network(config).requires_grad_(False).eval()
+    if not isinstance(network, kind):
+        wanted = "an early-exit model" if kind is EarlyExitUViT else "a backbone"
+        raise InputError(f"{path} describes a {config.model}, wanted {wanted}")
+    return Network(network, config, "random", None, path)
 
 
-def copy_of(network: Network, device: torch.device) -> Network:
+def copy_of(network: Network[M], device: torch.device) -> Network[M]:
     """One to be measured, which changes its weights: into a precision, or by training."""
-    return network._replace(module=copy.deepcopy(network.module).to(device))
+    return replace(network, module=copy.deepcopy(network.module).to(device))
 
 
 if __name__ == "__main__":

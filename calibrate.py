@@ -16,9 +16,9 @@ from common.options import SpeedSettings
 
 if TYPE_CHECKING:
     import torch
-    from evaluation.settings import ScoringSettings
 
     from calibration.run import Calibration
+    from evaluation.settings import ScoringSettings
     from generation.settings import SamplerSettings
     from models.loading import Network
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibration = calibrate(measurement_of(settings, precision), networks, device)
     save(settings.output, calibration, settings.files)
     sampling = f"{settings.solver.solver}, {len(calibration.steps.timesteps)} steps"
-    images = f"{settings.choice.n_images} images of {settings.choice.dataset}"
+    images = f"{calibration.predictions.error.shape[-1]} images of {settings.choice.dataset}"
     print(f"{images}, {sampling}, calls in {precision} on {device_name(device)}")
     print(as_table(calibration))
     print(in_words(calibration))
@@ -136,11 +136,15 @@ def sampling_of(
     settings: CalibrateSettings, calibration: Calibration, stages: Path, seed: int, samples: Path
 ) -> SamplerSettings:
     from generation.settings import SamplerSettings
+    from generation.stages import read_stages
 
     verifying, measured = settings.verifying, calibration.settings
+    described = settings.described or {}
+    if read_stages(stages).stages[0].checkpoint_path.resolve() != settings.checkpoint_path[0].resolve():
+        described = {key: value for key, value in described.items() if key != "model_params"}  # of the first network
     return SamplerSettings(
         stages=stages,
-        described=settings.described,
+        described=described,
         weights=settings.weights,
         autoencoder_checkpoint_path=verifying.autoencoder_checkpoint_path,
         output_folder=samples,
@@ -159,12 +163,12 @@ def scoring_of(settings: CalibrateSettings, samples: Path) -> ScoringSettings:
     from evaluation.settings import ReferenceSettings, ScoringSettings
 
     verifying, choice = settings.verifying, settings.choice
-    against = ReferenceSettings(reference=verifying.reference)
+    real = ReferenceSettings(reference=verifying.reference)
     if verifying.reference is None:
-        against = ReferenceSettings(dataset=choice.dataset, data_path=choice.data_path, crop=choice.crop)
+        real = ReferenceSettings(dataset=choice.dataset, data_path=choice.data_path, crop=choice.crop)
     return ScoringSettings(
         samples_path=samples,
-        reference=against,
+        real=real,
         feature_extractor=verifying.feature_extractor,
         feature_extractor_weights=verifying.feature_extractor_weights,
         machine=settings.machine,

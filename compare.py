@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli import Parser
-from common.config import contradictions
 from common.errors import InputError, command
 from common.files import read_json, writable_folder, write_json
+from common.settings import CONDITIONS, RESULT, Checked, differences, leaves, option
+from common.tables import on_terminal
 from common.tables import table as aligned
+from generation.settings import EarlyExitSettings, SamplerSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
 SAMPLES_SHOWN = 10
 CONFIDENCE = 0.95
 MEASURED = ("seconds_per_image", "network_flops_per_image")
-# Settings in which the seeds of one label may differ, beside paths: each seed may have networks of its own.
-OF_A_SEED = ("seed", "output_folder", "overwrite", "quiet", "schedule")
+# The options of the samplers. Seeds of one label share those that decide the result; times are compared where those
+# that decide the conditions are equal, of which one that a script does not have counts as its default.
+SAMPLER_OPTIONS = {f.name: f for cls in (SamplerSettings, EarlyExitSettings) for f in leaves(cls)}
+OF_MACHINE = ("device", "processes", "threads", "torch")
 
 
 class Run(NamedTuple):
@@ -33,6 +38,7 @@ class Run(NamedTuple):
     seed: int
     basis: dict[str, Any]  # what scores must share to be compared
     settings: dict[str, Any]  # what the seeds of one label must share beside
+    conditions: dict[str, Any]  # what times must share to be compared
 
 
 class Estimate(NamedTuple):
@@ -52,30 +58,12 @@ class Summary(NamedTuple):
     runs: list[Run]  # by seed
     score: Estimate
     difference: Estimate | None  # to the first label, seed by seed; None where the seeds are others
-    seconds_per_image: Estimate
+    seconds_per_image: Estimate | None  # None where the seeds were timed under unlike conditions
     flops_per_image: float
 
     @property
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="LABEL=FOLDER",
-        type=labelled,
-        help="scored samples; the first is the standard. A label that is given several times has several seeds",
-    )
-    parser.add_argument("--metric", default="fid", help="which score of report/metrics.json")
-    parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="the picture")
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
-    args = parser.parse_args(argv)
-    if args.output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        parser.error(f"--output {args.output}: wanted a .png, .pdf or .svg")
-    return args
 
 
 def labelled(text: str) -> tuple[str, Path]:
@@ -87,32 +75,57 @@ def labelled(text: str) -> tuple[str, Path]:
     return label, Path(folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(Checked):
+    """Settings of compare.py."""
+
+    runs: tuple[Any, ...] = option(
+        help="scored samples; the first is the standard. A label that is given several times has several seeds",
+        parse=labelled,
+        positional=True,
+        metavar="LABEL=FOLDER",
+    )
+    metric: str = option("fid", "the score, of those in report/metrics.json")
+    output: Path = option(Path("comparison.png"), "the picture")
+    json: Path | None = option(None, "also write all numbers to this file")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise InputError(f"--output {self.output}: wanted a .png, .pdf or .svg")
+
+
+def parse_settings(argv: Sequence[str] | CompareSettings | None) -> CompareSettings:
+    return Parser(description=__doc__).settings(CompareSettings, argv, network=False)
+
+
 @command
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    runs = [read_run(label, folder, args.metric) for label, folder in args.runs]
+def main(argv: Sequence[str] | CompareSettings | None = None) -> None:
+    settings = parse_settings(argv)
+    metric = settings.metric
+    runs = [read_run(label, folder, metric) for label, folder in settings.runs]
     check_comparable(runs)
-    summaries = summarised(runs)
-    for path in (args.output, args.json):
+    summaries, notes = summarised(runs), notes_on(runs)
+    for path in (settings.output, settings.json):
         if path is not None:
             writable_folder(path.parent)
-    print(table(summaries, args.metric))
+    print("\n".join([table(summaries, metric), *map(on_terminal, notes)]))
 
-    from common.plots import plot_comparison
+    from common.plots import drawable, plot_comparison
 
     plot_comparison(
-        args.output,
+        settings.output,
         [summary.label for summary in summaries],
-        [summary.seconds_per_image for summary in summaries],
+        [summary.seconds_per_image if timed_alike(summary, summaries[0]) else None for summary in summaries],
         bars(summaries),
-        args.metric.upper(),
+        metric.upper(),
         [first_samples(summary.runs[0].folder) for summary in summaries],
-        about_bars(summaries[0].label) if paired(summaries) else "",
+        about_bars(drawable(summaries[0].label)) if paired(summaries) else "",
     )
-    print(f"picture: {args.output}")
-    if args.json:
-        write_json(args.json, numbers(summaries, args.metric))
-        print(f"numbers: {args.json}")
+    print(f"picture: {settings.output}")
+    if settings.json:
+        write_json(settings.json, numbers(summaries, metric) | {"notes": notes})
+        print(f"numbers: {settings.json}")
 
 
 def paired(summaries: Sequence[Summary]) -> bool:
@@ -143,14 +156,19 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
         if not isinstance(scores.get(metric), int | float):
             raise InputError(f"{scored} has no {metric}; run fid.py with --metrics {metric}")
         basis = {key: scores[key] for key in ("n_samples", "reference", "feature_extractor")}
-        basis |= {key: statistics[key] for key in ("device", "threads")}
         values = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
         if not all(map(math.isfinite, values)) or values[1] <= 0:
-            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {values}")
+            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {', '.join(map(str, values))}")
         settings = dict(statistics["settings"])
         seed = int(settings["seed"])
-        shared = {key: value for key, value in settings.items() if key not in OF_A_SEED and "_path" not in key}
-        return Run(label, folder, *values, seed, basis, shared)
+        shared = {name: settings.get(name) for name, f in SAMPLER_OPTIONS.items() if RESULT in f.about.decides}
+        shared = {**shared, "stages": statistics["stages"], "seed": None}
+        conditions = {
+            **{name: f.default for name, f in SAMPLER_OPTIONS.items() if CONDITIONS in f.about.decides},
+            **dict.fromkeys(OF_MACHINE, "unknown"),
+        }
+        conditions = {name: statistics.get(name, default) for name, default in conditions.items()}
+        return Run(label, folder, *values, seed, basis, shared, conditions)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -158,7 +176,7 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
 
 
 def first_samples(folder: Path) -> np.ndarray:
-    """The first samples beside each other, uint8 (H, W) or (H, W, 3)."""
+    """The first samples beside each other, uint8 (H, W, 3)."""
     import numpy as np
     from PIL import Image
 
@@ -166,7 +184,7 @@ def first_samples(folder: Path) -> np.ndarray:
 
     images = []
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
-        image = FinishedImages.open(path)
+        image = FinishedImages.open(path).convert("RGB")
         larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
         images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
     if not images:
@@ -181,8 +199,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
         if different := [key for key, value in run.basis.items() if value != runs[0].basis[key]]:
             raise InputError(f"{run.label} cannot be compared with {runs[0].label}: other {', '.join(different)}")
         same = first.setdefault(run.label, run)
-        one_sided = [f"{key} (only of one)" for key in sorted(same.settings.keys() ^ run.settings.keys())]
-        if different := one_sided + contradictions(same.settings, run.settings, none_counts=True):
+        if different := differences(same.settings, run.settings):
             raise InputError(
                 f"the label {run.label} is given to {same.folder} and {run.folder}, which differ in more than the "
                 f"seed: {', '.join(different)}"
@@ -210,11 +227,39 @@ def summarised(runs: Sequence[Run]) -> list[Summary]:
             estimate([run.score - ours.score for run, ours in zip(of_label, standard, strict=True)])
             if same_seeds
             else None,
-            estimate([run.seconds_per_image for run in of_label]),
+            estimate([run.seconds_per_image for run in of_label]) if one_clock(of_label) else None,
             sum(run.flops_per_image for run in of_label) / len(of_label),
         )
         for label, of_label in by_label.items()
     ]
+
+
+def one_clock(runs: Sequence[Run]) -> bool:
+    """Whether all were timed under the same conditions."""
+    return all(run.conditions == runs[0].conditions for run in runs)
+
+
+def timed_alike(summary: Summary, standard: Summary) -> bool:
+    return one_clock([*standard.runs, *summary.runs])
+
+
+def notes_on(runs: Sequence[Run]) -> list[str]:
+    """Lines on what times and scores do not share with the first run; none where all is alike."""
+    labels = list(dict.fromkeys(run.label for run in runs))
+    unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by what differs
+    for run in sorted(runs, key=lambda run: (labels.index(run.label), run.seed)):
+        if different := differences(run.conditions, runs[0].conditions):
+            unlike.setdefault((run.label, ", ".join(different)), []).append(run.seed)
+    if not unlike:
+        return []
+    lines = [f"times are compared only under the conditions of {runs[0].label}"]
+    for (label, different), seeds in unlike.items():
+        all_seeds = len(seeds) == sum(run.label == label for run in runs)
+        some = "" if all_seeds else f" (seed {', '.join(map(str, seeds))})"
+        lines.append(f"{label}{some}: {different}")
+    if any(run.conditions["precision"] != runs[0].conditions["precision"] for run in runs):
+        lines.append("scores of unlike precision: samples of one seed differ; sample with --precision fp32 to compare")
+    return lines
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -229,12 +274,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def table(summaries: Sequence[Summary], metric: str) -> str:
-    """Score, time and cost of each label; the speed-up is that of the measured time against the first.
+    """Score, time and cost of each label; the speed-up is that of the measured time against the first, if comparable.
 
     Where there are several seeds: their number if it is not always the same, and the paired difference to the first.
     """
     standard = summaries[0]
     unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))
+    of_image = [summary.seconds_per_image for summary in summaries]
+    speed_ups = [speed_up(summary, standard) for summary in summaries]
     counts = sorted({len(summary.runs) for summary in summaries})
     columns = [
         ("run", [summary.label for summary in summaries]),
@@ -244,15 +291,15 @@ def table(summaries: Sequence[Summary], metric: str) -> str:
             f"minus {standard.label}",
             ["", *(f"{summary.difference:+}" for summary in summaries[1:])] if paired(summaries) else None,
         ),
-        ("s/image", [f"{summary.seconds_per_image.mean:.4f}" for summary in summaries]),
+        ("s/image", ["" if seconds is None else f"{seconds.mean:.4f}" for seconds in of_image]),
         (f"{name}/image", [f"{summary.flops_per_image / unit:.3g}" for summary in summaries]),
-        ("speed-up", [f"{speed_up(summary, standard):.2f}x" for summary in summaries]),
+        ("speed-up", ["" if ratio is None else f"{ratio:.2f}x" for ratio in speed_ups]),
     ]
     columns = [(header, cells) for header, cells in columns if cells is not None]
     text = aligned([header for header, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)), left=1)
     if counts[-1] > 1:
         seeds = f"{counts[0]} seeds" if len(counts) == 1 else "the seeds"
-        text += f"\nmeans over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)"
+        text += "\n" + on_terminal(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
     return text
 
 
@@ -270,7 +317,8 @@ def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
                 "scores": [run.score for run in summary.runs],
                 "score": summary.score._asdict(),
                 "difference": summary.difference and summary.difference._asdict(),
-                "seconds_per_image": summary.seconds_per_image._asdict(),
+                "conditions": [run.conditions for run in summary.runs],
+                "seconds_per_image": summary.seconds_per_image and summary.seconds_per_image._asdict(),
                 "flops_per_image": summary.flops_per_image,
                 "speed_up": speed_up(summary, summaries[0]),
             }
@@ -279,7 +327,10 @@ def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
     }
 
 
-def speed_up(summary: Summary, standard: Summary) -> float:
+def speed_up(summary: Summary, standard: Summary) -> float | None:
+    """Of the measured times; None where their conditions are unlike."""
+    if not timed_alike(summary, standard):
+        return None
     return standard.seconds_per_image.mean / summary.seconds_per_image.mean
 
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with folder.making(len(timesteps)) as bar:
             for indices in folder.mine:
                 batch = BatchUnderWay(folder, indices, decode, device, bar)
-                with batch.sampling:
+                with batch.sampling():
                     noise = noise_of(settings.seed, indices, device)
                     x0 = sample(stages, solver, noise, shape, labels(indices), batch.on_step)
                 batch.save(x0, recorder.end_batch())
@@ -81,10 +81,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load(settings: EarlyExitSettings, device: torch.device) -> Network:
-    from models.loading import load_network, stated_settings
+    from models.early_exit import EarlyExitUViT
+    from models.loading import described_by, load_network, stated_settings
 
-    stated = stated_settings(settings.config_path, settings.stated)
-    return load_network(settings.checkpoint_path, stated, model="deediff_uvit", weights=settings.weights, device=device)
+    return load_network(
+        settings.checkpoint_path,
+        stated_settings(settings.config_path, settings.stated),
+        EarlyExitUViT,
+        described=described_by(settings.config_path),
+        weights=settings.weights,
+        device=device,
+    )
 
 
 def describe_work(

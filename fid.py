@@ -1,88 +1,21 @@
-"""Score a folder of samples against real images: FID, and KID, Inception score, precision and recall."""
+"""Score samples against real images: FID, and KID, Inception score, precision and recall."""
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.cli import Parser, add_common_options, existing_file, existing_path, whole
+from common.cli import Parser
 from common.errors import command
-from data import CROPS, DATASETS
-
-METRICS = ("fid", "kid", "is", "prc")
+from evaluation.settings import ScoringSettings
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--samples_path", type=existing_path, required=True, help="folder of images, as sampler.py writes it"
-    )
-    parser.add_argument("--dataset", choices=tuple(DATASETS), help="score against its whole training set")
-    parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
-    parser.add_argument("--crop", choices=CROPS, help="of the dataset; that of the samples' network if not said")
-    parser.add_argument("--download", action="store_true", help="fetch the dataset first, if it is not there")
-    parser.add_argument(
-        "--reference",
-        type=existing_path,
-        help="score against a folder of images, or an .npz with mu and sigma",
-    )
-    parser.add_argument("--n_reference", type=whole(2), help="only so many real images, evenly spaced; all if not said")
-    parser.add_argument("--metrics", type=metrics, default=("fid",), metavar="fid,kid,is,prc", help="comma-separated")
-    parser.add_argument(
-        "--feature_extractor",
-        default="inception",
-        help="inception, or a TorchScript file: uint8 (N, C, H, W) -> (N, D)",
-    )
-    parser.add_argument(
-        "--feature_extractor_weights", type=existing_file, help="of inception; downloaded once if not said"
-    )
-    parser.add_argument(
-        "--save_stats",
-        type=Path,
-        help="write mu and sigma of the samples to this .npz, a --reference for later",
-    )
-    parser.add_argument("--cache_dir", type=Path, default=default_cache(), help="statistics of datasets are kept here")
-    parser.add_argument("--batch_size", type=whole(1), default=64)
-    add_common_options(parser)
-    args = parser.parse_args(argv)
-
-    if not args.samples_path.is_dir():
-        parser.error(f"--samples_path {args.samples_path}: is no folder")
-    if (args.dataset is None) == (args.reference is None) and not (args.save_stats and args.dataset is None):
-        parser.error("give --dataset or --reference, one of them, to score against")
-    for name in ("data_path", "crop", "download"):
-        if getattr(args, name) and not args.dataset:
-            parser.error(f"--{name} needs --dataset")
-    if args.feature_extractor != "inception":
-        if not Path(args.feature_extractor).is_file():
-            parser.error(f"--feature_extractor {args.feature_extractor}: no such file (or give inception)")
-        if args.feature_extractor_weights:
-            parser.error("--feature_extractor_weights belongs to --feature_extractor inception")
-        if "is" in args.metrics:
-            parser.error("--metrics is: the Inception score needs --feature_extractor inception")
-    if args.reference and args.reference.is_file() and {"kid", "prc"} & set(args.metrics):
-        parser.error("--metrics kid, prc: need real images, not statistics; give --dataset or a folder")
-    if args.n_reference and args.reference and args.reference.is_file():
-        parser.error("--n_reference: the statistics in a file cannot be cut down")
-    return args
-
-
-def metrics(text: str) -> tuple[str, ...]:
-    chosen = tuple(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in chosen if name not in METRICS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(METRICS)}")
-    return chosen
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duodiff"
+def parse_settings(argv: Sequence[str] | ScoringSettings | None) -> ScoringSettings:
+    return Parser(description=__doc__).settings(ScoringSettings, argv, network=False)
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str] | ScoringSettings | None = None) -> None:
+    settings = parse_settings(argv)
 
     from common.distributed import is_main, joined_processes
     from common.files import writable_folder
@@ -92,22 +25,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from evaluation.scoring import score, write_scores
     from evaluation.statistics import save_statistics
 
-    with joined_processes(args.device) as device:
-        samples = Samples(args.samples_path)
-        reference = open_reference(args, samples) if args.dataset or args.reference else None
-        for folder in (
-            samples.report,
-            args.cache_dir if args.dataset else None,
-            args.save_stats and args.save_stats.parent,
-        ):
+    real, batch_size, quiet = settings.real, settings.batch_size, settings.machine.quiet
+    with joined_processes(settings.machine.device) as device:
+        samples = Samples(settings.samples_path)
+        reference = open_reference(real, samples, settings.metrics) if real.dataset or real.reference else None
+        for folder in (samples.report, real.cache_dir, settings.save_stats and settings.save_stats.parent):
             if folder is not None:
                 writable_folder(folder)
-        extractor = load_extractor(args.feature_extractor, args.feature_extractor_weights, device)
-        if args.save_stats and (statistics := samples.statistics(extractor, args.batch_size, args.quiet)):
-            save_statistics(args.save_stats, statistics)
-            print(f"statistics of {len(samples.images)} images -> {args.save_stats}")
+        extractor = load_extractor(settings.feature_extractor, settings.feature_extractor_weights, device)
+        if settings.save_stats and (statistics := samples.statistics(extractor, batch_size, quiet)):
+            save_statistics(settings.save_stats, statistics)
+            print(f"statistics of {len(samples.images)} images -> {settings.save_stats}")
         if reference is not None:
-            scores = score(samples, reference, extractor, args.metrics, args.batch_size, args.quiet)
+            scores = score(samples, reference, extractor, settings.metrics, batch_size, quiet)
             if is_main():
                 print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
                 print(f"-> {write_scores(samples, reference, extractor, scores)}")

@@ -56,19 +56,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         folder = SampleFolder(settings, fingerprint(settings, networks, plan, device), conditions_of(settings, device))
         folder.open(settings.batch_size, settings.overwrite)
+        if is_main():
+            compare_with_calibration(settings, plan)
+            name_idle(plan, networks, stages)
         shape = config.model_params.image_shape
         caching, compiled = settings.cache_interval > 1, settings.speed.compile
         warm_up(stages, folder.mine, shape, labels, device, compiled=compiled, caching=caching)
         with folder.making(len(timesteps), prepare=lambda: save_calibration(settings, plan, calibration)) as bar:
             for indices in folder.mine:
                 batch = BatchUnderWay(folder, indices, decode, device, bar)
-                with batch.sampling:
+                with batch.sampling():
                     noise = noise_of(settings.seed, indices, device)
                     x0 = sample(stages, solver, noise, shape, labels(indices), batch.on_step)
                 batch.save(x0)
 
         if is_main():
-            compare_with_calibration(settings, plan)
             batches = folder.finished()
             work = describe_work(plan, networks, backbones, stages, len(batches))
             summary = write_report(folder, settings, batches, work, sum(b["flops_per_image"] for b in work))
@@ -196,6 +198,18 @@ def make_caches(
             f"{settings.cache_outer} outermost on either side (--cache_outer); the deepest has {most}"
         )
     return caches
+
+
+def name_idle(plan: Plan, networks: Sequence[Network], stages: Sequence[Stage]) -> None:
+    """Say which networks have none of the run's timesteps in a stage."""
+    visited = [t for stage in stages for t in stage.timesteps]
+    for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
+        if not stage.timesteps:
+            log.warning(
+                "%s leaves the %s network (stage %d, %s) nothing to do: none of the run's %d timesteps, t = %d..%d, is its",
+                *(plan.source, plan.names[planned.network], n, networks[planned.network].path),
+                *(len(visited), visited[0], visited[-1]),
+            )
 
 
 def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:

@@ -21,6 +21,8 @@ class BenchmarkSettings(Checked):
     precision: tuple[str, ...] = option((), "one or several (default: that of sampler.py)", choices=PRECISIONS)
     compile: bool = option(False, "compile the networks first (torch.compile)")
     output_folder: Path = option(Path("out/benchmark"), "JSON and a picture go here")
+    config_path: Path | None = option(None, "YAML file of a checkpoint without a description", exists="file")
+    described: dict = option(None, flag=False)  # the network's own flags, nested
     machine: MachineSettings = section("machine", MachineSettings())
 
 

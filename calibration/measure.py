@@ -15,7 +15,7 @@ from tqdm import tqdm
 from benchmarking.measure import in_turns, ratio
 from common.errors import InputError
 from common.seeds import nth_seed
-from data.dataset import ImageDataset
+from data.dataset import ImageDataset, say_left_out
 from diffusion.sampling import Denoiser, SeededNoise
 from diffusion.solvers import Solver
 
@@ -23,7 +23,7 @@ from diffusion.solvers import Solver
 class Predictions(NamedTuple):
     """K networks, S timesteps, N images: mean squares over the D numbers of an image, float64.
 
-    NaN where a network does not know the timestep.
+    NaN where a network does not know the timestep. Images that are broken are not among the N.
     """
 
     error: np.ndarray  # (K, S, N) of eps against the noise that was added
@@ -57,19 +57,27 @@ def measure_predictions(
 
     known: of each network, the timesteps that it may be asked about. solver: what makes eps of a model output.
     conditional: give the networks the images' labels. The noise depends on the seed, the image's place among the
-    indices and the timestep's in its list.
+    indices and the timestep's in its list. Broken images are left out and named in a warning. Raises InputError where
+    fewer than two are whole.
     """
     shape = (len(denoisers), len(timesteps), len(indices))
     error, distance = np.full(shape, np.nan), np.full(shape, np.nan)
+    broken: dict[int, str] = {}
     starts = range(0, len(indices), batch_size)
     with tqdm(total=len(starts) * len(timesteps), unit="step", disable=True if quiet else None) as bar:
         for start in starts:
-            rows = slice(start, start + batch_size)
-            numbers = range(len(indices))[rows]
-            noise = SeededNoise([nth_seed(seed, "calibration", i) for i in numbers], device)
-            images, labels = dataset.__getitems__([indices[i] for i in numbers])
-            x0 = dataset.to_x0(images.to(device), None, noise)
-            y = labels.to(device) if conditional else None
+            chosen = indices[start : start + batch_size]
+            images, met = dataset.whole_and_broken(chosen)
+            broken |= met
+            whole = [row for row, index in enumerate(chosen) if index not in met]
+            rows = [start + row for row in whole]
+            if not rows:
+                bar.update(len(timesteps))
+                continue
+            noise = SeededNoise([nth_seed(seed, "calibration", i) for i in rows], device)
+            x0 = dataset.to_x0(images[whole].to(device), None, noise)
+            labels = [0 if dataset.labels is None else int(dataset.labels[indices[i]]) for i in rows]
+            y = torch.tensor(labels, device=device) if conditional else None
             for s, t in enumerate(timesteps):
                 eps = noise(*x0.shape[1:])
                 x_t = solver.schedule.q_sample(x0, t, eps)
@@ -80,9 +88,17 @@ def measure_predictions(
                 for k, of_network in enumerate(predicted):
                     if of_network is not None:
                         error[k, s, rows] = mean_square(of_network - eps)
+                        if not np.isfinite(error[k, s, rows]).all():
+                            raise InputError(
+                                f"network {k + 1} predicts noise that is not finite at t = {t}; try --precision fp32"
+                            )
                         distance[k, s, rows] = mean_square(of_network - predicted[-1])
                 bar.update()
-    return Predictions(error, distance, x0[0].numel())
+    say_left_out({dataset.name_of(index): why for index, why in broken.items()}, "calibration")
+    whole = [row for row, index in enumerate(indices) if index not in broken]
+    if len(whole) < 2:
+        raise InputError(f"{len(whole)} of the {len(indices)} images can be read, at least 2 are needed")
+    return Predictions(error[..., whole], distance[..., whole], x0[0].numel())
 
 
 def mean_square(difference: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ quick.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import yaml
 
 from common.errors import InputError
-from common.settings import Checked, build, check_types, differences, option, plain, section
+from common.files import check_regular
+from common.settings import Checked, build, check_types, differences, option, plain, section, shown
 
 MODELS = ("uvit", "deediff_uvit")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
@@ -22,7 +24,7 @@ SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 MOST_YAML_BYTES = 2**20
-BETA_SCHEDULES = ("linear", "scaled_linear")
+BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp")
 CLASSIFIER_TYPES = (
     "attention_probe",
     "mlp_probe_per_layer",
@@ -47,16 +49,14 @@ class UViTConfig(Checked):
     mlp_time_embed: bool = option(False, "an MLP on the timestep embedding")
     num_classes: int = option(-1, "-1: unconditional", least=-1, most=1_000_000)
     normalize_timesteps: bool = option(False, "give the network t / 1000")
+    conv: bool = option(True, "a final 3 x 3 convolution; the public huge weights have none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "depth", self.depth // 2 * 2 + 1)
-        if self.img_size % self.patch_size:
-            raise InputError(f"img_size={self.img_size} is no multiple of patch_size={self.patch_size}")
-        if self.embed_dim % self.num_heads or self.embed_dim % 2:
-            raise InputError(f"embed_dim={self.embed_dim} must be even and a multiple of num_heads={self.num_heads}")
-        if self.num_classes == 0:
-            raise InputError("num_classes=0: give -1 (unconditional) or 1..1000000")
+        check_multiple("img_size", self.img_size, patch_size=self.patch_size)
+        check_multiple("embed_dim", self.embed_dim, num_heads=self.num_heads, two=2)
+        check_num_classes(self.num_classes)
 
     @property
     def num_blocks(self) -> int:
@@ -68,11 +68,70 @@ class UViTConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiTConfig(Checked):
+    """One DiT or SiT backbone. The fields are the arguments of DiT; the defaults are those of DiT-XL/2 at 256."""
+
+    input_size: int = option(32, "side of the input, in pixels (latent cells with an autoencoder)", least=1, most=4096)
+    patch_size: int = option(2, "side of a patch, in the same unit", least=1, most=4096)
+    in_channels: int = option(4, "channels", least=1, most=256)
+    hidden_size: int = option(1152, "width of the tokens", least=1, most=16384)
+    depth: int = option(28, "blocks", least=1, most=999)
+    num_heads: int = option(16, "attention heads", least=1, most=1024)
+    mlp_ratio: float = option(4.0, "MLP width over token width", least=0, most=64, above=True)
+    # More than 0: there is one more class, num_classes, that stands for none.
+    class_dropout_prob: float = option(0.1, "how often training drops the class", least=0, most=1)
+    num_classes: int = option(1000, 'without "no class"; -1: unconditional', least=-1, most=1_000_000)
+    # False takes weights of either kind.
+    learn_sigma: bool = option(False, "the weights make a variance too, which is dropped")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_multiple("input_size", self.input_size, patch_size=self.patch_size)
+        check_multiple("hidden_size", self.hidden_size, num_heads=self.num_heads, four=4)
+        check_num_classes(self.num_classes)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.input_size, self.input_size
+
+    @property
+    def no_class(self) -> int | None:
+        """The class that stands for none, where the network has one."""
+        return self.num_classes if self.num_classes > 0 and self.class_dropout_prob else None
+
+    @property
+    def num_labels(self) -> int:
+        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
+        return max(0, self.num_classes) + (self.no_class is not None)
+
+
+def check_multiple(name: str, value: int, **divisors: int) -> None:
+    """Raises InputError unless the value is a multiple of each divisor."""
+    for of, divisor in divisors.items():
+        if value % divisor:
+            number = f"{of}={divisor}" if of.islower() and "_" in of else str(divisor)
+            raise InputError(f"{name}={value} is no multiple of {number}")
+
+
+def check_num_classes(num_classes: int) -> None:
+    if num_classes == 0:
+        raise InputError("num_classes=0: give -1 (unconditional) or 1 and more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Checked):
     """The noise schedule, and how a network is told where on it an image is: the keys of `diffusion_params`.
 
-    The network's time input is time_scale * (t + time_shift). The public U-ViT weights expect 0.999 (t + 1)
-    or t + 1.
+    beta_schedule: betas linear, or linear in their square root (scaled_linear), from beta_start to beta_end; or those
+    between T points of the continuous VP process (continuous_vp), whose beta rises from T beta_start to T beta_end in
+    time 0..1.
+
+    The network's time input is time_scale * (t + time_shift), see `diffusion.time_input`. The public U-ViT weights
+    expect 0.999 (t + 1), which is 999 times the continuous time, or t + 1.
     """
 
     num_timesteps: int = option(1000, "T, of the noise schedule", least=1, most=100_000)
@@ -155,27 +214,86 @@ class Config(Checked):
         """The class that stands for none, where the network has one."""
         return len(self.classes) if self.classes and len(self.classes) == self.model_params.num_classes - 1 else None
 
+    @property
+    def conventions(self) -> str:
+        """For people: the noise schedule, and what the network is told of t."""
+        diffusion, normalize = self.diffusion_params, self.model_params.normalize_timesteps
+        scale, shift = diffusion.time_scale, diffusion.time_shift
+        told = f"t {'-' if shift < 0 else '+'} {abs(shift):g}" if shift else "t"
+        if shift and (scale != 1 or normalize):
+            told = f"({told})"
+        told = f"{'' if scale == 1 else f'{scale:g} '}{told}{' / 1000' if normalize else ''}"
+        betas = f"{diffusion.beta_schedule} betas {diffusion.beta_start:g}..{diffusion.beta_end:g}"
+        return f"{betas}, time input {told} for t = 0..{diffusion.num_timesteps - 1}"
+
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
+# What YAML 1.1 takes for a number and means another one by than most who write it: 1:30 is 90 there, and 010 is 8.
+AMBIGUOUS_NUMBER = re.compile(r".*:.*|[-+]?0[\d_]+")
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values, each written out: aliases of aliases of aliases could fill the memory from a few lines."""
+    """Plain values, each written out: aliases of aliases of aliases could fill the memory from a few lines.
+
+    A key that is given twice is an error, and numbers that YAML 1.1 reads in an unexpected way are text.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases (*) are not taken", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        for key in (key for key in keys if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {shown(key.value)} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.Node) -> int | str:
+        text = self.construct_scalar(node)
+        return text if AMBIGUOUS_NUMBER.fullmatch(text) else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.Node) -> float | str:
+        text = self.construct_scalar(node)
+        return text if AMBIGUOUS_NUMBER.fullmatch(text) else super().construct_yaml_float(node)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_yaml_float)
+
+# Where the original authors' files have a setting, and its place here.
+ORIGINAL_PLACES = {
+    ("model_params", "classifier_type"): (None, "classifier_type"),
+    ("autoencoder", "autoencoder_checkpoint_path"): ("autoencoder", "checkpoint_path"),
+}
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, as nested plain values; sections and keys are checked, defaults not filled in.
+    """The settings a YAML file gives, as nested dicts; sections and keys are checked, defaults not filled in.
 
-    Raises InputError for a file that is no YAML mapping, a key nobody reads or a value of the wrong type.
+    The original authors' files are read too. Raises InputError for a file that is no YAML mapping, a key nobody reads
+    or a value of the wrong type.
     """
-    return check_types(Config, read_mapping(path, "model_params", dict), str(path))
+    given = read_mapping(path, "model_params", dict)
+    for (part, key), (own_part, own_key) in ORIGINAL_PLACES.items():
+        if isinstance(given.get(part), dict) and key in given[part]:
+            value = given[part].pop(key)
+            own = given if own_part is None else given[own_part]
+            if own.get(own_key) is None:
+                own[own_key] = value
+            elif value not in (None, own[own_key]):
+                raise InputError(
+                    f"{path}: {part}.{key} {shown(value)} contradicts {own_key} {shown(own[own_key])}; leave one out"
+                )
+    return check_types(Config, given, str(path))
 
 
 def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
@@ -183,6 +301,7 @@ def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
 
     Raises InputError for a file that is none.
     """
+    check_regular(path)
     try:
         if (size := path.stat().st_size) > MOST_YAML_BYTES:
             raise InputError(f"{path}: {size:,} bytes, at most {MOST_YAML_BYTES:,} are taken")

@@ -27,7 +27,7 @@ def pick_device(name: str) -> torch.device:
     if not available[kind]:
         raise InputError(f"--device {name}: this machine or this torch has no {kind}; use --device auto")
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if index and int(index) >= count:
+    if index and (len(index) > 9 or int(index) >= count):
         raise InputError(f"--device {name}: there are {count} such devices, counted from 0")
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")

@@ -123,15 +123,16 @@ def on_main(work: Callable[[], T]) -> T:
         return work()
     from torch import distributed
 
-    outcome: list = [None, None]
+    outcome: list = [None, False]
+    failure = None
     if is_main():
         try:
             outcome[0] = work()
         except InputError as error:
-            outcome[1] = str(error)
+            failure, outcome[1] = error, True
     distributed.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise InputError(outcome[1]) if is_main() else SystemExit(2)
+    if outcome[1]:
+        raise failure or SystemExit(2)
     return outcome[0]
 
 

@@ -2,52 +2,137 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import NoReturn
+
+from common.signals import ASKING_TO_END, Stopped, ignore, interrupting, on_signals, status_of
+from common.streams import lasting_streams
+
+NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
+ENDING = (*ASKING_TO_END, signal.SIGINT)
+
+_running: ContextVar[ExitStack | None] = ContextVar("running", default=None)  # the command, if there is one
 
 
 class InputError(ValueError):
     """Something the user gave does not fit; the message says what came, what was wanted, what to do."""
 
 
+class WriteError(InputError):
+    """A file that could not be written, and on which disk; what was there before is as it was.
+
+    remedy: what to do first. Who catches it knows what was kept, and how to go on.
+    """
+
+    def __init__(self, path: Path, number: int):
+        super().__init__(f"{path}: could not be written ({os.strerror(number)}; the disk at {mount_point(path)})")
+        self.remedy = "make room" if number in NO_ROOM else "see to that"
+
+
+def mount_point(path: Path) -> Path:
+    """Where the disk begins that a file is on."""
+    return next(folder for folder in path.absolute().parents if os.path.ismount(folder) or folder == folder.parent)
+
+
+@contextmanager
+def writing(path: Path, *also: Path) -> Iterator[None]:
+    """Raises WriteError where the block fails in writing `path`, or the files beside it in `also`.
+
+    Not where it fails with a file of another name, that is read for one.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _errno_of(error, {None, *map(str, (path, *also))})
+        if number is None or isinstance(error, InputError):
+            raise
+        raise WriteError(path, number) from None
+
+
+def _errno_of(error: Exception, names: set[str | None]) -> int | None:
+    """Of the system call that failed. torch raises something else on the way, safetensors has but a text."""
+    for each in (error, error.__context__):
+        if isinstance(each, OSError) and each.errno is not None:
+            return each.errno if each.filename is None or os.fspath(each.filename) in names else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def at_end_of_command(work: Callable[[], object]) -> None:
+    """Call `work` when the command that runs ends, however it does; never, where none runs."""
+    if (running := _running.get()) is not None:
+        running.callback(work)
+
+
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
     """Decorate a script's `main`: what a user can cause ends in one line on stderr and status 2.
 
-    Everything else keeps its traceback: it is ours to mend.
+    So do, with a status of 128 + its number, Ctrl-C and the signals that ask a process to end. Output that cannot be
+    written is dropped. Every other error keeps its traceback: it is ours to mend.
     """
     script = Path(main.__code__.co_filename).name
 
+    ends_process = main.__module__ == "__main__"  # nothing may disturb its last steps
+
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> None:
-        try:
-            main(argv)
-        except InputError as error:
-            # One that a loading process met comes with that process's traceback before it.
-            fail(script, str(error).rpartition("InputError: ")[2])
-        except OSError as error:  # no permission, disk full, a file that went away
-            fail(script, f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except KeyboardInterrupt:
-            print(f"\n{script}: interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-        except (MemoryError, RuntimeError) as error:
-            # torch's own error has a type on accelerators, but only a text on the CPU.
-            texts = ("can't allocate memory", "not enough memory", "DataLoader worker (pid")
-            out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            if lost_another_process(error):
-                fail(
-                    script,
-                    "another process of this run ended, or cannot be reached any more; what it said stands above or "
-                    f"in its own log ({str(error).splitlines()[0]:.100})",
-                )
-            if not out_of_memory and not any(text in str(error) for text in texts):
+        with lasting_streams():
+            try:
+                with on_signals(ENDING, interrupting()), ExitStack() as stack:
+                    token = _running.set(stack)
+                    stack.callback(_running.reset, token)
+                    _guarded(main, argv, script)
+            except SystemExit:
+                if ends_process:
+                    ignore(ENDING)
                 raise
-            fail(script, "out of memory; try a smaller --batch_size, or fewer --num_workers")
+            except KeyboardInterrupt as interrupt:
+                if ends_process:
+                    ignore(ENDING)
+                if int(os.environ.get("RANK", 0)) == 0:
+                    said = f"stopped ({interrupt})" if isinstance(interrupt, Stopped) else "interrupted"
+                    beside = "\n" if sys.stderr.isatty() else ""  # of ^C, or of a progress bar
+                    print(f"{beside}{script}: {said}", file=sys.stderr, flush=True)
+                raise SystemExit(status_of(interrupt)) from None
 
     return run
+
+
+def _guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None, script: str) -> None:
+    """Call main; what a user can cause ends by `fail`."""
+    try:
+        main(argv)
+    except WriteError as error:
+        fail(script, f"{error}; what was there before is as it was: {error.remedy}, then give the same command again")
+    except InputError as error:
+        # One that a loading process met comes with that process's traceback before it.
+        fail(script, str(error).rpartition("InputError: ")[2])
+    except OSError as error:  # no permission, a file that went away
+        advice = "; make room, then give the same command again" if error.errno in NO_ROOM else ""
+        fail(script, (f"{error.filename}: {error.strerror}" if error.filename else str(error)) + advice)
+    except (MemoryError, RuntimeError) as error:
+        # torch's own error has a type on accelerators, but only a text on the CPU.
+        texts = ("can't allocate memory", "not enough memory", "DataLoader worker (pid")
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if lost_another_process(error):
+            fail(
+                script,
+                "another process of this run ended, or cannot be reached any more; what it said stands above or "
+                f"in its own log ({str(error).splitlines()[0]:.100})",
+            )
+        if not out_of_memory and not any(text in str(error) for text in texts):
+            raise
+        fail(script, "out of memory; try a smaller --batch_size, or fewer --num_workers")
 
 
 def lost_another_process(error: BaseException) -> bool:
@@ -56,7 +141,7 @@ def lost_another_process(error: BaseException) -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and (distributed or "gloo" in str(error))
 
 
-def fail(script: str, message: str) -> None:
+def fail(script: str, message: str) -> NoReturn:
     """End with one line and status 2. Of several processes that torchrun started process 0 speaks at once.
 
     The others wait a little: mostly they met the same as process 0, and torchrun ends them meanwhile.

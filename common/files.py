@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
 import re
+import socket
+import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import InputError
+from common.errors import InputError, at_end_of_command, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_ARRAY_BYTES = 2**29  # of the arrays of one .npz
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from file systems that have none
 LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # the names that `replacing` writes to
 
 
@@ -31,17 +35,20 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it is renamed when the block ends well.
 
     durable: flush it to disk first, so that not even a power cut leaves half of it; slow for many small files.
+    Raises WriteError where the disk does not take it; the old file stays.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    with writing(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        if durable:
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
-        temporary.replace(path)
+        with writing(path, temporary):
+            yield temporary
+            if durable:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,23 +61,42 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def lock(path: Path, busy: str) -> AbstractContextManager:
-    """Keeps two processes from the same work, until what is returned is closed or the process ends, however it does.
+    """Keeps two processes from the same work until the block ends; without one, until the command ends or the process.
 
-    path: a file for the lock, which stays. Raises InputError(busy) where another process has it.
+    path: a file for the lock, which stays; the lock itself goes with the process, however that ends. Raises InputError
+    where another process has it: `busy`, and which one it is.
     """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(path, on_acquired=_sign, preserve_lock_file=True)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return nullcontext()
-    file = path.open("wb")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise InputError(busy) from None
-    except OSError:  # a file system without locks
+        taken = held.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{busy}{_signature(path)}; wait for its end") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         log.warning("%s cannot be locked: see that nothing else works there", path.parent)
-    return file
+        return nullcontext()
+    at_end_of_command(held.release)
+    return taken
+
+
+def _sign(descriptor: int) -> None:
+    """Write into a lock's file who has it. Not in its first byte, which is locked: Windows lets nobody read that."""
+    with suppress(OSError):  # a full disk
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f" {os.getpid()} {socket.gethostname()}".encode())
+
+
+def _signature(path: Path) -> str:
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(1)
+            pid, host = file.read(300).decode().split()
+        return f" (process {int(pid)} on {host})"
+    except (OSError, ValueError):  # of another program, or on a full disk
+        return ""
 
 
 def _umask() -> int:
@@ -84,8 +110,24 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def check_regular(path: Path) -> None:
+    """Raises InputError for a folder, FIFO, device or socket in the place of a file: to open one may wait for ever.
+
+    A path that is not there passes. Links count as what they lead to.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, wanted a file")
+
+
 def read_json(path: Path) -> Any:
     """Raises InputError where the file is missing, no JSON, or has numbers in it that are not finite."""
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except OSError as error:
@@ -100,19 +142,35 @@ def _finite(text: str) -> float:
     return value
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz. Raises InputError for a file that is none, that holds pickles or too much."""
+def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, or those of the names that are there; others are not read, and may be of any size.
+
+    Raises InputError for a file that is none, that holds pickles or too much.
+    """
     import numpy as np
 
+    check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            if (size := sum(info.file_size for info in archive.infolist())) > MOST_ARRAY_BYTES:
+            wanted = [
+                info for info in archive.infolist() if names is None or info.filename.removesuffix(".npy") in names
+            ]
+            if (size := sum(info.file_size for info in wanted)) > MOST_ARRAY_BYTES:
                 raise ValueError(f"{size:,} bytes when unpacked, {MOST_ARRAY_BYTES:,} at most are taken")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in file.files if names is None or name in names}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # zipfile and numpy meet any bytes there are, and fail in any way there is
+        raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
+
+
+def array_names(path: Path) -> list[str]:
+    """Of the arrays in an .npz, none of which is read. Raises InputError for a file that is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except Exception as error:  # zipfile meets any bytes there are, and fails in any way there is
         raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
 
 

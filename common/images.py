@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.files import replacing
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+from common.image_files import read_image
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
@@ -43,18 +40,8 @@ def save_png(path: Path, pixels: Tensor) -> int:
 
 def read_png(path: Path) -> Tensor:
     """What `save_png` wrote, uint8 (C, H, W)."""
-    with open_image(path) as image:
-        return to_tensor(image, in_chans=1 if image.mode == "L" else 3)
-
-
-def open_image(file: Path | BinaryIO) -> Image.Image:
-    """Pillow's `Image.open` for files of any origin: in the usual formats alone, and within Pillow's limit of pixels.
-
-    Others are not even tried: some of them start programs. Raises DecompressionBombWarning beyond the limit.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file, formats=FORMATS)
+    image = read_image(path)
+    return to_tensor(image, in_chans=1 if image.mode == "L" else 3)
 
 
 def save_grid(path: Path, pixels: Tensor, at_most: int = 100, least_side: int = 64) -> None:

@@ -8,12 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
 
 from common.files import replacing
+from common.tables import escaped
 
 BLUE, GREY, ORANGE = "#2a6f97", "#8d99ae", "#bc6c25"
 MARKERS = "os^Dv<>pP*XhHd"
+LONGEST = 60  # characters of a label; those in the middle of a longer one are left out
+SHORT = 30  # characters of labels that a legend has room for in two columns
 FEW = 6  # labels that a legend inside the axes has room for
 WIDE = 4  # scores that are further apart than this factor are drawn on a logarithmic axis
 
@@ -45,7 +51,7 @@ def plot_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, 
 def plot_comparison(
     path: Path,
     labels: Sequence[str],
-    seconds: Sequence[Interval],
+    seconds: Sequence[Interval | None],
     scores: Sequence[Interval],
     metric: str,
     strips: Sequence[np.ndarray],
@@ -53,34 +59,63 @@ def plot_comparison(
 ) -> None:
     """Score against time, one point a label; beside it the first samples of each.
 
-    strips: uint8 (H, W) or (H, W, 3), one a label. about_bars: what the intervals of the scores are.
+    seconds: None for a label whose time is not to be compared: its score stands apart, without a time. strips: uint8
+    (H, W) or (H, W, 3), one a label. about_bars: what the intervals of the scores are.
     """
-    rows = len(labels)
+    rows, labels = len(labels), [drawable(label) for label in labels]
     figure = Figure(figsize=(13, max(4.5, 0.8 * rows + 0.6)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
-    axes = left.subplots()
-    for i, (label, (x, x_error), (y, y_error)) in enumerate(zip(labels, seconds, scores, strict=True)):
+    timed = [interval for interval in seconds if interval is not None]
+    widths = [share for share, some in ((5, timed), (1, len(timed) < rows)) if some]
+    panels = left.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
+    points = []
+    for i, (of_time, (y, y_error)) in enumerate(zip(seconds, scores, strict=True)):
+        axes, (x, x_error) = (panels[-1], (i, None)) if of_time is None else (panels[0], of_time)
         style = {"fmt": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}", "markersize": 9, "capsize": 4}
-        axes.errorbar(x, y, yerr=y_error, xerr=x_error, label=label, zorder=3, **style)
+        points.append(axes.errorbar(x, y, yerr=y_error, xerr=x_error, zorder=3, **style))
     means = [score for score, _ in scores]
-    axes.axhline(means[0], color="C0", linestyle=":", linewidth=1)
     if 0 < WIDE * min(means) < max(means):
-        axes.set_yscale("log")
-    axes.set(xlabel="seconds per image, measured", ylabel=metric, title=f"{metric} against time\n{about_bars}".strip())
-    axes.set_xlim(left=0, right=1.08 * max(x + (error or 0) for x, error in seconds))
-    axes.margins(y=0.15)
-    axes.grid(alpha=0.3, which="both")
+        panels[0].set_yscale("log")
+    for axes in panels:
+        axes.axhline(means[0], color="C0", linestyle=":", linewidth=1)
+        axes.margins(x=0.3, y=0.15)
+        axes.grid(alpha=0.3, which="both")
+    if len(timed) < rows:
+        panels[-1].set(xlabel="not timed\nalike", xticks=[])
+    if timed:
+        right_end = 1.08 * max(x + (error or 0) for x, error in timed)
+        panels[0].set(xlabel="seconds per image, measured", xlim=(0, right_end))
+    panels[0].set_ylabel(metric, parse_math=False)
+    panels[0].set_title(f"{metric} against time\n{about_bars}".strip(), parse_math=False)
     if rows <= FEW:
-        axes.legend()
+        _legend(panels[0], points, labels)
     else:
-        left.legend(loc="outside lower center", ncols=2)
+        ncols = 2 if max(map(len, labels)) <= SHORT else 1
+        _legend(left, points, labels, loc="outside lower center", ncols=ncols)
     for i, (label, strip, axis) in enumerate(
         zip(labels, strips, right.subplots(rows, squeeze=False)[:, 0], strict=True)
     ):
         axis.imshow(strip, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(label, loc="left", fontsize=9, color=f"C{i % 10}")
+        axis.set_title(label, loc="left", fontsize=9, color=f"C{i % 10}", parse_math=False)
+        axis.set_anchor("W")
         axis.set_axis_off()
     _save(figure, path)
+
+
+def drawable(label: str) -> str:
+    """A label as a picture can show it: letters that the font lacks escaped, and at most LONGEST characters."""
+    letters = get_font(findfont(FontProperties())).get_charmap()
+    label = escaped(label, lambda character: ord(character) in letters)
+    return label if len(label) <= LONGEST else f"{label[: LONGEST // 2]}…{label[1 - LONGEST // 2 :]}"
+
+
+def _legend(
+    owner: Axes | SubFigure, handles: Sequence[ErrorbarContainer | Line2D], labels: Sequence[str], **where: object
+) -> None:
+    """Labels to the letter: matplotlib itself leaves out those that begin with _, and takes $ for mathematics."""
+    legend = owner.legend(handles, ["label"] * len(labels), **where)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set(text=drawable(label), parse_math=False)
 
 
 Measured = tuple[float, float, float]  # x, seconds measured, seconds predicted
@@ -183,14 +218,15 @@ def plot_calibration(path: Path, curve: Curve, errors: Sequence[ErrorCurve]) -> 
         if curve.falling:
             axis.invert_xaxis()
 
-    for i, (label, timesteps, mean, error) in enumerate(errors):
-        right.plot(timesteps, mean, color=f"C{i}", label=label)
+    lines = []
+    for i, (_, timesteps, mean, error) in enumerate(errors):
+        lines += right.plot(timesteps, mean, color=f"C{i}")
         right.fill_between(timesteps, mean - 2 * error, mean + 2 * error, color=f"C{i}", alpha=0.25, linewidth=0)
     right.set(yscale="log", xlabel="timestep t (noise on the left, image on the right)")
     right.set(ylabel="mean squared error of eps", title="Error of each network (band: 2 standard errors)")
     right.invert_xaxis()
     right.grid(alpha=0.3, which="both")
-    right.legend()
+    _legend(right, lines, [of_network.label for of_network in errors])
     _save(figure, path)
 
 

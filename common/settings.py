@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,6 +24,7 @@ from common.errors import InputError
 T = TypeVar("T")
 RESULT, CONDITIONS = "result", "conditions"  # a field decides the images, weights or scores; or how they are made
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 MOST_DIGITS = 300  # Python refuses to read numbers of thousands of digits
 
 
@@ -86,6 +88,15 @@ class Field:
         return next(filter(dataclasses.is_dataclass, self.kinds), None) if not self.many else None
 
 
+def leaves(cls: type) -> Iterator[Field]:
+    """The fields of a dataclass of settings and of those in it, without the sections."""
+    for f in fields_of(cls):
+        if f.section:
+            yield from leaves(f.section)
+        else:
+            yield f
+
+
 @functools.cache
 def fields_of(cls: type) -> tuple[Field, ...]:
     """The fields of a dataclass of settings; one that was not made by `option` has no help and no range."""
@@ -143,11 +154,27 @@ def range_of(about: About) -> str:
 
 def shown(value: object) -> str:
     """A value for a message: not long, however large or nested it is."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+    if value is None:
+        return "none"
+    if isinstance(value, int) and value.bit_length() > 256:
         return "a huge number"
-    if isinstance(value, str):
+    if isinstance(value, str | Path):
+        return f"{str(value)!r:.80}"
+    if isinstance(value, int | float):
         return f"{value!r:.80}"
-    return f"{value!r:.80}" if isinstance(value, int | float | Path | None) else f"a {type(value).__name__}"
+    return "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+
+
+def in_words(value: object) -> str:
+    """A setting's value for a message, without the marks of Python's lists, mappings and texts; not long."""
+
+    def bare(item: object) -> str:
+        return item[:80] if isinstance(item, str) else shown(item)
+
+    if isinstance(value, Mapping):
+        value = [f"{key} {bare(item)}" for key, item in itertools.islice(value.items(), 8)]
+    text = ", ".join(map(bare, value[:8])) if isinstance(value, list | tuple) else bare(value)
+    return text[:80] or "empty"
 
 
 # From nested plain values: YAML files, checkpoints, JSON
@@ -188,9 +215,7 @@ def _typed_item(f: Field, value: Any, where: str) -> Any:
             return value
         if kind is float and isinstance(value, str) and EXPONENT.fullmatch(value):
             return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
-    names = " or ".join(
-        "a mapping" if dataclasses.is_dataclass(kind) else getattr(kind, "__name__", str(kind)) for kind in f.kinds
-    )
+    names = " or ".join(KINDS.get(get_origin(kind) or kind, "a mapping") for kind in f.kinds)
     raise InputError(f"{where} is {shown(value)}, wanted {names}")
 
 
@@ -203,21 +228,21 @@ def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     values: dict[str, Any] = {}
     for f in fields_of(cls):
         if f.name in given:
-            values[f.name] = _built(f, given[f.name], f"{where}: {f.name}", where)
+            values[f.name] = _built(f, given[f.name], f"{where}: {f.name}")
     if missing := [f.name for f in fields_of(cls) if f.default is MISSING and f.name not in values]:
         raise InputError(f"{where}: {', '.join(missing)} not given")
     try:
         return cls(**values)
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        raise InputError(f"{where}: {error}") from None
 
 
-def _built(f: Field, value: Any, place: str, where: str) -> Any:
+def _built(f: Field, value: Any, where: str) -> Any:
     nested = next(filter(dataclasses.is_dataclass, f.kinds), None)
     if nested is None or value is None:
         return value
     if f.many:
-        return tuple(build(nested, item, f"{place} {n}") for n, item in enumerate(value, 1))
+        return tuple(build(nested, item, f"{where} {n}") for n, item in enumerate(value, 1))
     return build(nested, value, where)
 
 
@@ -257,8 +282,10 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
         return about | {"action": "store_true" if plain_flag else argparse.BooleanOptionalAction}
     if f.default is MISSING and not partial and not f.about.positional:
         about["required"] = True
-    if f.many and not f.about.parse:
+    if f.many and (f.about.positional or not f.about.parse):
         about["nargs"] = "+"
+    elif f.about.positional and f.default is not MISSING:
+        about["nargs"] = "?"
     if f.about.choices:
         return about | {"choices": f.about.choices}
     return about | {"type": f.about.parse or parser_of(f)}
@@ -387,5 +414,5 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = [(f"{name}.{i}", *pair) for i, pair in enumerate(zip(one, other, strict=True))]
     else:
-        return [] if one == other else [f"{name} ({one!s:.40} and {other!s:.40})"]
+        return [] if one == other else [f"{name} ({in_words(one):.40} and {in_words(other):.40})"]
     return [difference for key, a, b in pairs for difference in differences(a, b, key)]

@@ -1,19 +1,47 @@
-"""Tables for the terminal."""
+"""Text for the terminal: tables, and characters that it may not have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+
+
+def escaped(text: str, can_show: Callable[[str], bool]) -> str:
+    """text with what cannot be shown, and what is no printable character, by its code point: \\n, \\u6f22."""
+    return "".join(c if c.isprintable() and can_show(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def on_terminal(text: str) -> str:
+    """A line as standard output can take it, whatever its encoding: ± as +-, what else it lacks escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+
+    def can_show(character: str) -> bool:
+        try:
+            return bool(character.encode(encoding))
+        except UnicodeEncodeError:
+            return False
+
+    return escaped(text if can_show("±") else text.replace("±", "+-"), can_show)
+
+
+def columns_of(text: str) -> int:
+    """How wide text is on a terminal: Chinese letters take two columns, combining ones none."""
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 0) -> str:
     """Columns under their names: the first `left` of them to the left, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in [head, *rows]]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if k < left else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    cells = [[on_terminal(str(cell)) for cell in row] for row in [head, *rows]]
+    widths = [max(columns_of(row[k]) for row in cells) for k in range(len(head))]
+    lines = []
+    for row in cells:
+        padding = [" " * (width - columns_of(cell)) for cell, width in zip(row, widths, strict=True)]
+        padded = [
+            cell + pad if k < left else pad + cell for k, (cell, pad) in enumerate(zip(row, padding, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join([lines[0], "-" * columns_of(lines[0]), *lines[1:]])

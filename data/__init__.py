@@ -103,11 +103,11 @@ def open_source(
     """Like `open_dataset`, from the files as they are distributed; packed copies are passed over."""
     crop = crop_of(name, crop)
     entry = DATASETS[name]
+    if download and not entry.can_download:
+        by_hand = f"get {entry.fetch}; put it under {data_path or DEFAULT_PATH}" if entry.fetch else "leave it out"
+        raise InputError(f"--download: {name} cannot be downloaded; {by_hand}")
     module = importlib.import_module(entry.module)
     if download:
-        if not entry.can_download:
-            by_hand = f"get {entry.fetch}; put it under {data_path or DEFAULT_PATH}" if entry.fetch else "leave it out"
-            raise InputError(f"--download: {name} cannot be downloaded; {by_hand}")
         module.download(data_path or DEFAULT_PATH)
     opener = getattr(module, entry.opener)
     return opener(data_path, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import signal
@@ -20,6 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
 from common.images import from_uint8
+from common.signals import ASKING_TO_END, ignore
+from data.workers import check_open_files
+
+log = logging.getLogger(__name__)
 
 
 class ImageDataset(Dataset, ABC):
@@ -72,11 +77,20 @@ class ImageDataset(Dataset, ABC):
         return x0 if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
 
     def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
-        """For packing: images (B, C, H, W) in the order of their indices, and why some of them are broken.
+        """For what counts images (packing, scores, calibration): images (B, C, H, W) in the order of their indices,
+        and why some of them are broken.
 
         Broken images are zeros here, where `__getitems__` puts others in their place.
         """
         return self.__getitems__(indices)[0], {}
+
+    def check_rows(self, rows: np.ndarray) -> None:
+        """For packing: raises InputError where the first rows that were packed show that something is wrong."""
+
+    def name_of(self, index: int) -> str:
+        """The file of an image, or its number where images are no files of their own."""
+        names = getattr(self, "names", None)
+        return names[index] if names else str(index)
 
 
 class InMemoryDataset(ImageDataset):
@@ -139,6 +153,7 @@ def training_batches(
     if batch_size > len(dataset):
         raise InputError(f"--batch_size {batch_size} is more than the {len(dataset)} images of the dataset")
     wanted = len(range(batch_size)[part])
+    check_open_files(num_workers, FILES_PER_WORKER)
     per_message = _batches_per_message(dataset, wanted) if num_workers else 1
     loader = DataLoader(
         dataset,
@@ -152,6 +167,23 @@ def training_batches(
     return _apart(iter(loader), wanted)
 
 
+FIRST_FEW = 3  # files that are named one by one, where there may be thousands
+
+
+def some_of(left_out: Mapping[str, str]) -> str:
+    """ "755 files left out: a.png (why), b.png (why), c.png (why), ...", from names with reasons."""
+    named = [f"{name} ({why})" for name, why in itertools.islice(left_out.items(), FIRST_FEW)]
+    more = ["..."] if len(left_out) > FIRST_FEW else []
+    text = f"{len(left_out):,} file{'s' * (len(left_out) > 1)} left out: {', '.join(named + more)}"
+    return text.encode("utf-8", "backslashreplace").decode()  # not every name is UTF-8
+
+
+def say_left_out(left_out: Mapping[str, str], source: object) -> None:
+    """Warn that files are left out, in one line. left_out: by name, and why."""
+    if left_out:
+        log.warning("%s: %s", source, some_of(left_out))
+
+
 def check_labels(highest: int, num_classes: int, source: object) -> None:
     """Raises InputError if labels 0..highest do not fit a network of num_classes."""
     if 0 < num_classes <= highest:
@@ -162,6 +194,7 @@ def check_labels(highest: int, num_classes: int, source: object) -> None:
 # decoding, so several of those travel as one; and a tensor in it half of that, so labels go as an array.
 
 MESSAGE_BYTES, MOST_BATCHES = 2**23, 4
+FILES_PER_WORKER = 6  # open in the parent: four ends of pipes, and the memory of two messages on their way
 
 
 def _batches_per_message(dataset: ImageDataset, batch_size: int) -> int:
@@ -188,13 +221,18 @@ def _as_message(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, np.ndarray]:
 
 
 def _apart(messages: Iterator[tuple[Tensor, np.ndarray]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in messages:
-        yield from zip(images.split(batch_size), torch.from_numpy(labels).split(batch_size), strict=True)
+    try:
+        for images, labels in messages:
+            yield from zip(images.split(batch_size), torch.from_numpy(labels).split(batch_size), strict=True)
+    except (OSError, RuntimeError) as error:  # the loader's own comes with a worker's traceback
+        if "Too many open files" not in str(error):
+            raise
+        raise InputError("too many open files; raise their limit (ulimit -n), or give fewer --num_workers") from None
 
 
 def _obey_parent_alone(worker: int) -> None:
-    """Of a loading process: Ctrl-C and a queue's SIGTERM reach it too, but whether to end is its parent's to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Of a loading process: Ctrl-C and a queue's signals reach it too, but whether to end is its parent's to say."""
+    ignore({signal.SIGINT, *ASKING_TO_END} - {signal.SIGTERM})
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
 import os
-import struct
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import InputError
-from common.images import open_image
-from data.dataset import ImageDataset
+from common.files import check_regular
+from common.image_files import BrokenImage, decoding, read_image
+from data.dataset import FIRST_FEW, ImageDataset
 from data.transforms import to_square
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MOST_FILE_BYTES = 2**28  # of an image in an archive
-# What Pillow and zipfile raise on files that are cut short, no image at all, or unreasonably large.
-BROKEN = (
-    *(OSError, ValueError, SyntaxError, EOFError, struct.error, zipfile.BadZipFile, zlib.error),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-)
-
-
-def why_broken(error: Exception) -> str:
-    """What to say of a file that raised one of BROKEN; the same words every time."""
-    if isinstance(error, UnidentifiedImageError):  # its own words hold an address in memory
-        return "not readable as an image"
-    return f"the image is broken ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 class Source(ABC):
@@ -48,7 +35,8 @@ class Source(ABC):
     names: list[str]  # of everything named like an image, sorted, with / between folders
 
     @abstractmethod
-    def open(self, name: str) -> io.BufferedIOBase: ...
+    def open(self, name: str) -> io.BufferedIOBase:
+        """Raises BrokenImage where an archive's member is damaged, OSError where the disk or the permissions fail."""
 
     @abstractmethod
     def fingerprint(self, names: Sequence[str]) -> str:
@@ -62,6 +50,7 @@ class Source(ABC):
 def image_names(folder: Path) -> Iterator[str]:
     """What is named like an image below a folder, with / between folders, in no order; nothing hidden.
 
+    The pictures in the report of a folder of samples are none of its images.
     Links to folders are followed, to each folder once: they may lead in a circle.
     """
     seen = set()
@@ -71,12 +60,21 @@ def image_names(folder: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((about.st_dev, about.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_report(Path(path) / name)]
         within = Path(path).relative_to(folder).as_posix()
         prefix = "" if within == "." else f"{within}/"
         for name in files:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):  # noqa: PTH122
                 yield prefix + name
+
+
+def _as_bytes(line: str) -> bytes:
+    """In UTF-8, also where a name in it is not: Python holds the bytes of such a name as surrogates."""
+    return line.encode("utf-8", "surrogatepass")
+
+
+def _is_report(folder: Path) -> bool:
+    return folder.name == "report" and any((folder / f"{name}.json").exists() for name in ("run", "statistics"))
 
 
 def lands_outside(member: str) -> bool:
@@ -93,19 +91,21 @@ class FolderSource(Source):
         self.names = sorted(image_names(path))
 
     def open(self, name: str) -> io.BufferedIOBase:
+        with decoding():  # a pipe or device is no image
+            check_regular(self.path / name)
         return (self.path / name).open("rb")
 
     def fingerprint(self, names: Sequence[str]) -> str:
         digest = hashlib.sha256()
         for name in names:
             about = (self.path / name).stat()
-            digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+            digest.update(_as_bytes(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n"))
         return digest.hexdigest()
 
     def contents(self, names: Sequence[str]) -> str:
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name}\0{(self.path / name).stat().st_size}\n".encode())
+            digest.update(_as_bytes(f"{name}\0{(self.path / name).stat().st_size}\n"))
         return digest.hexdigest()
 
 
@@ -136,16 +136,14 @@ class ZipSource(Source):
 
     def open(self, name: str) -> io.BufferedIOBase:
         if self.infos[name].file_size > MOST_FILE_BYTES:
-            raise zipfile.BadZipFile(f"{self.infos[name].file_size:,} bytes when unpacked")
-        try:  # all of it at once, so that the checksum is checked
+            raise BrokenImage(f"the image is broken ({self.infos[name].file_size:,} bytes when unpacked)")
+        with decoding():  # all of it at once, so that the checksum is checked
             return io.BytesIO(self.archive.read(name))
-        except RuntimeError as error:  # encrypted, or compressed in a way that is not known
-            raise zipfile.BadZipFile(str(error)) from None
 
     def fingerprint(self, names: Sequence[str]) -> str:
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name}\0{self.infos[name].CRC}\n".encode())
+            digest.update(_as_bytes(f"{name}\0{self.infos[name].CRC}\n"))
         return digest.hexdigest()
 
 
@@ -193,10 +191,20 @@ class ImageFiles(ImageDataset):
                 continue
             try:
                 return i, self.decode(i)
-            except BROKEN as error:
+            except (BrokenImage, OSError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise  # this process has too many files open; the image is not to blame
                 self._broken.add(i)
-                log.warning("skipped %s in %s: %s", self.names[i], self.source.path, why_broken(error))
+                self._tell_of(i, error)
         raise InputError(f"{self.source.path}: no image can be read")
+
+    def _tell_of(self, index: int, error: Exception) -> None:
+        """Name the first broken files that this process meets; of thousands tell the number now and then."""
+        count = len(self._broken)
+        if count <= FIRST_FEW:
+            log.warning("skipped %s in %s: %s", self.names[index], self.source.path, error)
+        elif count in (10, 100, 1000, 10_000, 100_000):
+            log.warning("skipped %d files in %s by now; python -m data.pack lists them all", count, self.source.path)
 
     def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
         images = torch.zeros(len(indices), self.in_chans, self.img_size, self.img_size, dtype=torch.uint8)
@@ -204,15 +212,15 @@ class ImageFiles(ImageDataset):
         for row, index in enumerate(indices):
             try:
                 images[row] = self.decode(index)
-            except BROKEN as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the disk or the permissions fail, not the image
-                broken[index] = why_broken(error)
+            except BrokenImage as error:
+                broken[index] = str(error)
         return images, broken
 
     def decode(self, index: int) -> Tensor:
-        """uint8 (C, H, W). Raises one of BROKEN for a file that is no whole image."""
-        with self.source.open(self.names[index]) as file, open_image(file) as image:
+        """uint8 (C, H, W). Raises BrokenImage, also for an image that does not suit the crop."""
+        with self.source.open(self.names[index]) as file:
+            image = read_image(file)
+        with decoding():
             return to_square(image, self.crop, self.img_size, self.in_chans)
 
     def describe(self) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from common.errors import InputError
-from common.images import open_image
-from data.dataset import check_labels
-from data.files import BROKEN, SUFFIXES, FolderSource, ImageFiles, why_broken
-
-log = logging.getLogger(__name__)
+from common.image_files import BrokenImage, in_chans_of
+from data.dataset import check_labels, say_left_out
+from data.files import SUFFIXES, FolderSource, ImageFiles
 
 
 class ImageFolder(ImageFiles):
@@ -26,6 +23,7 @@ class ImageFolder(ImageFiles):
             raise InputError(f"--data_path {data_path}: no such folder")
         source = FolderSource(data_path)
         self.left_out = {name: why for name in source.names if (why := self._unreadable(data_path / name))}
+        say_left_out(self.left_out, data_path)
         names = [name for name in source.names if name not in self.left_out]
         if not names:
             raise InputError(f"--data_path {data_path}: no readable images ({', '.join(sorted(SUFFIXES))})")
@@ -49,8 +47,7 @@ class ImageFolder(ImageFiles):
     def _unreadable(path: Path) -> str | None:
         """Why the header is not that of an image; the pixels are met when they are needed."""
         try:
-            with open_image(path):
-                return None
-        except BROKEN as error:
-            log.warning("skipped %s: %s", path, why_broken(error))
-            return why_broken(error)
+            in_chans_of(path)
+        except (BrokenImage, OSError) as error:
+            return str(error)
+        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from common.errors import InputError
 from data import DEFAULT_PATH
 from data.dataset import ImageDataset, check_labels
 from data.imagenet import ImageNet, find_classes
-from data.rows import RowsFile
+from data.rows import RowsFile, content_offset, read_header
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ class _Batch:
                 info = archive.getinfo("data.npy")
                 self.fingerprint = f"{path.name}\0{info.CRC}\0{archive.getinfo('labels.npy').CRC}\n"
                 with archive.open(info) as member:
-                    self.shape, fortran, dtype = _READ_HEADER[np.lib.format.read_magic(member)](member)
+                    self.shape, fortran, dtype = read_header(member)
                     header = member.tell()
                 if max(info.file_size / 12288, archive.getinfo("labels.npy").file_size / 8) > MOST_IMAGES:
                     raise ValueError(f"more than {MOST_IMAGES:,} images when unpacked")
@@ -110,7 +109,7 @@ class _Batch:
                 labels = arrays["labels"]
             self.stored = None
             if info.compress_type == zipfile.ZIP_STORED:
-                offset = _content_offset(path, info) + header
+                offset = content_offset(path, info) + header
                 self.stored = RowsFile(path, offset, self.shape, dtype)
         except Exception as error:  # zipfile and numpy meet any bytes there are, and fail in any way there is
             raise InputError(
@@ -138,18 +137,3 @@ class _Batch:
             with np.load(self.path, allow_pickle=False) as arrays:
                 self.loaded = arrays["data"]
         return self.loaded[indices].reshape(-1, 3, 64, 64)
-
-
-_READ_HEADER = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-
-
-def _content_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin in the archive: after its local header and two fields of any length."""
-    with path.open("rb") as file:
-        file.seek(info.header_offset)
-        header = file.read(30)
-    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-    return info.header_offset + 30 + name_bytes + extra_bytes

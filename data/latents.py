@@ -75,8 +75,21 @@ class LatentSource(ImageDataset):
             parts.append(torch.stack(views, dim=1).half().cpu())
         return torch.cat(parts)
 
+    def check_rows(self, rows: np.ndarray) -> None:
+        check_scale(rows, self.autoencoder.scale_factor, self.about["source"])
+
     def describe(self) -> dict[str, Any]:
         return self.about
+
+
+def check_scale(rows: np.ndarray, scale_factor: float, where: object) -> None:
+    """Raises InputError where the scaled means of rows (N, 2, 2, C, h, w) are far from a standard deviation of 1."""
+    std = float(rows[:, 0, 0].astype(np.float32).std()) * scale_factor
+    if not STD_RANGE[0] < std < STD_RANGE[1]:
+        raise InputError(
+            f"{where}: the standard deviation of the latents is {std:.2f} after scaling by {scale_factor}, wanted "
+            "about 1; pack with the right --scale_factor"
+        )
 
 
 class PackedLatents(PackedDataset):
@@ -92,12 +105,7 @@ class PackedLatents(PackedDataset):
                 f"{folder}: the manifest names no scale_factor, so the latents cannot be scaled; pack again"
             )
         some = self.images.read(np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int))
-        std = float(some[:, 0, 0].astype(np.float32).std()) * self.scale_factor
-        if not STD_RANGE[0] < std < STD_RANGE[1]:
-            raise InputError(
-                f"{folder}: the standard deviation of the latents is {std:.2f} after scaling by {self.scale_factor}, "
-                "wanted about 1; give the right --scale_factor and pack again"
-            )
+        check_scale(some, self.scale_factor, folder)
 
     def to_x0(self, rows: Tensor, mirrored: Tensor | None, normal: Callable[..., Tensor]) -> Tensor:
         """Draw latents (B, C, h, w), scaled, from rows (B, 2, 2, C, h, w)."""

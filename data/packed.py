@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import check_types
 from common.errors import InputError
-from common.files import read_json
+from common.files import check_regular, read_json
+from common.settings import check_types, differences
 from data import DEFAULT_PATH
 from data.dataset import ImageDataset, check_labels
 from data.files import image_names
@@ -68,7 +68,8 @@ class PackedDataset(ImageDataset):
         self.row_shape = tuple(manifest.shape[1:])
         self.images = RowsFile.of_npy(folder / IMAGES)
         if self.images.shape != tuple(manifest.shape) or self.images.dtype != self.dtype:
-            raise _disagree(folder / IMAGES, f"it holds {self.images.shape} {self.images.dtype}, not {manifest.shape}")
+            wanted = tuple(manifest.shape)
+            raise _disagree(folder / IMAGES, f"it holds {self.images.shape} {self.images.dtype}, not {wanted}")
         if block_checksums(folder / IMAGES) != manifest.blocks_crc32:
             raise _disagree(folder / IMAGES, "its bytes were changed")
         if manifest.labels_sha256 is not None:
@@ -117,7 +118,7 @@ def find_packed(
             raise InputError(f"{folder}: the packed dataset does not fit: {problem}")
         log.warning("%s is not used: %s", folder, problem)
         return None
-    log.info("using the packed dataset %s", folder)
+    log.warning("using the packed dataset %s", folder)
     module, cls = KINDS[manifest.kind]
     return getattr(importlib.import_module(module), cls)(folder, manifest, num_classes)
 
@@ -125,19 +126,13 @@ def find_packed(
 def _misfit(manifest: Manifest, wanted: dict[str, Any], num_classes: int, look_at_source: bool) -> str | None:
     """What keeps a packed dataset from serving a run; None if nothing does."""
     if different := differences(manifest.transform, wanted):
-        return f"it has {different}"
+        return f"another transform: {', '.join(different)}"
     if num_classes > 0 and manifest.labels_sha256 is None:
         return "it has no labels; remove it and pack again with --num_classes"
     now = state_of(manifest.source)
     if look_at_source and None not in (now, manifest.source_state) and now != manifest.source_state:
         return f"{manifest.source['source']} changed since it was packed; remove it and pack again"
     return None
-
-
-def differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """ "crop uvit128, not center178": what differs between two transforms or sources; empty if nothing."""
-    keys = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in keys)
 
 
 def state_of(source: dict[str, Any]) -> dict[str, int] | None:
@@ -175,6 +170,7 @@ def block_checksums(path: Path) -> list[int]:
 
 
 def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
+    check_regular(path)
     try:
         labels = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy meets any bytes there are, and fails in any way there is

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from common.errors import InputError
+from common.files import check_regular
+
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class RowsFile:
@@ -32,6 +40,7 @@ class RowsFile:
     @classmethod
     def of_npy(cls, path: Path) -> RowsFile:
         """Raises InputError for a file that is missing, no .npy, or shorter than its header says."""
+        check_regular(path)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy meets any bytes there are, and fails in any way there is
@@ -42,6 +51,12 @@ class RowsFile:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def close(self) -> None:
+        """Close the file, which the next read opens again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}
@@ -68,3 +83,83 @@ class RowsFile:
         self._file.seek(self.offset + index * self.row_bytes)
         if self._file.readinto(buffer) != len(buffer):
             raise InputError(f"{self.path}: the file ends before row {index}; was it changed?")
+
+
+class RowsInZip:
+    """An array of an .npz, compressed or not, of which only rows of a few images come into memory.
+
+    path: the .npz. name: of the array. Raises InputError for a file that is no .npz, has no such array, or holds
+    more or fewer bytes of it than its header says.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.path, self.name = path, name
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.info = archive.getinfo(f"{name}.npy")
+                with archive.open(self.info) as member:
+                    self.shape, fortran, self.dtype = read_header(member)
+                    self.header_bytes = member.tell()
+        except KeyError:
+            raise InputError(f"{path}: no {name} in it") from None
+        except Exception as error:  # zipfile and numpy meet any bytes there are, and fail in any way there is
+            raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
+        self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if self.dtype.hasobject or fortran or not self.shape or min(self.shape) < 0:
+            raise InputError(f"{path}: {name} is {self.shape} {self.dtype}, wanted plain numbers in C order")
+        if self.info.file_size != self.header_bytes + self.shape[0] * self.row_bytes:
+            raise InputError(
+                f"{path}: {name} has {self.info.file_size:,} bytes, which is not {self.shape} {self.dtype}"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, parts: Iterable[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Rows of each part, (B, ...). All indices rise, from part to part too: the file is gone through once.
+
+        To its end, so that the checksum is checked. Raises InputError where the file is damaged.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.info) as member:
+                _take(member, self.header_bytes, keep=False)
+                row = 0
+                for part in parts:
+                    rows = bytearray()
+                    for index in part:
+                        _take(member, (index - row) * self.row_bytes, keep=False)
+                        rows += _take(member, self.row_bytes)
+                        row = index + 1
+                    yield np.frombuffer(rows, self.dtype).reshape(len(part), *self.shape[1:])
+                while member.read(2**20):
+                    pass
+        except InputError:
+            raise
+        except Exception as error:  # as above
+            raise InputError(f"{self.path}: {self.name} is damaged ({error!s:.120})") from None
+
+
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is in Fortran order, and dtype, from the beginning of an .npy."""
+    return _READ_HEADER[np.lib.format.read_magic(member)](member)
+
+
+def content_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes begin in the archive: after its local header and two fields of any length."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(30)
+    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+    return info.header_offset + 30 + name_bytes + extra_bytes
+
+
+def _take(member: IO[bytes], count: int, keep: bool = True) -> bytes:
+    """The next bytes. Raises EOFError where there are fewer."""
+    taken = bytearray()
+    while count:
+        if not (block := member.read(min(count, 2**20))):
+            raise EOFError("it ends too soon")
+        count -= len(block)
+        if keep:
+            taken += block
+    return taken

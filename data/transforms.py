@@ -10,6 +10,7 @@ from torch import Tensor
 from common.images import to_tensor
 
 Resampling = Image.Resampling
+MOST_ENLARGED = 32  # length over width of what `halve` enlarges
 
 
 def none(image: Image.Image, size: int) -> Image.Image:
@@ -44,10 +45,22 @@ def halve(image: Image.Image, size: int) -> Image.Image:
     leaves enough, then bicubic to the size, then the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    if min(image.size) < size:
+        image = _middle(image)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """A strip without its ends, which `halve` cuts off in any case: all of it, enlarged, can take gigabytes.
+
+    Whole squares are taken off, as many from either end. Enlarged they are whole pixels, so the middle does not move.
+    """
+    short = min(image.size)
+    left, top = (max(0, side // short - MOST_ENLARGED) // 2 * short for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
@@ -60,9 +73,5 @@ CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def to_square(image: Image.Image, crop: str, size: int, in_chans: int) -> Tensor:
-    """uint8 (in_chans, size, size); upright, and with what is transparent turned white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("P", "PA", "LA", "RGBA"):
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return to_tensor(CROPS[crop](image.convert("RGB"), size), in_chans)
+    """uint8 (in_chans, size, size) of an image of mode L or RGB."""
+    return to_tensor(CROPS[crop](image, size), in_chans)

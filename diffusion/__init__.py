@@ -1,5 +1,5 @@
 """The mathematics of diffusion: the noise schedule, the solvers, the sampling loop."""
 
-from diffusion.ddpm import NoiseSchedule, ddim_step, ddpm_step
+from diffusion.ddpm import NoiseSchedule, ddim_step, ddpm_step, time_input
 
-__all__ = ["NoiseSchedule", "ddim_step", "ddpm_step"]
+__all__ = ["NoiseSchedule", "ddim_step", "ddpm_step", "time_input"]

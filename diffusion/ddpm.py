@@ -1,15 +1,19 @@
 """The noise schedule and one function per equation.
 
 DDPM is Ho et al. 2020, "Denoising Diffusion Probabilistic Models"; DDIM is Song et al. 2021, "Denoising
-Diffusion Implicit Models". Tables are float64; they are cast where they meet the image.
+Diffusion Implicit Models"; the continuous VP process is Song et al. 2021, "Score-Based Generative Modeling
+through Stochastic Differential Equations". Tables are float64; they are cast where they meet the image.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from common.config import PARAMETRIZATIONS, DiffusionConfig, check_choice
+from common.errors import InputError
 
 
 class NoiseSchedule:
@@ -34,7 +38,12 @@ class NoiseSchedule:
             beta_start=beta_start,
             beta_end=beta_end,
         )
-        if beta_schedule == "linear":
+        if beta_schedule == "continuous_vp":  # its alpha bar at the times 1 / T, 2 / T, ..., 1
+            time = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+            least, rise = self._beta_of_time()
+            log_alpha_bar = -(least * time + rise * time**2 / 2)  # minus the integral of beta; Eq. 33
+            self.betas = -torch.expm1(log_alpha_bar.diff(prepend=torch.zeros(1, dtype=torch.float64)))
+        elif beta_schedule == "linear":
             self.betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         else:  # scaled_linear: linear in the standard deviation, as in latent diffusion
             std = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
@@ -51,6 +60,32 @@ class NoiseSchedule:
     def alpha_bar(self, t: int) -> float:
         """alphas_cumprod at t; t = -1 is the clean image, 1."""
         return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
+
+    def timestep_at(self, alpha_bar: float) -> float:
+        """The t, between the integers too, at which the process has this alpha bar. Raises InputError outside (0, 1].
+
+        The continuous process has one everywhere: -1 at alpha bar 1, more than T - 1 below the table's end. Of the
+        others t is linear in log alpha bar between the entries of the table, and goes on beyond them along the
+        outermost two, as the samplers do that the public weights were published with.
+        """
+        if not 0 < alpha_bar <= 1:
+            raise InputError(f"alpha_bar={alpha_bar} is outside (0, 1]")
+        log_alpha_bar = math.log(alpha_bar)
+        if self.config.beta_schedule == "continuous_vp":
+            least, rise = self._beta_of_time()
+            time = -2 * log_alpha_bar / (least + math.sqrt(least**2 - 2 * rise * log_alpha_bar))
+            return self.num_timesteps * time - 1
+        if self.num_timesteps == 1:
+            return 0.0
+        table = torch.log1p(-self.betas).cumsum(0)  # falling
+        after = int((table > log_alpha_bar).sum().clamp(1, len(table) - 1))
+        before = after - 1
+        return before + (log_alpha_bar - float(table[before])) / float(table[after] - table[before])
+
+    def _beta_of_time(self) -> tuple[float, float]:
+        """Of the continuous process: beta at time 0, and how much it rises until time 1."""
+        config = self.config
+        return config.num_timesteps * config.beta_start, config.num_timesteps * (config.beta_end - config.beta_start)
 
     def q_sample(self, x0: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
         """Noise clean images: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. DDPM, Eq. 4.
@@ -74,6 +109,16 @@ class NoiseSchedule:
         if not isinstance(t, Tensor):
             return float(table[t])
         return table.to(image.dtype).to(image.device)[t.to(image.device)].view(-1, 1, 1, 1)
+
+
+def time_input(diffusion_params: DiffusionConfig, alpha_bar: float) -> float:
+    """What a network is told where x_t has this alpha bar, in (0, 1]; continuous between timesteps.
+
+    At the alpha bar of a timestep t it is what the network of `models.loading.build_network` makes of t, before
+    `normalize_timesteps` divides it by 1000. Beyond the timesteps see `NoiseSchedule.timestep_at`.
+    """
+    t = NoiseSchedule(**diffusion_params.schedule).timestep_at(alpha_bar)
+    return diffusion_params.time_scale * (t + diffusion_params.time_shift)
 
 
 def training_target(

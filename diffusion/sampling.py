@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import InputError
 from diffusion.solvers import Solver
 
 Denoiser = Callable[[Tensor, int, Tensor | None], Tensor]
@@ -55,6 +56,38 @@ def guided(denoiser: Denoiser, scale: float, no_class: int) -> Denoiser:
         return cond + scale * (cond - uncond)
 
     return both
+
+
+class NotFinite(InputError):
+    """Sampling left the finite numbers."""
+
+
+class FiniteWatch:
+    """Finds the first t at which numbers are not finite any more. Such a number stays, and becomes a black pixel.
+
+    To know at once the host would have to wait for the accelerator at each step. It asks after many of them instead.
+    """
+
+    EVERY = 100  # calls
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[int, Tensor]] = []  # t, and on the device 0 where all was finite, else NaN
+
+    def __call__(self, t: int, values: Tensor) -> None:
+        """values: of any shape, met at t. Raises what `settle` does."""
+        self.marks.append((t, (values * 0).sum()))
+        if len(self.marks) == self.EVERY:
+            self.settle()
+
+    def settle(self) -> None:
+        """Raises NotFinite, which names the first t, if something was not finite since the last time."""
+        spoiled = torch.stack([mark for _, mark in self.marks]).isnan().tolist() if self.marks else []
+        if True in spoiled:
+            raise NotFinite(
+                f"not finite from t = {self.marks[spoiled.index(True)][0]} on; try --precision fp32, or a --solver "
+                "and --steps that are known to do"
+            )
+        self.marks.clear()
 
 
 class SeededNoise:
@@ -98,8 +131,9 @@ def sample(
 
     stages: from the noisiest timesteps to the cleanest; the last timestep leads to the clean image. noise: called
     with image_shape (C, H, W), gives (B, C, H, W); it makes the start and all that the solver draws. y: (B,) classes.
-    on_step: called before each step with t and x_t.
+    on_step: called before each step with t and x_t. Raises NotFinite where the numbers do not stay finite.
     """
+    watch = FiniteWatch()
     timesteps = [t for stage in stages for t in stage.timesteps]
     targets = iter([*timesteps[1:], -1])
     solver.begin(timesteps)
@@ -110,5 +144,8 @@ def sample(
             for t, s in zip(stage.timesteps, targets):  # noqa: B905, the targets go on in the next stage
                 if on_step is not None:
                     on_step(t, x_t)
-                x_t = solver.step(stage.denoiser(x_t, t, y), x_t, t, s, lambda: noise(*image_shape))
+                output = stage.denoiser(x_t, t, y)
+                x_t = solver.step(output, x_t, t, s, lambda: noise(*image_shape))
+                watch(t, output if solver.clip_x0 else x_t)  # clipping makes an infinite number look well
+    watch.settle()
     return x_t

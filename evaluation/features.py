@@ -116,7 +116,10 @@ def extract_all(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> tuple
     if parts is None:
         return None, None
     rounds = itertools.zip_longest(*parts)  # each process had every world_size()-th batch
-    features, logits = zip(*(batch for batch in itertools.chain.from_iterable(rounds) if batch), strict=True)
+    batches = [batch for batch in itertools.chain.from_iterable(rounds) if batch]
+    if not batches:
+        raise InputError("no image can be read, so there is nothing to score")
+    features, logits = zip(*batches, strict=True)
     return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 
 
@@ -125,6 +128,10 @@ def _download_inception() -> Path:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if path.parts[0] == "~":  # HOME is not set, and the user has no entry that names one
+        raise InputError(
+            "there is no home folder to keep the Inception weights in; give --feature_extractor_weights FILE"
+        )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

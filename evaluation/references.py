@@ -1,37 +1,38 @@
-"""What samples are scored against: a dataset, a folder, or published statistics."""
+"""What samples are scored against: a dataset, finished images, or published statistics."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from common.distributed import is_main, on_main, share
-from common.errors import InputError
-from common.files import writable_folder
+from common.distributed import gather, is_main, on_main, share
+from common.errors import InputError, WriteError
+from common.files import array_names, writable_folder
 from data import open_dataset
-from data.dataset import ImageDataset
+from data.dataset import ImageDataset, say_left_out
 from evaluation.features import FeatureExtractor, extract
-from evaluation.images import FinishedImages
+from evaluation.images import ARRAY, ImageArray, ManyImages, evenly_spaced, open_images
 from evaluation.samples import Samples
-from evaluation.statistics import Statistics, load_statistics, save_statistics, statistics_of
+from evaluation.settings import ReferenceSettings
+from evaluation.statistics import Statistics, load_left_out, load_statistics, save_statistics, statistics_of
 
 log = logging.getLogger(__name__)
+
+READING = 2  # raised when the same files come to be read as other pixels: what was cached before is computed again
 
 
 class Reference:
     """Real images, or the statistics of some."""
 
     def __init__(self, about: dict[str, Any]):
-        self.about = about  # provenance, as plain values
+        self.about = about  # provenance, as plain values; whole once `account` was called
 
     def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
         """On process 0; None on the others."""
@@ -41,62 +42,20 @@ class Reference:
         """This process's share, uint8 (B, C, H, W)."""
         raise NotImplementedError
 
-
-class StatisticsFile(Reference):
-    def __init__(self, path: Path):
-        self.content = load_statistics(path)
-        super().__init__({"reference": str(path), "n_reference": self.content.n})
-
-    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
-        return self.content
+    def account(self) -> None:
+        """Once the images were read, by all processes: say what could not be, and note it in `about`."""
 
 
-class DatasetReference(Reference):
-    """The training set under the training transform, without flips; its statistics are cached."""
+class FinishedReference(Reference):
+    """Finished images, all of them or n evenly spaced ones."""
 
-    def __init__(self, dataset: ImageDataset, n: int | None, cache_dir: Path):
-        if n is not None and n > len(dataset):
-            raise InputError(f"--n_reference {n}: the dataset has {len(dataset)} images")
-        self.indices = np.linspace(0, len(dataset) - 1, n or len(dataset)).round().astype(int).tolist()
-        self.dataset, self.cache_dir = dataset, cache_dir
-        super().__init__(dataset.describe() | {"n_reference": len(self.indices)})
-
-    def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
-        starts = share(range(0, len(self.indices), batch_size))
-        for start in tqdm(starts, desc="real images", unit="batch", disable=True if quiet else None):
-            yield self.dataset.__getitems__(self.indices[start : start + batch_size])[0]
-
-    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
-        key = json.dumps([self.about, extractor.describe()], sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-        name = f"{self.about['dataset']}_{len(self.indices)}_{extractor.name}_{digest}.npz"
-        path = writable_folder(self.cache_dir) / name
-        known = _cached(path) if is_main() else None
-        if on_main(lambda: known is not None):
-            return known
-        statistics = super().statistics(extractor, batch_size, quiet)
-        if statistics is not None:
-            save_statistics(path, statistics)
-        return statistics
-
-
-def _cached(path: Path) -> Statistics | None:
-    if path.exists():
-        try:
-            return load_statistics(path)
-        except InputError as error:
-            log.warning("computing again: %s", error)
-    return None
-
-
-class FolderReference(Reference):
-    def __init__(self, images: FinishedImages, n: int | None):
-        if n is not None and n > len(images):
-            raise InputError(f"--n_reference {n}: {images.folder} has {len(images)} images")
+    def __init__(self, images: ManyImages, n: int | None):
         if n is not None:
-            images.files = [images.files[i] for i in np.linspace(0, len(images) - 1, n).round().astype(int)]
+            if n > len(images):
+                raise InputError(f"--n_reference {n}: {images.path} has {len(images)} images")
+            images.keep(n)
         self.images = images
-        super().__init__({"reference": str(images.folder), "n_reference": len(images)})
+        super().__init__({"reference": str(images.path), "n_reference": len(images)})
 
     def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
         yield from tqdm(
@@ -104,25 +63,138 @@ class FolderReference(Reference):
         )
 
 
-def open_reference(args: argparse.Namespace, scored: Samples) -> Reference:
-    """args: what fid.py parsed. Raises InputError where reference and samples are not of one kind."""
+class StatisticsFile(Reference):
+    """mu and sigma of an .npz; the images beside them, if there are any, serve the scores that need images."""
+
+    def __init__(self, path: Path, images: ImageArray | None):
+        self.content = load_statistics(path)
+        self.beside = images and FinishedReference(images, None)
+        super().__init__({"reference": str(path), "n_reference": self.content.n})
+        if images:
+            self.about["n_images"] = len(images)
+
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
+        return self.content
+
+    def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
+        return self.beside.batches(batch_size, quiet)
+
+
+class DatasetReference(Reference):
+    """The training set under the training transform, without flips; its statistics are cached.
+
+    n images are evenly spaced over all files, broken ones too, so that which they are is known before any is decoded;
+    those that turn out to be broken are left out.
+    """
+
+    def __init__(self, dataset: ImageDataset, n: int | None, cache_dir: Path):
+        if n is not None and n > len(dataset):
+            raise InputError(f"--n_reference {n}: the dataset has {len(dataset)} images")
+        self.indices = evenly_spaced(len(dataset), n or len(dataset))
+        self.dataset, self.cache_dir = dataset, cache_dir
+        self.broken: dict[str, str] = {}  # names of chosen files, and why; on process 0 those that all have met
+        super().__init__(dataset.describe() | {"n_reference": len(self.indices)} | _noted(dataset.left_out))
+        self.key = [READING, dict(self.about)]
+
+    def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
+        starts = share(range(0, len(self.indices), batch_size))
+        for start in tqdm(starts, desc="real images", unit="batch", disable=True if quiet else None):
+            chosen = self.indices[start : start + batch_size]
+            images, broken = self.dataset.whole_and_broken(chosen)
+            self.broken |= {self.dataset.name_of(index): why for index, why in broken.items()}
+            if whole := [row for row, index in enumerate(chosen) if index not in broken]:
+                yield images[whole] if broken else images
+        if len(self.broken) == len(self.indices):
+            name, why = next(iter(self.broken.items()))
+            raise InputError(f"{self.about['source']}: no image can be read ({name}: {why})")
+
+    def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
+        """From the cache where it has them, without decoding an image: it holds what was left out beside them.
+
+        Its key holds the fingerprint of all files, so that it changes with any that is mended or breaks.
+        """
+        key = json.dumps([*self.key, extractor.describe()], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        name = f"{self.about['dataset']}_{len(self.indices)}_{extractor.name}_{digest}.npz"
+        path = writable_folder(self.cache_dir) / name
+        known = self._cached(path) if is_main() else None
+        if on_main(lambda: known is not None):
+            return known
+        statistics = super().statistics(extractor, batch_size, quiet)
+        self._share_broken()
+        if statistics is not None:
+            try:
+                save_statistics(path, statistics, self.broken)
+            except WriteError as error:  # the score is not lost for that
+                log.warning("%s; the next run will compute them again", error)
+        return statistics
+
+    def _cached(self, path: Path) -> Statistics | None:
+        if not path.exists():
+            return None
+        try:
+            statistics, left_out = load_statistics(path), load_left_out(path)
+            if statistics.n != len(self.indices) - len(left_out):
+                raise InputError(f"{path}: of {statistics.n} images, without {len(left_out)} broken ones")
+        except InputError as error:
+            log.warning("computing again: %s", error)
+            return None
+        self.broken = left_out
+        return statistics
+
+    def _share_broken(self) -> None:
+        for met in gather(self.broken) or []:
+            self.broken |= met
+
+    def account(self) -> None:
+        self._share_broken()
+        left_out = {**self.dataset.left_out, **dict(sorted(self.broken.items()))}
+        say_left_out(left_out, self.about.get("source", self.about["dataset"]))
+        self.about |= {"n_reference": len(self.indices) - len(self.broken)} | _noted(left_out)
+        if len(self.indices) == len(self.dataset):
+            self.about["images"] = self.about["n_reference"]  # as a packed copy counts, which has no others
+
+
+def _noted(left_out: Mapping[str, str]) -> dict[str, Any]:
+    return {"left_out": dict(left_out)} if left_out else {}
+
+
+def open_reference(real: ReferenceSettings, scored: Samples, metrics: Sequence[str]) -> Reference:
+    """real: what fid.py parsed. Raises InputError where reference and samples are not of one kind."""
     samples = scored.images
     width, height = samples.size
-    if args.dataset:
+    if real.dataset:
         if width != height:
-            raise InputError(f"{samples.folder} holds images of {width} x {height}, datasets give squares")
-        crop = args.crop or (scored.crop if scored.dataset == args.dataset else None)
+            raise InputError(f"{samples.path} holds images of {width} x {height}, datasets give squares")
+        crop = real.crop or (scored.crop if scored.dataset == real.dataset else None)
         dataset = open_dataset(
-            args.dataset, args.data_path, img_size=width, in_chans=samples.in_chans, crop=crop, download=args.download
+            real.dataset,
+            real.data_path,
+            img_size=width,
+            in_chans=samples.in_chans,
+            crop=crop,
+            download=real.download,
         )
-        return DatasetReference(dataset, args.n_reference, args.cache_dir)
-    if args.reference.is_file():
-        return StatisticsFile(args.reference)
-    images = FinishedImages(args.reference)
+        return DatasetReference(dataset, real.n_reference, real.cache_dir)
+    names = [] if real.reference.is_dir() else array_names(real.reference)
+    statistics = {"mu", "sigma"} <= set(names)
+    if names and not statistics and ARRAY not in names:
+        raise InputError(f"{real.reference}: wanted mu and sigma, or images in {ARRAY}; it has {', '.join(names):.120}")
+    if statistics and real.n_reference:
+        raise InputError(f"--n_reference: the statistics in {real.reference} cannot be cut down")
+    needs_images = bool({"kid", "prc"} & set(metrics))
+    if statistics and not needs_images:
+        return StatisticsFile(real.reference, None)
+    if statistics and ARRAY not in names:
+        raise InputError(
+            f"--metrics kid, prc need real images, and {real.reference} has statistics alone; give --dataset, a folder "
+            f"or an .npz with {ARRAY}"
+        )
+    images = open_images(real.reference)
     if (images.size, images.in_chans) != (samples.size, samples.in_chans):
         raise InputError(
-            f"{images.folder} holds images of {images.size[0]} x {images.size[1]} ({images.in_chans} channels), "
-            f"{samples.folder} of {width} x {height} ({samples.in_chans}): sizes must be equal; for other real "
+            f"{images.path} holds images of {images.size[0]} x {images.size[1]} ({images.in_chans} channels), "
+            f"{samples.path} of {width} x {height} ({samples.in_chans}): sizes must be equal; for other real "
             "images use --dataset folder --data_path, which resizes and crops as training does"
         )
-    return FolderReference(images, args.n_reference)
+    return StatisticsFile(real.reference, images) if statistics else FinishedReference(images, real.n_reference)

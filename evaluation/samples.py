@@ -1,4 +1,4 @@
-"""A folder of samples, as it is scored."""
+"""Samples, as they are scored."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from common.distributed import share
 from common.errors import InputError
 from common.files import read_json
 from evaluation.features import FeatureExtractor, extract
-from evaluation.images import FinishedImages
+from evaluation.images import open_images
 from evaluation.statistics import Statistics, statistics_of
 
 
 class Samples:
-    """A folder of samples, and what its report says of the run that made them.
+    """A folder of samples or an .npz, and what the report says of the run that made them.
 
-    Raises InputError where images are missing that the report counts.
+    The report is in report/ in the folder, or in <name>_report/ beside an .npz. Raises InputError where images are
+    missing that it counts.
     """
 
-    def __init__(self, folder: Path):
-        self.images = FinishedImages(folder)
-        self.report = folder / "report"
-        path = self.report / "statistics.json"
-        self.run: dict[str, Any] = read_json(path) if path.exists() else {}
+    def __init__(self, path: Path):
+        self.images = open_images(path)
+        self.report = path / "report" if path.is_dir() else path.with_name(f"{path.stem}_report")
+        about = self.report / "statistics.json"
+        self.run: dict[str, Any] = read_json(about) if about.exists() else {}
         wanted = self.run.get("n_samples") if isinstance(self.run, dict) else ...
         if type(wanted) not in (int, type(None)) or not isinstance(self._network, dict):
-            raise InputError(f"{path}: not as sampler.py writes it")
+            raise InputError(f"{about}: not as sampler.py writes it")
         if wanted is not None and wanted != len(self.images):
             raise InputError(
-                f"{len(self.images):,} images in {folder}, but its report counts {wanted:,}; sample again, or "
-                f"remove {path} if that is what you want to score"
+                f"{len(self.images):,} images in {path}, but its report counts {wanted:,}; sample again, or "
+                f"remove {about} if that is what you want to score"
             )
 
     def batches(self, batch_size: int, quiet: bool) -> tqdm:

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
 SEED = 2020  # of the subsets of KID and the splits of the Inception score
+LEAST = {"fid": 2, "kid": 2, "prc": 4}  # images on either side
 
 
 def score(
@@ -33,8 +34,13 @@ def score(
     batch_size: int,
     quiet: bool,
 ) -> dict[str, float]:
-    """metrics: of fid, kid, is, prc. Returns {"fid": ...} and the like on process 0, {} on the others."""
+    """metrics: of fid, kid, is, prc. Returns {"fid": ...} and the like on process 0, {} on the others.
+
+    Raises InputError where there are too few images for one of them.
+    """
     chosen = set(metrics)
+    for metric in metrics:
+        check_enough(metric, len(samples.images), reference.about.get("n_reference"))
     if chosen == {"fid"}:  # needs no features in memory
         mine = samples.statistics(extractor, batch_size, quiet)
     else:
@@ -42,6 +48,7 @@ def score(
     real = reference.statistics(extractor, batch_size, quiet) if "fid" in chosen else None
     if chosen & {"kid", "prc"}:
         real_features, _ = extract_all(extractor, reference.batches(batch_size, quiet))
+    reference.account()
     if not is_main():
         return {}
 
@@ -60,6 +67,15 @@ def score(
     return scores
 
 
+def check_enough(metric: str, n_samples: int, n_real: int | None) -> None:
+    """Raises InputError for fewer images than the metric is defined for. n_real: None where it is not known."""
+    for n, side in ((n_samples, "to score"), (n_real, "to score against")):
+        if n is not None and n < LEAST.get(metric, 1):
+            raise InputError(
+                f"--metrics {metric}: {n} images are too few {side}, at least {LEAST[metric]} are needed on either side"
+            )
+
+
 def warn_if_few(*both: Statistics) -> None:
     for statistics in both:
         if statistics.n is not None and statistics.n <= len(statistics.mu):
@@ -74,6 +90,7 @@ def kernel_distance(samples: Tensor, real: Tensor) -> dict[str, float]:
     """KID (Binkowski et al. 2018), mean and standard deviation over subsets."""
     from torch_fidelity.metric_kid import kid_features_to_metric
 
+    check_enough("kid", len(samples), len(real))
     size = min(KID_SUBSET_SIZE, len(samples), len(real))
     # A small difference of large sums: in float32 its fifth digit depends on how many threads multiply.
     found = kid_features_to_metric(
@@ -100,18 +117,17 @@ def precision_recall(samples: Tensor, real: Tensor) -> dict[str, float]:
     """Kynkaanniemi et al. 2019, with the 3 nearest neighbours."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    if min(len(samples), len(real)) < 4:
-        raise InputError("--metrics prc: needs at least 4 images on either side")
+    check_enough("prc", len(samples), len(real))
     found = prc_features_to_metric(samples, real, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
     return {"precision": float(found["precision"]), "recall": float(found["recall"])}
 
 
 def write_scores(samples: Samples, reference: Reference, extractor: FeatureExtractor, scores: dict[str, float]) -> Path:
-    """Write <samples_path>/report/metrics.json: the scores, and what they depend on."""
+    """Write metrics.json into the samples' report: the scores, and what they depend on."""
     path = writable_folder(samples.report) / "metrics.json"
     content = scores | {
         "n_samples": len(samples.images),
-        "samples": str(samples.images.folder),
+        "samples": str(samples.images.path),
         "reference": reference.about,
         "feature_extractor": extractor.describe(),
         "run": {key: samples.run.get(key) for key in ("backbones", "settings")},

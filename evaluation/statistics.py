@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from common.distributed import gather
 from common.errors import InputError
 from common.files import read_arrays, replacing
+
+ROUNDING = 1e-4  # of covariances that others computed, to the largest eigenvalue; in float32 it comes to 1e-5
 
 
 class Statistics(NamedTuple):
@@ -96,15 +99,34 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return max(0.0, float(distance))  # rounding can take equal statistics below 0
 
 
-def save_statistics(path: Path, statistics: Statistics) -> None:
+def save_statistics(path: Path, statistics: Statistics, left_out: Mapping[str, str] | None = None) -> None:
+    """left_out: broken images that are not among those behind the statistics, by name, and why; see `load_left_out`."""
+    more = {} if left_out is None else {"left_out": np.asarray(json.dumps(dict(left_out)))}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=statistics.mu, sigma=statistics.sigma, n=np.asarray(statistics.n or 0))
+        np.savez(file, mu=statistics.mu, sigma=statistics.sigma, n=np.asarray(statistics.n or 0), **more)
+
+
+def load_left_out(path: Path) -> dict[str, str]:
+    """Raises InputError where `save_statistics` was not told."""
+    try:
+        left_out = json.loads(str(read_arrays(path, ["left_out"])["left_out"]))
+        if not all(isinstance(why, str) for why in left_out.values()):
+            raise ValueError("reasons that are no text")
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: it does not say what was left out ({error!s:.120})") from None
+    return left_out
 
 
 def load_statistics(path: Path) -> Statistics:
-    """An .npz with mu (D,) and sigma (D, D), ours or a published one. Raises InputError for anything else."""
-    arrays = read_arrays(path)
+    """An .npz with mu (D,) and sigma (D, D), ours or a published one; other arrays in it are not read.
+
+    Raises InputError for anything else, and where sigma is no covariance: not symmetric, or with negative
+    eigenvalues beyond what rounding to float32 makes of zeros.
+    """
+    arrays = read_arrays(path, ("mu", "sigma", "n"))
     try:
+        if any(arrays[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
+            raise ValueError("they are no real numbers")
         mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
         n = int(arrays["n"]) or None if "n" in arrays else None
     except (KeyError, ValueError, TypeError, OverflowError) as error:
@@ -113,4 +135,9 @@ def load_statistics(path: Path) -> Statistics:
         raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics, wanted (D,), (D, D)")
     if not (len(mu) and np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path}: mu and sigma are empty or not finite")
+    if np.abs(sigma - sigma.T).max() > ROUNDING * np.abs(sigma).max():
+        raise InputError(f"{path}: sigma is not symmetric, so it is no covariance")
+    values = scipy.linalg.eigvalsh(sigma)
+    if values[0] < -ROUNDING * np.abs(values).max():
+        raise InputError(f"{path}: sigma has the eigenvalue {values[0]:.3g}, so it is no covariance: none is below 0")
     return Statistics(mu, sigma, n)

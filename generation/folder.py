@@ -13,13 +13,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from common.config import carried_settings
 from common.devices import Stopwatch, device_name
 from common.distributed import barrier, is_main, on_main, share, world_size
-from common.errors import InputError
+from common.errors import InputError, WriteError
 from common.files import (
     lock,
     read_arrays,
@@ -42,6 +41,8 @@ from common.files import (
 )
 from common.images import save_png, to_uint8
 from common.settings import CONDITIONS, differences, record
+from common.signals import status_of
+from diffusion.sampling import NotFinite
 from generation.settings import RunSettings
 from generation.stages import Plan
 from models.loading import Network
@@ -170,7 +171,7 @@ class SampleFolder:
         writable_folder(self.folder)
         samples = samples_in(self.folder)
         self.report.mkdir(exist_ok=True)
-        self._lock = lock(self.report / ".lock", f"{self.folder}: another process is sampling into it; wait for it")
+        self._lock = lock(self.report / ".lock", f"{self.folder}: another process is sampling into it")
         if samples and not overwrite:
             self._refuse_another(samples)
             self.goes_on, self.kept = True, self._whole_batches()
@@ -225,8 +226,7 @@ class SampleFolder:
     def making(self, num_timesteps: int, prepare: Callable[[], None] = lambda: None) -> Iterator[tqdm]:
         """Within the block the missing batches are made. Yields a bar that counts steps.
 
-        SIGTERM and Ctrl-C end the process at once; no file is left half-written. prepare: called on process 0 when
-        report/ holds nothing of other runs.
+        prepare: called on process 0 when report/ holds nothing of other runs.
         """
 
         def begin() -> None:
@@ -281,7 +281,7 @@ class SampleFolder:
 
 
 class BatchUnderWay:
-    """A batch of samples that is being made. `sampling` is the stopwatch of the sampling loop."""
+    """A batch of samples that is being made."""
 
     def __init__(
         self,
@@ -292,8 +292,21 @@ class BatchUnderWay:
         bar: tqdm,
     ):
         self.folder, self.indices, self.decode, self.bar = folder, indices, decode, bar
-        self.sampling, self.decoding, self.saving = (Stopwatch(device) for _ in range(3))
+        self.watches = [Stopwatch(device) for _ in range(3)]  # of sampling, decoding and saving
         self.frames: dict[int, Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        return f"samples {self.indices[0]}..{self.indices[-1]}"
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Around the sampling loop, which is timed. Raises InputError, which names a batch that is not finite."""
+        try:
+            with self.watches[0]:
+                yield
+        except NotFinite as error:
+            raise InputError(f"{self.name}: {error}") from None
 
     def on_step(self, t: int, x_t: Tensor) -> None:
         self.bar.update()
@@ -301,11 +314,17 @@ class BatchUnderWay:
             self.frames[t] = to_uint8(self.decode(x_t))
 
     def save(self, x0: Tensor, arrays: Mapping[str, np.ndarray] | None = None) -> None:
-        """Decode and write the images, and then the record of the batch. arrays: kept in it, see `Batch`."""
-        folder, indices = self.folder, self.indices
-        with self.decoding:
-            images = to_uint8(self.decode(x0))
-        with self.saving:
+        """Decode and write the images, and then the record of the batch. arrays: kept in it, see `Batch`.
+
+        Raises InputError, and writes none of them, where decoded images are not finite.
+        """
+        (_, decoding, saving), folder, indices = self.watches, self.folder, self.indices
+        with decoding:
+            decoded = self.decode(x0)
+            if not decoded.isfinite().all():
+                raise InputError(f"{self.name}: the autoencoder's images are not finite; is it that of these latents?")
+            images = to_uint8(decoded)
+        with saving:
             rows = [(images, folder.paths(indices))]
             rows += [(self.frames[t], folder.paths(indices, t)) for t in folder.frames]
             checksums = [
@@ -314,7 +333,7 @@ class BatchUnderWay:
             ]
         content = {
             "checksums": np.array(checksums, np.uint32),
-            "seconds": np.array([self.sampling.seconds, self.decoding.seconds, self.saving.seconds]),
+            "seconds": np.array([watch.seconds for watch in self.watches]),
             "conditions": json.dumps(folder.conditions),
         }
         path = folder.batches / f"{indices.start:06d}-{indices.stop - 1:06d}.npz"
@@ -329,20 +348,14 @@ def _indices_of(path: Path) -> range | None:
 
 @contextmanager
 def going_on_later() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the process at once, in a line that says how to go on; no file is left half-written."""
-    status = 130
-
-    def terminate(*_: object) -> NoReturn:
-        nonlocal status
-        status = 143
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
+    """A signal or a full disk ends the work in the block in a line that says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if is_main():
             print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(status) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise SystemExit(status_of(interrupt)) from None
+    except WriteError as error:
+        raise InputError(
+            f"{error}; the samples before it are whole: {error.remedy}, then the same command goes on from here"
+        ) from None

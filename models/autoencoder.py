@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
-from models.weights import read_pth
+from common.files import check_regular
+from models.weights import check_numbers, read_pth
 
 # f8-ft-mse and autoencoder_kl.pth: the architecture is not in the file.
 ARCHITECTURE = {
@@ -90,6 +91,7 @@ def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str
     else:
         network = AutoencoderKL(**ARCHITECTURE)
         _fill_from_ldm(network, path)
+    check_numbers(network.state_dict(), path)
     return Autoencoder(network, scale_factor).to(device)
 
 
@@ -98,6 +100,8 @@ def _from_folder(path: Path) -> nn.Module:
 
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: no config.json in it, so it is no autoencoder as diffusers saves it")
+    for part in path.glob("*.safetensors"):
+        check_regular(part)
     try:
         network, report = AutoencoderKL.from_pretrained(
             path, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import CLASSIFIER_TYPES, check_choice
-from models.uvit import UViT, init_linear, patches_to_image, per_image
+from models.uvit import UViT, final_convolution, init_linear, patches_to_image, per_image
 
 
 class ExitOutputs(NamedTuple):
@@ -49,7 +49,7 @@ class ExitHead(nn.Module):
         self.num_extras, self.in_chans = uvit.num_extras, config.in_chans
         self.norm = nn.LayerNorm(config.embed_dim)
         self.decoder_pred = nn.Linear(config.embed_dim, config.patch_size**2 * config.in_chans)
-        self.final_layer = nn.Conv2d(config.in_chans, config.in_chans, kernel_size=3, padding=1)
+        self.final_layer = final_convolution(config)
         self.apply(init_linear)
 
     def forward(self, tokens: Tensor) -> Tensor:

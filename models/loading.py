@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -15,15 +17,20 @@ from common.errors import InputError
 from common.settings import merge, plain
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
-from models.weights import Weights, check_fit, fill, read_weights
+from models.weights import Weights, check_fit, read_weights
 
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module, covariant=True)
+KINDS: dict[str, type[nn.Module]] = {"uvit": UViT, "deediff_uvit": EarlyExitUViT}
 SCRIPTS = {"uvit": "sampler.py", "deediff_uvit": "eesampler.py"}
 
 
-class Network(NamedTuple):
+@dataclass(frozen=True)
+class Network(Generic[M]):
     """A network ready to run, and what is known of it."""
 
-    module: nn.Module  # in eval mode
+    module: M  # in eval mode
     config: Config
     weights: str  # "ema", "raw", or "unknown" where the file does not say
     step: int | None  # optimiser steps it was trained for, where known
@@ -39,45 +46,53 @@ def build_network(config: Config) -> UViT | EarlyExitUViT:
     """A network with fresh weights."""
     uvit = UViT(**plain(config.model_params))
     uvit.time_scale, uvit.time_shift = config.diffusion_params.time_scale, config.diffusion_params.time_shift
-    if config.model == "uvit":
+    if config.classifier_type is None:
         return uvit
     return EarlyExitUViT(uvit, config.classifier_type, config.diffusion_params.num_timesteps)
 
 
-def stated_settings(config_path: Path | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the user says of a network: the YAML file, and the command line, which beats it."""
-    return merge(read_yaml(config_path) if config_path else {}, given or {})
+def stated_settings(config_path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's description of a network: the YAML file, and the command line, which beats it."""
+    return merge(read_yaml(config_path) if config_path else {}, given)
+
+
+def described_by(config_path: Path | None) -> str:
+    """The source of the stated settings, for messages."""
+    return str(config_path or "the flags (see also --config_path)")
 
 
 def load_network(
     path: Path,
     stated: Mapping[str, Any],
+    kind: type[M],
     *,
-    model: str | None,
+    described: str = "the flags",
     weights: str = "ema",
     device: torch.device | str = "cpu",
-) -> Network:
+) -> Network[M]:
     """Build and load the network of a checkpoint, or of bare weights with settings.
 
-    stated: settings from `stated_settings`; needed for bare weights only. model: the kind that is wanted,
-    "uvit" or "deediff_uvit", None for either (bare weights are then a uvit's). Raises InputError where the file does
-    not fit, or contradicts what is stated.
+    stated: settings from `stated_settings`; needed for bare weights only. described: their source. kind: the class
+    that is wanted; nn.Module for any (bare weights are then a UViT's). Raises InputError where the file does not fit,
+    or contradicts the stated settings.
     """
     read = read_weights(path, weights)
-    if weights == "raw" and read.kind == "ema":
-        raise InputError(f"{path} holds averaged weights alone; leave --weights raw out")
     if read.settings is None:
         if (stated.get("model_params") or {}).get("img_size") is None:
-            raise InputError(f"{path} does not say what network it belongs to; give its --config_path")
-        settings = merge({"model": model or "uvit"}, stated)
+            raise InputError(
+                f"{path} does not say what network it belongs to; give its --config_path, or its --img_size, "
+                "--patch_size and whatever else differs from the defaults"
+            )
+        name = next((name for name, of in KINDS.items() if of is kind), "uvit")
+        config = build_config(merge({"model": name}, stated), described)
     else:
         if different := contradictions(read.settings, stated):
             raise InputError(
                 f"{path} differs from --config_path or the flags in {', '.join(different)}; "
                 "it carries its own settings, so those can be left out"
             )
-        settings = merge(stated, read.settings)
-    return _loaded(path, read, build_config(settings, str(path)), model, device)
+        config = build_config(merge(stated, read.settings), str(path))
+    return _loaded(path, read, config, kind, described, weights, device)
 
 
 def load_together(
@@ -86,22 +101,30 @@ def load_together(
     *,
     weights: str = "ema",
     device: torch.device | str = "cpu",
-) -> list[Network]:
-    """U-ViTs that take turns on one image.
+) -> list[Network[UViT]]:
+    """U-ViTs that run on one image, stage by stage.
 
-    files: weights and, where they came without a description, the YAML file of each. given: what the command line says
-    of all of them. Raises InputError unless every one fits the last.
+    files: weights and, where they came without a description, the YAML file of each. given: the command line's
+    description; its architecture is the first network's alone. Raises InputError unless every one fits the last.
     """
+    of_all = {key: value for key, value in given.items() if key != "model_params"}
     networks = [
-        load_network(path, stated_settings(config_path, given), model="uvit", weights=weights, device=device)
-        for path, config_path in files
+        load_network(
+            path,
+            stated_settings(config_path, given if n == 0 else of_all),
+            UViT,
+            described=described_by(config_path),
+            weights=weights,
+            device=device,
+        )
+        for n, (path, config_path) in enumerate(files)
     ]
     for network in networks[:-1]:
         check_pair(network, networks[-1])
     return networks
 
 
-def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network:
+def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network[UViT]:
     """A U-ViT that another one learns from, with averaged weights where the file has them.
 
     config: of the other one. Weights that came without a description are taken to be like it in all but the depth,
@@ -112,24 +135,50 @@ def load_relative(path: Path, config: Config, device: torch.device | str = "cpu"
     if settings is None:
         half = len({match[1] for name in read.state_dict if (match := re.search(r"\bin_blocks\.(\d+)\.", name))})
         settings = merge(plain(config), {"model_params": {"depth": 2 * half + 1}})
-    return _loaded(path, read, build_config(settings, str(path)), "uvit", device)
+    config = build_config(settings, str(path))
+    return _loaded(path, read, config, UViT, "the network that learns from it", "ema", device)
 
 
-def _loaded(path: Path, read: Weights, config: Config, model: str | None, device: torch.device | str) -> Network:
-    if model not in (None, config.model):
-        raise InputError(f"{path} is a {config.model}, wanted a {model}; {SCRIPTS[config.model]} samples from it")
+def load_described(network: nn.Module, config: Config, path: Path, described: str) -> None:
+    """Load a file into a network of `build_network` that `described` describes. Raises InputError as `load_weights`."""
+    read = read_weights(path)
+    network.load_state_dict(check_fit(network, read, path).state_dict)
+    _note_description(path, read, config, described)
+
+
+def _note_description(path: Path, read: Weights, config: Config, described: str) -> None:
+    """Nothing in bare weights contradicts another time input or schedule than they were trained with: say which."""
+    if read.settings is None:
+        log.warning("%s carries no description; taken from %s: %s", path, described, config.conventions)
+
+
+def _loaded(
+    path: Path,
+    read: Weights,
+    config: Config,
+    kind: type[M],
+    described: str,
+    weights: str,
+    device: torch.device | str,
+) -> Network[M]:
+    if not issubclass(KINDS[config.model], kind):
+        wanted = next(name for name, of in KINDS.items() if of is kind)
+        raise InputError(f"{path} is a {config.model}, wanted a {wanted}; {SCRIPTS[config.model]} samples from it")
     with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
-        check_fit(build_network(config), read.state_dict, path)
+        shapes = build_network(config)
+    read = check_fit(shapes, read, path, weights)
     network = build_network(config)
-    fill(network, read.state_dict, path)
+    assert isinstance(network, kind)
+    network.load_state_dict(read.state_dict)
+    _note_description(path, read, config, described)
     network.requires_grad_(False).eval().to(device)
     return Network(network, config, read.kind, read.step, path)
 
 
 def check_pair(early: Network, late: Network) -> None:
-    """Raises InputError unless the two can take turns on one image."""
+    """Raises InputError unless the two can run on one image, stage by stage."""
     if different := task_differences(early.config, late.config):
-        raise InputError(f"{early.path} and {late.path} cannot take turns: they differ in {', '.join(different)}")
+        raise InputError(f"{early.path} and {late.path} cannot run on one image: they differ in {', '.join(different)}")
 
 
 def task_differences(one: Config, other: Config) -> list[str]:

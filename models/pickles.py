@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
+from common.files import check_regular
+
 # What state dicts and training states are made of, as the pickle names it: module, space, name.
 ADMITTED = re.compile(
     r"collections OrderedDict|torch (Size|device|\w+Storage|bool|b?float\w+|u?int\w+|complex\w+)"
@@ -22,7 +24,11 @@ LEGACY_PICKLES = 5  # of a file as torch wrote it before 1.6: magic number, vers
 
 
 def check_pickles(path: Path) -> None:
-    """Raises ValueError, or what the standard library raises on damaged files, for a file that is not to be read."""
+    """Raises ValueError, or what the standard library raises on damaged files, for a file that is not to be read.
+
+    Raises InputError for what is no file.
+    """
+    check_regular(path)
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
             with zipfile.ZipFile(file) as archive:

@@ -49,13 +49,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int):
+    """approximate: of GELU, "none" or "tanh"."""
+
+    def __init__(self, dim: int, hidden_dim: int, approximate: str = "none"):
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -77,15 +80,22 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def final_convolution(config: UViTConfig) -> nn.Module:
+    """The last layer of an output head, (B, C, H, W) -> (B, C, H, W); with conv=False it does nothing."""
+    return nn.Conv2d(config.in_chans, config.in_chans, kernel_size=3, padding=1) if config.conv else nn.Identity()
+
+
 def patches_to_image(
     patches: Tensor, norm: nn.Module, decoder_pred: nn.Module, final_layer: nn.Module, in_chans: int
 ) -> Tensor:
     """The output head, of the network and of every exit: patch tokens (B, P, D) -> image (B, C, H, W)."""
-    pixels = decoder_pred(norm(patches))  # (B, P, p * p * C)
-    side = math.isqrt(patches.shape[1])
-    p = math.isqrt(pixels.shape[2] // in_chans)
-    image = rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p, c=in_chans)
-    return final_layer(image)
+    return final_layer(pixels_to_image(decoder_pred(norm(patches)), in_chans))
+
+
+def pixels_to_image(pixels: Tensor, channels: int) -> Tensor:
+    """The pixels of each patch, (B, P, p * p * C) -> (B, C, H, W)."""
+    side, p = math.isqrt(pixels.shape[1]), math.isqrt(pixels.shape[2] // channels)
+    return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p, c=channels)
 
 
 class UViT(nn.Module):
@@ -120,7 +130,7 @@ class UViT(nn.Module):
 
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, config.patch_size**2 * config.in_chans)
-        self.final_layer = nn.Conv2d(config.in_chans, config.in_chans, kernel_size=3, padding=1)
+        self.final_layer = final_convolution(config)
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)

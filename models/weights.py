@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,40 +18,49 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
+from common.files import check_regular
 from common.settings import check_types
+from models.dit import DiT, without_variance
 from models.early_exit import EarlyExitUViT, MlpProbes
 from models.pickles import check_pickles, check_sums
 
+log = logging.getLogger(__name__)
+
 FORMAT = "duodiff-1"  # of this project's checkpoints
+# What every description that this project writes into a file has; that of another project is not read.
+DESCRIPTION = {"model", "model_params", "parametrization", "diffusion_params"}
 # Training wrappers (DataParallel, torch.compile) put their own names before those of the network.
 WRAPPERS = re.compile(r"(?:(?:^|(?<=\.))(?:module|_orig_mod)\.)+")
+AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)  # entries of a file with averaged weights
+MOST_NESTED, MOST_NAMES, LONGEST_NAME = 4, 200_000, 500  # of entries in entries of a file, and of their names
 
 
 class Weights(NamedTuple):
     """A network's weights as a file holds them."""
 
-    state_dict: dict[str, Tensor]
+    state_dict: dict[str, Tensor]  # a tensor in an entry of the file is called ENTRY.NAME
     settings: dict[str, Any] | None  # the description the file carries (see common.config), if any
     kind: str  # "ema" or "raw"; "unknown" for a file that does not say
     step: int | None  # optimiser steps behind them
+    entries: Sequence[str] = ()  # of a file that is no state dict itself, but may hold some
 
 
 def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> None:
-    """Load a file into a UViT or EarlyExitUViT.
+    """Load a file into a UViT, DiT or EarlyExitUViT.
 
-    Reads .safetensors and .pth: this project's checkpoints, plain U-ViT state dicts such as the public
-    ones, the original DuoDiff authors' checkpoints, and names prefixed by wrappers. Only tensors and
-    plain values are unpickled.
+    Reads .safetensors and .pth: this project's checkpoints, plain state dicts such as the public ones, the original
+    DuoDiff authors' checkpoints, names prefixed by wrappers, and files that hold a fitting state dict among others.
+    Only tensors and plain values are unpickled. A DiT that makes no variance takes the weights of one that learned to.
 
-    weights: "ema" (where the file has them) or "raw", of this project's checkpoints.
-    Raises InputError for a file that is missing, damaged or does not fit the model; the model is then
+    weights: "ema" (where the file has them) or "raw".
+    Raises InputError for a file that is missing, damaged, not finite or does not fit the model; the model is then
     unchanged.
     """
-    fill(model, read_weights(path, weights).state_dict, path)
+    model.load_state_dict(check_fit(model, read_weights(path, weights), path, weights).state_dict)
 
 
 def read_weights(path: str | Path, weights: str = "ema") -> Weights:
-    """Read what `load_weights` loads, on the CPU."""
+    """Read what `load_weights` loads, on the CPU. Which entry of the file it is, is for `check_fit` to find."""
     path = Path(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -60,10 +70,34 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
         if weights == "ema" and content.get("ema") is not None:
             state_dict, kind = state_dict | content["ema"], "ema"
         return Weights(state_dict, check_types(Config, content["config"], str(path)), kind, content["step"])
-    state_dict = content.get("model_state_dict", content)
-    if not isinstance(state_dict, Mapping) or not _all_tensors(state_dict):
-        raise InputError(f"{path}: holds no state dict of tensors")
-    return Weights(dict(state_dict), None, "unknown", None)
+    entries = sorted(content) if any(isinstance(value, Mapping) for value in content.values()) else []
+    if not (state_dict := _tensors_by_name(content, path)):
+        raise InputError(f"{path}: holds no state dict of tensors; what is there is {_shortened(sorted(content))}")
+    return Weights(state_dict, None, "unknown", None, entries)
+
+
+def _tensors_by_name(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of nested mappings under dotted names. Raises InputError for more than any network has."""
+    found: dict[str, Tensor] = {}
+    waiting: list[tuple[str, Mapping, int]] = [("", content, 0)]
+    met = 0  # names, of those too that lead to no tensor: mappings may hold one another many times
+    while waiting:
+        prefix, mapping, depth = waiting.pop()
+        if (met := met + len(mapping)) > MOST_NAMES:
+            raise InputError(f"{path}: more than {MOST_NAMES:,} names, which is no network known here")
+        for key, value in mapping.items():
+            name = f"{prefix}{key}" if isinstance(key, str) else None  # optimizers count their tensors
+            if isinstance(value, Tensor) and name is not None:
+                if name in found or len(name) > LONGEST_NAME:
+                    raise InputError(f"{path}: two tensors in it, or one of a long name, are called {name:.80}")
+                found[name] = value
+            elif isinstance(value, Mapping) and name is not None and depth < MOST_NESTED:
+                waiting.append((f"{name:.{LONGEST_NAME}}.", value, depth + 1))
+    return found
+
+
+def _shortened(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(name[:80] for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def read_pth(path: Path) -> dict[str, Any]:
@@ -79,7 +113,7 @@ def read_pth(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file") from None
     except (PermissionError, IsADirectoryError) as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
     except Exception as error:  # the unpickler meets any bytes there are, and fails in any way there is
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -115,50 +149,129 @@ def _load_pth(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> Weights:
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
-        settings = json.loads(about["config"]) if "config" in about else None
-        if settings is not None and not isinstance(settings, dict):
-            raise ValueError("its config is no mapping")
-        step = int(about["step"]) if "step" in about else None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, RecursionError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not readable as safetensors; cut short? ({error!s:.120})") from None
-    settings = None if settings is None else check_types(Config, settings, str(path))
-    return Weights(state_dict, settings, about.get("weights", "unknown"), step)
+    try:
+        settings = json.loads(about["config"])
+    except (KeyError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict) or not settings.keys() >= DESCRIPTION:
+        return Weights(state_dict, None, "unknown", None)  # whatever else the metadata says, it is not this project's
+    kind, step = about.get("weights"), about.get("step", "")
+    return Weights(
+        state_dict,
+        check_types(Config, settings, str(path)),
+        kind if kind in ("ema", "raw") else "unknown",
+        int(step) if re.fullmatch(r"\d{1,18}", step) else None,
+    )
 
 
-def fill(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
-    """Put a state dict under any of the known namings into the model, all of it or nothing.
+def check_fit(model: nn.Module, read: Weights, source: str | Path, weights: str = "ema") -> Weights:
+    """The weights in `read` that fit the model, under its own names.
 
-    source: named in the InputError that says what does not fit.
+    They may be all that the file holds, or one entry of it, which is then named for the user. weights: of several that
+    fit, "ema" prefers the averaged ones, "raw" wants another.
+    source: named in the InputError that is raised unless exactly one entry fits, with floating-point numbers that are
+    all finite.
     """
-    model.load_state_dict(check_fit(model, state_dict, source))
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    candidates = _candidates(read.state_dict)
+    fitting: dict[str, dict[str, Tensor]] = {}
+    for entry, state_dict in candidates.items():
+        inside_another = any(entry.startswith(f"{other}." if other else "") for other in fitting)
+        if not inside_another and _fits(renamed := _renamed(model, state_dict), wanted):
+            fitting[entry] = renamed
+    if not fitting:
+        raise InputError(f"{source}: weights do not fit the network: {_nearest_misfit(model, read, candidates)}")
+
+    averaged = [entry for entry in fitting if AVERAGED.search(entry)]
+    others = [entry for entry in fitting if entry not in averaged]
+    chosen = averaged or others if weights == "ema" else others or averaged
+    if len(chosen) > 1:
+        raise InputError(
+            f"{source}: several of its entries fit the network ({_shortened(sorted(chosen))}); save the one you mean "
+            "as a file of its own"
+        )
+    entry, kind = chosen[0], read.kind
+    if kind == "unknown" and averaged:
+        kind = "ema" if entry in averaged else "raw"
+    if weights == "raw" and kind == "ema":
+        raise InputError(f"{source} holds averaged weights alone; leave --weights raw out")
+    check_numbers(candidates[entry], source, entry)
+    if entry:
+        log.warning("%s: its entry %s fits the network, and is taken", source, entry)
+    return read._replace(state_dict=fitting[entry], kind=kind)
 
 
-def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The state dict under the names of the model; raises InputError where it does not fit. See `fill`."""
+def check_numbers(state_dict: Mapping[str, Tensor], source: str | Path, entry: str = "") -> None:
+    """Raises InputError, which names the first tensor that holds something else than finite floating-point numbers."""
+    for name, tensor in state_dict.items():
+        name = f"{entry}.{name}" if entry else name
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{source}: {name} holds numbers of {kind}, wanted floating-point numbers")
+        if not tensor.float().isfinite().all():  # as networks are: what is too large for 32 bits is infinite
+            raise InputError(
+                f"{source}: {name} holds numbers that are not finite; take weights from before the training diverged"
+            )
+
+
+def _candidates(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What may be a network: everything, under "", and whatever shares a prefix of its names, the shortest first."""
+    found: dict[str, dict[str, Tensor]] = {"": dict(state_dict)}
+    for name, tensor in state_dict.items():
+        parts = name.split(".", MOST_NESTED)
+        for n in range(1, len(parts)):
+            found.setdefault(".".join(parts[:n]), {})[".".join(parts[n:])] = tensor
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "", item[0].count("."))))
+
+
+def _renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of the model, as far as they are known."""
     given = {WRAPPERS.sub("", key): value for key, value in state_dict.items()}
-    if isinstance(model, EarlyExitUViT):
-        given = _from_original_names(given, model)
-    wanted = model.state_dict()
-    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if isinstance(model, DiT):
+        return without_variance(given, model.config)
+    return _from_original_names(given, model) if isinstance(model, EarlyExitUViT) else given
+
+
+def _fits(given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> bool:
+    return given.keys() == wanted.keys() and all(given[key].shape == shape for key, shape in wanted.items())
+
+
+def _misfits(given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> dict[str, list[str]]:
+    """The names that keep a state dict from fitting, by what is wrong with them."""
     shapes = [
-        f"{key} {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in given and given[key].shape != wanted[key].shape
+        f"{key} {tuple(given[key].shape)} instead of {tuple(shape)}"
+        for key, shape in wanted.items()
+        if key in given and given[key].shape != shape
     ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise InputError(f"{source}: weights do not fit the network: {'; '.join(problems)}")
-    return given
+    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return {what: names for what, names in found.items() if names}
+
+
+def _nearest_misfit(model: nn.Module, read: Weights, candidates: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """For people: what is wrong with the candidate that has the least wrong with it, and what else the file holds."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    misfits = {
+        entry: _misfits(_renamed(model, state_dict), wanted)
+        for entry, state_dict in candidates.items()
+        if not entry or 2 * len(state_dict) >= len(wanted)
+    }
+    entry = min(misfits, key=lambda entry: sum(map(len, misfits[entry].values())))
+    problems = [f"{len(names)} {what} ({_shortened(names, 3)})" for what, names in misfits[entry].items()]
+    return (
+        "; ".join(problems)
+        + (f" in its entry {entry}" if entry else "")
+        + (f"; its entries are {_shortened(read.entries)}" if read.entries else "")
+    )
 
 
 def _from_original_names(given: Mapping[str, Tensor], model: EarlyExitUViT) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 # Sourced by the other scripts: makes venv/ if it is missing and installs what requirements.txt asks for.
+# PYTHON names the interpreter, CONSTRAINTS a file of versions to hold the packages to (pip's --constraint).
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if ! cmp -s requirements.txt venv/.requirements-installed; then
+wanted=$(cat requirements.txt ${CONSTRAINTS:+"$CONSTRAINTS"})
+if [ "$wanted" != "$(cat venv/.requirements-installed 2>/dev/null)" ]; then
     python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
         echo "$python is older than 3.10; name a newer one with PYTHON=..." >&2
@@ -9,6 +11,7 @@ if ! cmp -s requirements.txt venv/.requirements-installed; then
     fi
     [ -x venv/bin/python ] || "$python" -m venv venv
     echo "installing requirements.txt into venv/ (torch is large: this can take minutes)"
-    venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt venv/.requirements-installed
+    venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        -r requirements.txt ${CONSTRAINTS:+--constraint "$CONSTRAINTS"}
+    echo "$wanted" >venv/.requirements-installed
 fi

@@ -6,7 +6,6 @@ is given again; what it makes lies in results/, which may be removed to begin an
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import shlex
@@ -25,9 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import SEED, Parser
+from common.cli import Parser
 from common.errors import InputError, command
 from common.files import read_json, sha256_of, writable_folder, write_json
+from common.options import MOST_SEED
+from common.settings import Checked, option
 
 SEEDS = (0, 1, 2)  # of all networks, and of the samples that are made with them
 SOLVER = "ddpm"
@@ -130,40 +131,44 @@ def line_of(module: str, argv: Sequence[object]) -> str:
     return f"python {script} {shlex.join(map(str, argv))}"
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "folder",
-        nargs="?",
-        type=Path,
+@dataclass(frozen=True, kw_only=True)
+class ResultsSettings(Checked):
+    """Settings of results.py."""
+
+    folder: Path | None = option(
+        None,
+        "colour images, a sub-folder for each of their classes (default: emoji, which npm fetches)",
+        positional=True,
         metavar="FOLDER",
-        help="colour images, a sub-folder for each of their classes; if not said, emoji, which npm fetches",
     )
-    parser.add_argument("--sets", nargs="+", choices=("digits", "colour"), default=("digits", "colour"), help="which")
-    parser.add_argument("--seeds", nargs="+", type=SEED, default=SEEDS, help="of networks and samples, two or more")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="little of everything, to see that it works; all of it, the document too, goes to results/quick",
+    sets: tuple[str, ...] = option(("digits", "colour"), "the sets to measure on", choices=("digits", "colour"))
+    seeds: tuple[int, ...] = option(SEEDS, "of networks and samples, two or more", least=0, most=MOST_SEED)
+    quick: bool = option(
+        False, "little of everything, to see that it works; all of it, the document too, goes to results/quick"
     )
-    args = parser.parse_args(argv)
-    if args.folder and "colour" not in args.sets:
-        parser.error(f"{args.folder}: colour images belong to --sets colour")
-    if len(args.seeds) < 2 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds: give two or more that differ, for there are intervals over them")
-    return args
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folder and "colour" not in self.sets:
+            raise InputError(f"{self.folder}: colour images belong to --sets colour")
+        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
+            raise InputError("--seeds: give two or more that differ, for there are intervals over them")
+
+
+def parse_settings(argv: Sequence[str] | None) -> ResultsSettings:
+    return Parser(description=__doc__.partition("\n")[0]).settings(ResultsSettings, argv, network=False)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    work = writable_folder(Path("results/quick" if args.quick else "results"))
+    settings = parse_settings(argv)
+    work = writable_folder(Path("results/quick" if settings.quick else "results"))
     sets = []
-    if "digits" in args.sets:
+    if "digits" in settings.sets:
         sets.append(digits())
-    if "colour" in args.sets:
-        sets.append(colour(work, args.folder or fetched_emoji(Path("results")), is_emoji=args.folder is None))
-    if args.quick:
+    if "colour" in settings.sets:
+        sets.append(colour(work, settings.folder or fetched_emoji(Path("results")), is_emoji=settings.folder is None))
+    if settings.quick:
         sets = [images.quick() for images in sets]
 
     from benchmarking.measure import describe_machine
@@ -171,11 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from scripts.results_document import write_document
 
     run = Runner(work)
-    measured = [Experiment(images, work / images.folder, run, args.seeds).measure() for images in sets]
-    document = (work if args.quick else writable_folder(Path("docs"))) / "results.md"
+    measured = [Experiment(images, work / images.folder, run, settings.seeds).measure() for images in sets]
+    document = (work if settings.quick else writable_folder(Path("docs"))) / "results.md"
     machine = describe_machine(pick_device("auto"))
     said = shlex.join(sys.argv[1:] if argv is None else map(str, argv))
-    repeated = write_document(document, measured, machine, run.seconds_in_all, said, quick=args.quick)
+    repeated = write_document(document, measured, machine, run.seconds_in_all, said, quick=settings.quick)
     print("\n".join(["", *repeated]))
     print(f"-> {document}; it took {run.seconds_in_all / 60:.1f} minutes in all")
 
@@ -476,11 +481,14 @@ class Experiment:
         return folder
 
     def compare(self, name: str, runs: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-        """The numbers of compare.py, and its picture."""
+        """The numbers of compare.py, and its picture. Raises InputError where times are not to be compared."""
         picture = self.work / f"{name}_{'_'.join(map(str, self.seeds))}.png"
         labelled = [f"{label}={folder}" for label, folder in runs]
         self.run("compare", *labelled, "--output", picture, "--json", picture.with_suffix(".json"))
-        return read_json(picture.with_suffix(".json")) | {"picture": str(picture)}
+        compared = read_json(picture.with_suffix(".json"))
+        if notes := compared.get("notes"):
+            raise InputError(f"{'; '.join(notes)}. Remove {self.run.path.parent} and measure all on one machine")
+        return compared | {"picture": str(picture)}
 
 
 def shallow_name(variant: str, seed: int, t_min: int) -> str:

@@ -16,9 +16,10 @@ They are kept, for scores of another classifier are not comparable.
 
 from __future__ import annotations
 
-import argparse
+import io
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,9 +28,11 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import SEED, Parser, existing_path, whole
+from common.cli import Parser
 from common.errors import InputError, command
 from common.files import replacing, writable_folder
+from common.options import MOST_SEED
+from common.settings import Checked, option
 from data import DATASETS, open_dataset
 
 BATCH_SIZE, HELD_OUT = 128, 297
@@ -59,38 +62,45 @@ class Classifier(nn.Module):
         return self.head(F.relu(self.forward(images)))
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset", choices=tuple(DATASETS), required=True)
-    parser.add_argument("--data_path", type=existing_path, help="where the dataset lies")
-    parser.add_argument("--img_size", type=whole(LEAST_SIDE), required=True, help="side of the images")
-    parser.add_argument("--in_chans", type=whole(1), default=3, help="channels: 3 colour, 1 grey")
-    parser.add_argument("--num_classes", type=whole(2), required=True)
-    parser.add_argument("--n_steps", type=whole(1), default=1500, help=f"optimiser steps of {BATCH_SIZE} images")
-    parser.add_argument("--seed", type=SEED, default=0, help="weights and batches follow from it")
-    parser.add_argument("--output", type=Path, required=True, help="the TorchScript file")
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings(Checked):
+    """Settings of train_classifier.py."""
+
+    dataset: str = option(help="the images to learn from", choices=tuple(DATASETS))
+    data_path: Path | None = option(None, "where the dataset lies", exists="path")
+    img_size: int = option(help="side of the images", least=LEAST_SIDE, most=4096)
+    in_chans: int = option(3, "channels: 3 colour, 1 grey", least=1, most=256)
+    num_classes: int = option(help="classes of the dataset", least=2, most=1_000_000)
+    n_steps: int = option(1500, f"optimiser steps of {BATCH_SIZE} images", least=1, most=10**9)
+    seed: int = option(0, "weights and batches follow from it", least=0, most=MOST_SEED)
+    output: Path = option(help="the TorchScript file")
+
+
+def parse_settings(argv: Sequence[str] | None) -> ClassifierSettings:
+    return Parser(description=__doc__.partition("\n")[0]).settings(ClassifierSettings, argv, network=False)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    torch.manual_seed(args.seed)
-    shape = {"img_size": args.img_size, "in_chans": args.in_chans, "num_classes": args.num_classes}
-    dataset = open_dataset(args.dataset, args.data_path, **shape)
+    settings = parse_settings(argv)
+    torch.manual_seed(settings.seed)
+    shape = {"img_size": settings.img_size, "in_chans": settings.in_chans, "num_classes": settings.num_classes}
+    dataset = open_dataset(settings.dataset, settings.data_path, **shape)
     if len(dataset) < 2 * HELD_OUT:
         raise InputError(f"{len(dataset)} images are too few, {2 * HELD_OUT} are needed: {HELD_OUT} are held out")
-    writable_folder(args.output.parent)
+    writable_folder(settings.output.parent)
     images, labels = dataset.__getitems__(torch.randperm(len(dataset)).tolist())
     classifier = Classifier(**shape)
-    train(classifier, images[HELD_OUT:], labels[HELD_OUT:], args.n_steps)
+    train(classifier, images[HELD_OUT:], labels[HELD_OUT:], settings.n_steps)
 
     parts = {"training": slice(HELD_OUT, None), "held-out": slice(0, HELD_OUT)}
     for name, part in parts.items():
         print(f"{name} accuracy {accuracy(classifier, images[part], labels[part]):.4f}")
-    with replacing(args.output) as temporary:
-        torch.jit.script(classifier).save(str(temporary))
-    print(f"{args.output} ({args.output.stat().st_size / 1024:.0f} KB)")
+    content = io.BytesIO()  # given a path, torch ends the process where the disk is full
+    torch.jit.save(torch.jit.script(classifier), content)
+    with replacing(settings.output) as temporary:
+        temporary.write_bytes(content.getbuffer())
+    print(f"{settings.output} ({settings.output.stat().st_size / 1024:.0f} KB)")
 
 
 def train(classifier: Classifier, images: Tensor, labels: Tensor, n_steps: int) -> None:

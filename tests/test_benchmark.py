@@ -88,6 +88,22 @@ def test_files_are_read_once(full, shallow, tmp_path, run_quietly, monkeypatch):
     assert network.module.pos_embed.dtype == torch.float32
 
 
+def test_flags_describe_a_network(config, full, tmp_path, fails):
+    """That of --model, or --full: random weights, and weights that came without a description."""
+    content = torch.load(full, weights_only=True)
+    torch.save(content["model"], tmp_path / "bare.pth")
+    yaml_file = config(model_params={"depth": 9})
+    for script, option in (("train", "--model"), ("sample", "--full")):
+        for path, more in ((yaml_file, []), (tmp_path / "bare.pth", ["--config_path", yaml_file])):
+            argv = [script, option, path, *more, "--depth", 5, "--num_timesteps", 30]
+            args = benchmark.parse_args([str(word) for word in argv])
+            network = benchmark.open_network(path, None, args)
+            assert len(network.module.in_blocks) == 2
+            assert network.config.diffusion_params.num_timesteps == 30
+    fails(benchmark.main, ["train", "--model", tmp_path / "bare.pth"], "bare.pth", "--config_path")
+    fails(benchmark.main, ["train", "--model", yaml_file, "--config_path", yaml_file], "give one of them")
+
+
 @pytest.mark.parametrize("classifier_type", ["mlp_probe_per_layer", "attention_probe", "mlp_probe_per_timestep"])
 def test_early_exit(classifier_type, config, tmp_path, run_quietly):
     model = config(classifier_type=classifier_type, model_params={"depth": 5})

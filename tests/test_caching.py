@@ -107,8 +107,8 @@ def test_batches_and_a_run_that_goes_on(duo, make, tmp_path, fails):
     assert all(np.abs(ones[key].astype(int) - whole[key]).max() <= 1 for key in whole)
     flags = ["--n_samples", 6, "--output_folder", tmp_path / "parts"]
     fails(sampler.main, [*duo, "--cache_interval", 2, *flags], "another run", "cache_interval 3, not 2")
-    fails(sampler.main, [*cached, "--cache_outer", 2, *flags], "another run", "cache_outer None, not 2")
-    fails(sampler.main, [*duo, *flags], "another run", "cache_interval 3, not None")
+    fails(sampler.main, [*cached, "--cache_outer", 2, *flags], "another run", "cache_outer none, not 2")
+    fails(sampler.main, [*duo, *flags], "another run", "cache_interval 3, not none")
 
 
 def test_a_network_that_comes_twice_begins_afresh(full, shallow, make, tmp_path):

@@ -145,6 +145,20 @@ def test_verified(pair, tmp_path, run_quietly, fails):
     assert about["fid"] == pytest.approx(0, abs=1e-3) and about["reference"]["n_reference"] == 2
 
 
+def test_flags_describe_the_first_network(shallow, full, tmp_path, run_quietly):
+    """To its samplers too: to the one that has the full network alone as well, which carries its description."""
+    content = torch.load(shallow, weights_only=True)
+    torch.save(content["model"] | content["ema"], tmp_path / "bare.pth")
+    flags = [*QUICK, "--steps", 4, "--speedup", 1, "--verify", 2, "--n_samples", 4, *EXTRACTOR, "--precision", "fp32"]
+    described = ["--checkpoint_path", tmp_path / "bare.pth", full, *TINY_FLAGS, "--depth", 1, "--num_timesteps", 20]
+    for name, networks in (("flags", described), ("carried", ["--checkpoint_path", shallow, full])):
+        run_quietly(calibrate.main, [*networks, *flags, "--output", tmp_path / f"{name}.yaml"])
+    one, other = (contents(tmp_path / f"{name}.yaml")["options"] for name in ("flags", "carried"))
+    keys = ("t_switch", "steps_of_each", "divergence", "scores")
+    assert [{k: o[k] for k in keys if k in o} for o in one] == [{k: o[k] for k in keys if k in o} for o in other]
+    assert sum("scores" in option for option in one) == 2
+
+
 def test_classes_and_guidance(runs, tmp_path, run_quietly, fails):
     no_class = runs / "no_class" / "digits_uvit_last.pth"
     flags = ["--checkpoint_path", no_class, no_class, *QUICK, "--steps", 4, "--budget", 1]

@@ -1,32 +1,54 @@
-"""The project as a whole: importing has no effects, and the commit hooks work."""
+"""The project as a whole: importing has no effects, the commit hooks work, and the libraries are those it needs."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import os
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 ROOT = Path(__file__).parents[1]
+INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
 SCRIPTS = ("train.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py", "calibrate.py", "benchmark.py")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_needs_no_torch(script):
+REFUSALS = {
+    "--dataset folder": "--img_size",
+    "--dataset folder --img_size 0": "--img_size",
+    "--dataset celeba --img_size 64 --crop halve": "crop of celeba=halve",
+    "--dataset celeba --img_size 64 --download": "cannot be downloaded",
+}
+
+
+@pytest.mark.parametrize(
+    "script, argv, status, said",
+    [(script, "--help", 0, f"usage: {script}") for script in SCRIPTS]
+    + [("data/pack.py", "--help", 0, "usage: pack.py")]
+    + [("data/pack.py", argv, 2, said) for argv, said in REFUSALS.items()],
+)
+def test_help_and_refusals_need_no_torch(script, argv, status, said):
     code = f"""
 import runpy, sys
-sys.argv = ["{script}", "--help"]
+sys.argv = ["{script}", *{argv.split()}]
+sys.path.insert(0, ".")
 try:
     runpy.run_path("{script}", run_name="__main__")
 except SystemExit as ended:
-    heavy = sorted({{"torch", "scipy", "matplotlib", "numpy"}} & sys.modules.keys())
-    sys.exit(ended.code or (f"imported {{heavy}}" if heavy else 0))
+    heavy = sorted({{"torch", "scipy", "matplotlib", "numpy", "PIL"}} & sys.modules.keys())
+    sys.exit(f"imported {{heavy}}" if heavy else ended.code)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: {script}")
+    assert done.returncode == status, done.stderr
+    assert said in (done.stderr if status else done.stdout)
 
 
 def test_importing_prints_nothing_and_touches_no_randomness():
@@ -66,3 +88,124 @@ def test_pre_commit_hooks(tmp_path):
     call("git", "add", "-A")
     assert call(sys.executable, "-m", "pre_commit", "run", "--all-files").returncode == 1
     assert (tmp_path / "repo" / "bad.py").read_text() == "import os\nimport sys\n\nprint(os, sys)\n"
+
+
+def _bounds(name: str, relation: str) -> dict[str, str]:
+    """The version of each package in a file of requirements, of which every line must name one."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    found = [re.fullmatch(rf"([a-z-]+){relation}(\d[\d.]*)(,<[\d.]+)?", line) for line in lines]
+    assert all(found), [line for line, match in zip(lines, found, strict=True) if not match]
+    return {match[1]: match[2] for match in found}
+
+
+def test_the_lowest_versions_are_those_that_are_asked_for():
+    assert _bounds("requirements-lowest.txt", "==") == _bounds("requirements.txt", ">=")
+
+
+def test_the_lowest_versions_are_tested_beside_the_newest():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]["test"]
+    runs = [(run["python"], run.get("constraints")) for run in job["strategy"]["matrix"]["include"]]
+    assert ("3.10", "requirements-lowest.txt") in runs and ("3.13", None) in runs
+    assert job["env"] == {"CONSTRAINTS": "${{ matrix.constraints }}"}
+    assert job["steps"][-1] == {"run": "bash .ci/run"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is needed to run the scripts")
+def test_constraints_reach_pip(tmp_path):
+    """What is installed follows from the requirements and the constraints; nothing is, where both are as before."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "environment.sh", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").write_text("torch>=2\n")
+    (tmp_path / "low.txt").write_text("torch==2\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@" >>calls.txt\n')
+    python.chmod(0o755)
+
+    def installed(constraints: str) -> list[str]:
+        (tmp_path / "calls.txt").write_text("")
+        environment = os.environ | {"CONSTRAINTS": constraints, "PYTHON": sys.executable}
+        command = ["bash", "-euc", "source scripts/environment.sh"]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        return [line.partition(" -r ")[2] for line in (tmp_path / "calls.txt").read_text().splitlines()]
+
+    assert installed("") == ["requirements.txt"]
+    assert installed("") == []
+    assert installed("low.txt") == ["requirements.txt --constraint low.txt"]
+    assert installed("low.txt") == []
+    (tmp_path / "low.txt").write_text("torch==2.1\n")
+    assert installed("low.txt") == ["requirements.txt --constraint low.txt"]
+    assert installed("") == ["requirements.txt"]
+
+
+# What the code takes from libraries that do not promise to keep it, and what would go without it.
+UNPROMISED = {
+    "diffusers.loaders.single_file_utils.convert_ldm_vae_checkpoint": "autoencoder_kl.pth is not read",
+    f"{INCEPTION}.FeatureExtractorInceptionV3": "fid.py has no Inception features",
+    f"{INCEPTION}.URL_INCEPTION_V3": "fid.py neither finds nor downloads the Inception weights",
+    "torch_fidelity.metric_kid.kid_features_to_metric": "no --metrics kid",
+    "torch_fidelity.metric_isc.isc_features_to_metric": "no --metrics is",
+    "torch_fidelity.metric_prc.prc_features_to_metric": "no --metrics prc",
+    "torchvision.datasets.utils.download_url": "CIFAR-10 is not downloaded",
+    "torch._foreach_lerp_": "no --ema_decay",
+    "torch.cpu._is_avx512_bf16_supported": "fp32 is taken, in silence, where the CPU has bf16 (AVX-512)",
+    "torch.cpu._is_amx_tile_supported": "fp32 is taken, in silence, where the CPU has bf16 (AMX)",
+    "torch.cpu._is_amx_fp16_supported": "--precision fp16 is refused on CPUs that have it",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported": "every script fails on ARM CPUs",
+    "torch.ops.mkldnn._is_mkldnn_fp16_supported": "--precision fp16 fails on ARM CPUs",
+    "torch.distributed.fsdp.FSDPModule.set_requires_gradient_sync": "--fsdp averages the gradients of every part",
+    "torch.distributed.tensor.DTensor.full_tensor": "--fsdp saves pieces of tensors",
+    "yaml.SafeLoader.compose_node": "aliases in YAML files are followed, and may fill the memory",
+}
+
+
+@pytest.mark.parametrize("name", UNPROMISED)
+def test_what_libraries_do_not_promise_is_there(name):
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"{name} is gone: {UNPROMISED[name]} ({error})", pytrace=False)
+
+
+def test_the_autoencoders_translation_takes_weights_and_settings():
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    inspect.signature(convert_ldm_vae_checkpoint).bind({}, {})
+
+
+@pytest.mark.parametrize("option", ["kid_subsets", "kid_subset_size", "prc_neighborhood", "save_cpu_ram", "rng_seed"])
+def test_options_of_the_scores_are_known(option):
+    """torch-fidelity passes over options that it does not know, and takes its defaults."""
+    from torch_fidelity.defaults import DEFAULTS
+
+    assert option in DEFAULTS, f"torch-fidelity has no option {option}: scores are computed with another setting"
+
+
+@pytest.mark.parametrize(("found_inf", "moved"), [(0.0, True), (1.0, False)])
+def test_the_fused_optimizer_heeds_found_inf(found_inf, moved):
+    """If not, a step whose gradient is not finite is taken, and ruins the weights."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, fused=True)
+    weight.grad = torch.ones(3)
+    optimizer.found_inf = torch.tensor(found_inf)
+    optimizer.step()
+    # Adam's first step is of the length lr, against the gradient's sign.
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9 if moved else 1.0))
+    assert optimizer.state[weight]["step"] == moved
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_the_solvers_state_is_where_it_is_set(name):
+    """If not, dpmsolver++ or unipc go through timesteps of their own, or mix the outputs of two networks."""
+    scheduler = getattr(importlib.import_module("diffusers"), name)()
+    scheduler.set_timesteps(3)
+    state = {"timesteps", "sigmas", "lower_order_nums"} | ({"last_sample"} if name.startswith("UniPC") else set())
+    assert state <= vars(scheduler).keys()
+    scheduler.set_begin_index(0)
+    assert scheduler.begin_index == 0
+
+
+def test_the_prefix_of_compiled_networks():
+    """If it is another, weights that were saved from a compiled network are refused."""
+    names = torch.compile(torch.nn.Linear(1, 1)).state_dict()
+    assert set(names) == {"_orig_mod.weight", "_orig_mod.bias"}

@@ -251,6 +251,18 @@ def test_trainings_go_on_where_they_were_cut_off(tmp_path, monkeypatch, run_quie
     )
 
 
+def test_times_that_cannot_be_compared_end_it(tmp_path, fails):
+    """Its page is of one clock; a run that went on elsewhere is not."""
+    picture, numbers = tmp_path / "methods_0_1.png", tmp_path / "methods_0_1.json"
+    line = results.line_of("compare", ["--output", picture, "--json", numbers])
+    (tmp_path / "commands.json").write_text(json.dumps({line: 1.0}))  # compare.py is done
+    experiment = results.Experiment(results.digits(), tmp_path, results.Runner(tmp_path), (0, 1))
+    numbers.write_text(json.dumps({"labels": ["full"], "notes": []}))
+    assert experiment.compare("methods", [])["labels"] == ["full"]
+    numbers.write_text(json.dumps({"labels": ["full"], "notes": ["DuoDiff: threads 4, not 2"]}))
+    fails(results.command(lambda _: experiment.compare("methods", [])), [], "threads 4, not 2", f"Remove {tmp_path}")
+
+
 def images_in(folder, classes=3):
     for number in range(classes):
         (folder / f"class{number}").mkdir(parents=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +158,7 @@ def test_other_settings_are_refused(full, early_exit, runs, tmp_path, fails, run
     fails(sampler.main, ["--checkpoint_path", full, *one, "--weights", "raw"], "weights ema, not raw")
     fails(sampler.main, ["--checkpoint_path", runs / "shallow" / "digits_uvit_last.pth", *one], "depth 5, not 1")
     fails(sampler.main, ["--checkpoint_path", full, *one, "--timesteps_save", 0], "timesteps_save")
-    fails(eesampler.main, ["--checkpoint_path", early_exit, *one, "--threshold", 0.5], "threshold None, not 0.5")
+    fails(eesampler.main, ["--checkpoint_path", early_exit, *one, "--threshold", 0.5], "threshold none, not 0.5")
     assert result(tmp_path / "s") == before
     # The weights are told by what they are, not by where they lie.
     (tmp_path / "moved.pth").write_bytes(full.read_bytes())
@@ -169,20 +171,72 @@ def test_other_settings_are_refused(full, early_exit, runs, tmp_path, fails, run
     fails(sampler.main, ["--checkpoint_path", full, *one], "no report/run.json")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_one_run_at_a_time(full, tmp_path, fails):
     (tmp_path / "s" / "report").mkdir(parents=True)
     code = (
-        "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+        "import pathlib, sys; from common.files import lock; a = lock(pathlib.Path(sys.argv[1]), ''); print(); input()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "s" / "report" / ".lock")],
+        [sys.executable, "-u", "-c", code, str(tmp_path / "s" / "report" / ".lock")],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as other:
         other.stdout.readline()
-        fails(sampler.main, ["--checkpoint_path", full, "--output_folder", tmp_path / "s"], "another process")
-        other.stdin.close()
+        words = ["another process is sampling into it", f"(process {other.pid} on "]
+        fails(sampler.main, ["--checkpoint_path", full, "--output_folder", tmp_path / "s"], *words)
+        other.communicate(b"\n")
+
+
+def in_middle(monkeypatch, event, nth=5) -> None:
+    """Let the event happen when the n-th sample is written."""
+    written, write_bytes = [], Path.write_bytes
+
+    def write(path, data):
+        if path.name.endswith(".png"):
+            written.append(path)
+            if len(written) == nth:
+                event(path)
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_says_how_to_go_on(number, command, unbroken, tmp_path, capsys, monkeypatch):
+    main, argv = command
+    argv = [*argv, "--output_folder", str(tmp_path / "s")]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        in_middle(patch, lambda path: os.kill(os.getpid(), number))
+        main(argv)
+    said = capsys.readouterr().err
+    assert ended.value.code == 128 + number and said.endswith(": stopped; the same command goes on from here\n")
+    main(argv)
+    assert result(tmp_path / "s") == unbroken
+
+
+def test_a_full_disk_says_how_to_go_on(command, unbroken, tmp_path, fails, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    main, argv = command
+    argv = [*argv, "--output_folder", str(tmp_path / "s")]
+    with monkeypatch.context() as patch:
+        in_middle(patch, refuse)
+        said = fails(main, argv, "No space left on device", "the disk at ", "make room")
+    assert said.endswith("the samples before it are whole: make room, then the same command goes on from here\n")
+    assert not [path for path in (tmp_path / "s").rglob(".*") if path.name != ".lock"]
+    main(argv)
+    assert result(tmp_path / "s") == unbroken
+
+
+def test_outside_of_the_main_thread(command, unbroken, tmp_path):
+    """As in a server; only the main thread may set handlers of signals."""
+    main, argv = command
+    with ThreadPoolExecutor() as pool:
+        pool.submit(main, [*argv, "--output_folder", str(tmp_path / "s")]).result()
+    assert result(tmp_path / "s") == unbroken
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")

@@ -15,7 +15,9 @@ import fid
 import sampler
 from generation.run import SamplingRun
 from models import UViT, load_weights
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_FLAGS
+
+DESCRIPTION = [*TINY_FLAGS, "--num_timesteps", 20]
 
 
 def samples(folder):
@@ -147,6 +149,97 @@ def test_bare_weights_need_a_config(full, tmp_path, run_quietly, fails):
     assert all(np.array_equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize(
+    "t_switch, steps, idle",
+    [
+        (19, 4, "shallow"),
+        (-1, 4, "full"),
+        (3, 4, "full"),  # the steps are t = 19, 14, 9, 4
+        (4, 4, None),
+        (18, 4, None),
+        (0, 20, None),
+    ],
+)
+def test_an_idle_network_is_named(t_switch, steps, idle, duo, full, shallow, tmp_path, run_quietly, caplog):
+    flags = ["--t_switch", t_switch, "--solver", "ddim", "--steps", steps, "--n_samples", 1]
+    run_quietly(sampler.main, [*duo, *flags, "--output_folder", tmp_path / "s"])
+    ran = {backbone["name"]: backbone["timesteps"] for backbone in statistics(tmp_path / "s")["backbones"]}
+    assert [name for name, timesteps in ran.items() if timesteps == 0] == [idle] * bool(idle)
+    path = full if idle == "full" else shallow
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--t_switch {t_switch} leaves the {idle} network, {path}, nothing to do: none of the run's {steps} "
+        f"timesteps, t = 19..4, is in its part"
+    ] * bool(idle)
+
+
+class TestFlagsThatDescribe:
+    """Weights that came without a description: any option of a network may be a flag."""
+
+    @pytest.fixture
+    def bare(self, tmp_path):
+        def strip(path):
+            content = torch.load(path, weights_only=True)
+            torch.save(content["model"] | content["ema"], tmp_path / f"bare_{path.parent.name}.pth")
+            return tmp_path / f"bare_{path.parent.name}.pth"
+
+        return strip
+
+    @pytest.fixture
+    def same(self, tmp_path, run_quietly):
+        """Two command lines make the same images."""
+
+        def check(main, *lines):
+            for number, argv in enumerate(lines):
+                flags = ["--n_samples", 2, "--output_folder", tmp_path / f"{number}", "--device", "cpu", "--quiet"]
+                run_quietly(main, [*argv, *flags])
+            one, other = (samples(tmp_path / f"{number}") for number in range(2))
+            assert all(np.array_equal(one[name], other[name]) for name in ("000000.png", "000001.png"))
+
+        return check
+
+    def test_one_network(self, bare, full, same):
+        described = ["--checkpoint_path", bare(full), *DESCRIPTION, "--depth", 5]
+        same(sampler.main, described, ["--checkpoint_path", full])
+
+    def test_a_flag_beats_the_yaml(self, bare, full, tmp_path, same):
+        about = {"model_params": TINY | {"depth": 9}, "diffusion_params": {"num_timesteps": 30}}
+        (tmp_path / "net.yaml").write_text(yaml.safe_dump(about))
+        described = ["--checkpoint_path", bare(full), "--config_path", tmp_path / "net.yaml"]
+        same(sampler.main, [*described, "--depth", 5, "--num_timesteps", 20], ["--checkpoint_path", full])
+
+    def test_early_exit(self, bare, early_exit, same):
+        flags = [*DESCRIPTION, "--depth", 5, "--classifier_type", "mlp_probe_per_layer", "--threshold", 0.45]
+        carried = ["--checkpoint_path", early_exit, "--threshold", 0.45]
+        same(eesampler.main, ["--checkpoint_path", bare(early_exit), *flags], carried)
+
+    def test_of_two_networks_the_first_is_meant(self, bare, full, shallow, tmp_path, same, fails):
+        (tmp_path / "full.yaml").write_text(yaml.safe_dump({"model_params": TINY | {"depth": 5}}))
+        two = ["--checkpoint_path", bare(shallow), "--checkpoint_path_late", bare(full), "--t_switch", 9]
+        fails(sampler.main, [*two, *DESCRIPTION, "--depth", 1, "--output_folder", tmp_path / "x"], "bare_full.pth")
+        described = [*two, *DESCRIPTION, "--depth", 1, "--config_path_late", tmp_path / "full.yaml"]
+        same(sampler.main, described, ["--checkpoint_path", shallow, "--checkpoint_path_late", full, *two[4:]])
+
+    def test_of_a_schedule_too(self, bare, full, shallow, tmp_path, same):
+        stages = [(bare(shallow), 10, 19), (full, 0, 9)]
+        stages = [{"checkpoint_path": str(path), "t_min": low, "t_max": high} for path, low, high in stages]
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump({"stages": stages}))
+        described = ["--schedule", tmp_path / "s.yaml", *DESCRIPTION, "--depth", 1]
+        two = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", 9]
+        same(sampler.main, described, two)
+
+    def test_what_weights_say_themselves_is_not_contradicted(self, full, early_exit, tmp_path, fails):
+        argv = ["--output_folder", tmp_path / "s", "--checkpoint_path"]
+        fails(sampler.main, [*argv, full, "--depth", 7], "last.pth differs", "model_params.depth (5 and 7)")
+        fails(sampler.main, [*argv, full, "--num_timesteps", 30], "num_timesteps (20 and 30)")
+        other = ["--threshold", 0.5, "--classifier_type", "attention_probe"]
+        fails(eesampler.main, [*argv, early_exit, *other], "classifier_type (mlp_probe_per_layer and attention_probe)")
+        assert not (tmp_path / "s").exists()
+
+    def test_weights_that_nothing_describes(self, bare, full, tmp_path, fails):
+        argv = ["--output_folder", tmp_path / "s", "--checkpoint_path", bare(full), "--depth", 5]
+        fails(sampler.main, argv, "bare_full.pth", "--config_path", "--img_size")
+
+
 def test_classes(runs, tmp_path, run_quietly, fails, full):
     network = runs / "classes" / "digits_uvit_last.pth"
     argv = ["--checkpoint_path", network, "--n_samples", 3, "--quiet"]
@@ -154,7 +247,10 @@ def test_classes(runs, tmp_path, run_quietly, fails, full):
     run_quietly(sampler.main, [*argv, "--output_folder", tmp_path / "seven", "--class_id", 7])
     assert len(samples(tmp_path / "seven")) == 3
     fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", 10], "--class_id 10", "0..9")
-    fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", "cat"], "cat")
+    fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", "cat"], "cat", "or random")
+    fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", 3, "random"], "random alone")
+    seven = ["--n_samples", 3, "--output_folder", tmp_path / "seven", "--checkpoint_path", network, "--class_id"]
+    fails(sampler.main, [*seven, 7, 8], "class_id 7, not 7, 8")
     argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "x", "--class_id", 1]
     fails(sampler.main, argv, "unconditional")
 

@@ -124,11 +124,14 @@ def test_three_networks_each_where_it_belongs(full, shallow, middling, schedule,
     assert about["network_flops_per_image"] == sum(b["flops_per_image"] for b in about["backbones"])
 
 
-def test_a_network_that_never_runs_is_no_obstacle(full, middling, schedule, tmp_path, run_quietly):
+def test_a_network_that_never_runs_is_no_obstacle(full, middling, schedule, tmp_path, run_quietly, caplog):
     """Four steps of 20 are 19, 14, 9, 4; nor was that network trained on its own."""
     flags = ["--solver", "ddim", "--steps", 4, *FLAGS, "--output_folder", tmp_path / "s"]
     run_quietly(sampler.main, ["--schedule", schedule((full, 19, 19), (middling, 15, 18), (full, 0, 14)), *flags])
     assert [b["timesteps"] for b in statistics(tmp_path / "s")["backbones"]] == [4, 0]
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert f"stage 2 leaves the network, {middling}, nothing to do" in message
+    assert "none of the run's 4 timesteps, t = 19..4," in message
 
 
 def test_what_decides_the_images_is_recorded(full, shallow, middling, schedule, tmp_path, run_quietly, fails):

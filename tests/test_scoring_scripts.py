@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import shutil
 import urllib.error
 from pathlib import Path
@@ -178,6 +179,38 @@ def test_no_network_for_the_download(real, tmp_path, fails, monkeypatch):
     fails(fid.main, ["--samples_path", real, "--reference", real], "no network", "--feature_extractor_weights")
 
 
+class TestWithoutAHome:
+    """HOME is not set, and the user is unknown: a container that runs under any number."""
+
+    @pytest.fixture(autouse=True)
+    def _homeless(self, monkeypatch):
+        def unknown(uid):
+            raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+        for name in ("HOME", "XDG_CACHE_HOME", "TORCH_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+        with pytest.raises(RuntimeError):
+            Path.home()
+
+    def test_help_and_what_needs_no_cache(self, real, tmp_path, capsys, run_quietly):
+        with pytest.raises(SystemExit) as ended:
+            fid.main(["--help"])
+        assert ended.value.code == 0 and "~/.cache/duodiff" in capsys.readouterr().out
+        argv = ["--samples_path", real, "--feature_extractor", CLASSIFIER, "--device", "cpu", "--quiet"]
+        run_quietly(fid.main, [*argv, "--reference", real])
+        run_quietly(fid.main, [*argv, "--dataset", "digits", "--cache_dir", tmp_path / "cache"])
+        assert list((tmp_path / "cache").iterdir())
+        shutil.rmtree(real / "report")
+
+    def test_what_needs_one_asks_for_a_place(self, real, tmp_path, fails, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        fails(fid.main, ["--samples_path", real, "--dataset", "digits"], "no home folder", "--cache_dir")
+        argv = ["--samples_path", real, "--reference", real, "--device", "cpu"]
+        fails(fid.main, argv, "no home folder", "--feature_extractor_weights")
+        assert not list(tmp_path.glob("~*"))
+
+
 class TestBadInput:
     def test_options(self, real, tmp_path, fails):
         base = ["--samples_path", real]
@@ -224,6 +257,17 @@ def test_compare(scored, run_quietly):
     assert lines[3].split()[-1] == f"{want:.2f}x"
     assert f"{metrics(scored / 'quick')['fid']:.3f}" in lines[3]
     assert Image.open(picture).size[0] > 300
+
+
+def test_the_strip_of_samples_of_many_kinds(tmp_path):
+    """Grey beside colour, 16 bits and alpha, as every other reader sees them."""
+    Image.new("L", (8, 8), 50).save(tmp_path / "000000.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "000001.png")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "000002.png")
+    Image.frombytes("I;16", (8, 8), np.full(64, 257 * 9, "<u2").tobytes()).save(tmp_path / "000003.png")
+    strip = compare.first_samples(tmp_path)
+    assert strip.shape == (64, 4 * 64, 3)
+    assert strip[32, 32::64].tolist() == [[50] * 3, [255] * 3, [1, 2, 3], [9] * 3]
 
 
 def sampled_and_scored(folder, score, seconds, seed, **settings):

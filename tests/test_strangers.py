@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
-import gzip
 import io
 import json
 import os
@@ -300,113 +298,6 @@ def test_imagenet_batches(kind, mark, tmp_path, fails):
     for k in range(1, 11):
         (tmp_path / f"train_data_batch_{k}.npz").write_bytes(content)
     fails(pack.main, ["--dataset=imagenet64", f"--data_path={tmp_path}", "--img_size=64"], "train_data_batch_1.npz")
-
-
-# CIFAR-10 and its archive
-
-
-def cifar(**changes: object) -> dict:
-    return {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]} | changes
-
-
-class Pointers:
-    """An array of objects whose addresses are in the file."""
-
-    def __reduce__(self):
-        rebuild, arguments, state = np.empty((1, 3072), object).__reduce__()
-        return rebuild, arguments, (*state[:4], b"A" * 8 * 3072)
-
-
-CIFAR = {
-    "a command": lambda mark: cifar(more=Trap(mark)),
-    "eval": lambda mark: cifar(more=Call(eval, f"__import__('os').mkdir({str(mark)!r})")),
-    "another codec": lambda mark: cifar(more=Call(__import__("_codecs").encode, "a", "zip")),
-    "an array of 2^33": lambda mark: cifar(data=Call(np.ndarray, (2**33,))),
-    "lists of lists": lambda mark: cifar(labels=laughs()),
-    "an ordered dict": lambda mark: collections.OrderedDict(cifar()),
-    "images in lists": lambda mark: cifar(data=laughs()),
-    "pointers": lambda mark: cifar(data=Pointers()),
-    "a long memo": lambda mark: b"\x80\x02}r\xff\xff\xff\x7f.",
-    "many bytes": lambda mark: b"\x80\x05\x96" + struct.pack("<Q", 8 * GIB) + b".",
-    "a changed class": lambda mark: b"\x80\x02cnumpy\nndarray\n}(X\x01\0\0\0aK\x01ub.",
-    "a list": lambda mark: [1, 2],
-    "numbers for keys": lambda mark: {1: 2},
-}
-
-
-@pytest.mark.parametrize("kind", CIFAR)
-def test_cifar_batches(kind, mark, tmp_path, fails):
-    for k in range(1, 6):
-        content = CIFAR[kind](mark)
-        pickled = content if isinstance(content, bytes) else pickle.dumps(content, protocol=2)
-        (tmp_path / f"data_batch_{k}").write_bytes(pickled)
-    fails(pack.main, ["--dataset=cifar10", f"--data_path={tmp_path}", "--img_size=32"], "data_batch_1")
-
-
-def tarred(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz", format=tarfile.GNU_FORMAT) as archive:
-        for info, content in members:
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
-
-
-def member(name: str, content: bytes = b"", **about: object) -> tuple[tarfile.TarInfo, bytes]:
-    info = tarfile.TarInfo(name)
-    for key, value in about.items():
-        setattr(info, key, value)
-    return info, content
-
-
-def header_only(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A member that claims a size and has nothing."""
-    info = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
-    info.size, info.type = size, kind
-    return gzip.compress(info.tobuf(tarfile.GNU_FORMAT))
-
-
-def long_name() -> bytes:
-    """A name of 300 MB, of zeros, so that it packs well."""
-    info = tarfile.TarInfo("././@LongLink")
-    info.size, info.type = 300 * 2**20, tarfile.GNUTYPE_LONGNAME
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    content = packer.compress(info.tobuf(tarfile.GNU_FORMAT))
-    for _ in range(300):
-        content += packer.compress(b"a" * 2**20)
-    return content + packer.flush()
-
-
-def a_link(to: str, kind: bytes = tarfile.SYMTYPE) -> bytes:
-    return tarred(member("cifar-10-batches-py/data_batch_1", type=kind, linkname=to))
-
-
-NEGATIVE = tarfile.TarInfo("a").tobuf(tarfile.GNU_FORMAT).replace(b"0" * 11, b"-0000000001", 1)
-TARS = {
-    "a name that climbs": tarred(member("../evil")),
-    "an absolute name": tarred(member("/tmp/evil")),
-    "a name of Windows": tarred(member("C:\\evil")),
-    "a link that climbs": a_link("../../../etc/passwd"),
-    "an absolute link": a_link("/etc/passwd"),
-    "a link within": a_link("data_batch_2"),
-    "a hard link": a_link("../x", tarfile.LNKTYPE),
-    "a device": a_link("", tarfile.CHRTYPE),
-    "a batch of 1 GB": header_only(2**30),
-    "a batch of 2^60": header_only(2**60),
-    "a negative size": gzip.compress(NEGATIVE),
-    "a name of 300 MB": long_name(),
-    "no tar": gzip.compress(b"no tar" * 1000),
-    "no gzip": b"\x1f\x8bno gzip",
-}
-
-
-@pytest.mark.parametrize("kind", TARS)
-def test_tars(kind, tmp_path, fails):
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(TARS[kind])
-    before = set(tmp_path.iterdir())
-    argv = ["--dataset=cifar10", f"--data_path={tmp_path}", "--img_size=32"]
-    fails(pack.main, argv, "cifar-10-python.tar.gz")
-    assert set(tmp_path.iterdir()) == before
 
 
 # Images and the zip archives they come in

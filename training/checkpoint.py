@@ -1,32 +1,27 @@
-"""Checkpoints: everything a run needs to go on, in one file, whole or not there.
-
-`python -m training.checkpoint export IN OUT.safetensors` writes the weights of one for samplers.
-"""
+"""Checkpoints: everything a run needs to go on, in one file, whole or not there."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from common.cli import Parser
 from common.config import Config
-from common.errors import InputError, command
+from common.errors import InputError
 from common.files import lock, replacing
-from common.settings import check_types
+from common.settings import check_types, shown
 from models.pickles import check_pickles
-from models.weights import FORMAT, read_pth, read_weights
+from models.weights import FORMAT, check_numbers, read_pth
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +48,7 @@ class CheckpointFolder:
         Raises InputError where another is in it: two would take each other's files for leftovers.
         """
         if self._lock is None and self.folder.is_dir():
-            self._lock = lock(
-                self.folder / ".lock", f"{self.folder}: another training is at work there; wait for its end"
-            )
+            self._lock = lock(self.folder / ".lock", f"{self.folder}: another training is at work there")
 
     def at_step(self, step: int) -> Path:
         return self.folder / f"{self.prefix}_step-{step}.pth"
@@ -129,33 +122,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     for name, kind in TRAINING_STATE.items():
         if not isinstance(content[name], kind) or (kind is int and content[name] < 0):
             raise InputError(
-                f"{path}: its training state is not one of this project's ({name} is {content[name]!r:.60})"
+                f"{path}: its training state is not one of this project's ({name} is {shown(content[name])})"
             )
     check_types(Config, content["config"], str(path))
+    check_weights(content, path)
     return content
+
+
+def check_weights(content: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError where the weights to go on from, or their averages, are not finite."""
+    for name in ("model", "ema"):
+        check_numbers(content[name] or {}, path, name)
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """content: tensors and plain values, nested.
 
-    Raises InputError if a number in it is not finite, or the disk does not take it; what was there before stays.
+    Raises InputError if a number in it is not finite, WriteError if the disk does not take it; the old file stays.
     """
     if not all_finite(content):
         raise InputError(
             f"step {content['step']}: the weights are not finite, so {path.name} was not written; the training "
             "diverged. Go on from an earlier checkpoint, with a lower --lr or without fp16"
         )
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-    except (OSError, RuntimeError) as error:  # torch hides why a file could not be written
-        reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
-        if reason is None:
-            raise
-        raise InputError(
-            f"step {content['step']}: {path} could not be written ({reason.strerror}); the checkpoints before it are "
-            "as they were. Make room, then go on with --resume"
-        ) from None
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 def all_finite(content: Any) -> bool:
@@ -170,35 +161,7 @@ def tensors_in(content: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def export(source: Path, target: Path, weights: str) -> str:
-    """Write the weights of a checkpoint, with its configuration, as safetensors. Returns what was written."""
-    if target.suffix != ".safetensors":
-        raise InputError(f"{target}: wanted a name that ends in .safetensors")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent}: no such folder")
-    if target.exists() and target.samefile(source):
-        raise InputError(f"{target} is the file to read from; give another name to write to")
-    read = read_weights(source, weights)
-    if read.settings is None:
-        raise InputError(f"{source} carries no description of its network; only checkpoints of this project do")
-    if read.kind != weights:
-        raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
-    about = {"format": "pt", "config": json.dumps(read.settings), "weights": read.kind, "step": str(read.step)}
-    with replacing(target) as temporary:
-        save_file({name: value.contiguous() for name, value in read.state_dict.items()}, temporary, about)
-    return f"{read.kind} weights of step {read.step}"
+if __name__ == "__main__":  # python -m training.checkpoint export IN OUT
+    from training.export import main
 
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description="Write a checkpoint's weights as safetensors, with their configuration.")
-    parser.add_argument("work", choices=("export",))
-    parser.add_argument("source", metavar="IN", type=Path, help="a checkpoint")
-    parser.add_argument("target", metavar="OUT.safetensors", type=Path, help="replaced if it is there")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged, or of the last step")
-    args = parser.parse_args(argv)
-    print(f"{export(args.source, args.target, args.weights)} -> {args.target}")
-
-
-if __name__ == "__main__":
-    main()
+    main(sys.argv[2:])

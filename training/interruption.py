@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from common.distributed import is_main
+from common.signals import ASKING_TO_END, on_signals
+from common.streams import say_in_handler
 
 
 class Reason(NamedTuple):
@@ -16,39 +18,44 @@ class Reason(NamedTuple):
     status: int  # what the script ends with: 128 + the signal, as shells have it
 
 
-REASONS = (Reason("SIGTERM", 143), Reason("Ctrl-C", 130), Reason("--max_hours", 0))
-SIGTERM, CTRL_C, MAX_HOURS = range(len(REASONS))
+SIGNALS = (*ASKING_TO_END, signal.SIGINT)
+REASONS = (
+    *(Reason(signal.Signals(number).name, 128 + number) for number in ASKING_TO_END),
+    *(Reason("Ctrl-C", 130), Reason("--max_hours", 0)),
+)
+SIGTERM, CTRL_C, MAX_HOURS = SIGNALS.index(signal.SIGTERM), SIGNALS.index(signal.SIGINT), len(SIGNALS)
 
 
 class StopRequests:
-    """Within the block SIGTERM and Ctrl-C ask for an end instead of making one; a second Ctrl-C makes it.
+    """Within the block signals and Ctrl-C ask for an end instead of making one; a second Ctrl-C makes it.
 
     deadline: of time.monotonic(), when to ask as well.
     """
 
     def __init__(self, deadline: float | None):
         self.deadline = deadline
-        self.signalled: set[int] = set()
+        self.signalled: set[int] = set()  # of SIGNALS
+        self._process = os.getpid()
 
     def __enter__(self) -> StopRequests:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._handling = ExitStack()
+        self._handling.enter_context(on_signals(SIGNALS, self._on_signal))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.close()
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and CTRL_C in self.signalled:
+        if os.getpid() != self._process:  # a loading process that has just been forked
+            return
+        if number == signal.SIGINT and number in self.signalled:
             raise KeyboardInterrupt
-        self.signalled.add(CTRL_C if number == signal.SIGINT else SIGTERM)
-        if is_main():  # not by print: the signal may have come in the middle of one
+        self.signalled.add(number)
+        if is_main():
             hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-            os.write(2, f"\nfinishing the step, then saving{hint}\n".encode())
+            say_in_handler(f"\nfinishing the step, then saving{hint}\n")
 
     def asked(self) -> list[float]:
         """For each of REASONS 1 or 0: whether this process was asked to stop for it."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        return [float(i in self.signalled or (i == MAX_HOURS and late)) for i in range(len(REASONS))]
+        return [*(float(number in self.signalled) for number in SIGNALS), float(late)]

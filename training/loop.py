@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.config import Config, carried_settings
 from common.distributed import is_main, on_main, part_of, world_size
-from common.errors import InputError
+from common.errors import InputError, WriteError, writing
 from common.files import remove_leftovers
 from common.settings import CONDITIONS, record
 from data.dataset import ImageDataset, training_batches
@@ -54,25 +54,40 @@ class Training:
         return record(self.settings) | images | {"distill_from_sha256": self.teacher_sha256}
 
     def conditions(self) -> dict[str, Any]:
-        """The settings that a run may change on the way."""
-        return record(self.settings, CONDITIONS) | {
-            "processes": world_size(),
-            "device": self.learner.device.type,
-        }
+        """The settings that a run may change on the way.
+
+        --n_steps is one of them where the learning rate does not depend on it; a run may change it in any case.
+        """
+        here = {"processes": world_size(), "device": self.learner.device.type}
+        constant = self.settings.optimisation.lr_schedule == "constant"
+        return record(self.settings, CONDITIONS) | here | ({"n_steps": self.settings.n_steps} if constant else {})
 
 
 def train(run: Training) -> None:
-    """To the last step, or until a signal or the time limit ends it: then raises SystemExit with its status."""
-    deadline = None
-    if run.settings.max_hours is not None:
-        deadline = time.monotonic() + 3600 * run.settings.max_hours
-    with StopRequests(deadline) as stop:
-        reason = run_steps(run, stop)
+    """To the last step, or until a signal or the time limit ends it: then raises SystemExit with its status.
+
+    Raises InputError where a file cannot be written: training that could not be saved is not worth its time.
+    """
+    settings, learner = run.settings, run.learner
+    if learner.step == settings.n_steps:  # a queue gave the command once more
+        if is_main():
+            print(f"finished already: {run.checkpoints.last} is at step {learner.step} of {settings.n_steps}")
+        return
+    if settings.optimisation.num_warmup_steps > settings.n_steps:
+        log.warning(
+            "--num_warmup_steps %d is more than --n_steps %d: the learning rate never reaches --lr %g",
+            *(settings.optimisation.num_warmup_steps, settings.n_steps, settings.optimisation.lr),
+        )
+    deadline = None if settings.max_hours is None else time.monotonic() + 3600 * settings.max_hours
+    try:
+        with StopRequests(deadline) as stop:
+            reason = run_steps(run, stop)
+    except WriteError as error:
+        raise InputError(f"step {learner.step}: {error}; {what_is_kept(run, error.remedy)}") from None
     if reason is None:
         return
     if is_main():
-        step = run.learner.step
-        print(f"{reason.name}: stopped after step {step}; {how_to_go_on(run.settings)}", file=sys.stderr)
+        print(f"{reason.name}: stopped after step {learner.step}; {how_to_go_on(settings)}", file=sys.stderr)
     if reason.status:
         raise SystemExit(reason.status)
 
@@ -107,7 +122,8 @@ def run_steps(run: Training, stop: StopRequests) -> Reason | None:
         if metrics and (finished or logs_now):
             scalars = learner.counters.means() | {"lr": lr}  # waits for the device
             steps_per_second = (step - since_step) / (time.perf_counter() - since)
-            metrics.write(step, scalars | {"steps_per_second": steps_per_second})
+            with writing(metrics.path):
+                metrics.write(step, scalars | {"steps_per_second": steps_per_second})
             tqdm.write(f"step {step}: loss {scalars['loss']:.4f}, {steps_per_second:.2f} steps/s")
         if logs_now:  # the end alone is no such step: a longer run that goes on from it logs no sums of two parts
             learner.counters.begin_sums()
@@ -130,7 +146,8 @@ def begin(run: Training) -> MetricsLog:
         remove_leftovers(place)
     trained = sum(p.numel() for p in learner.trained) / 1e6
     print(f"{trained:.2f} M parameters learn from {len(run.dataset):,} images -> {folder}")
-    return MetricsLog(folder, learner.step)
+    with writing(folder / "metrics.jsonl"):
+        return MetricsLog(folder, learner.step)
 
 
 def save(run: Training, stays: bool) -> None:
@@ -167,6 +184,14 @@ def reason_to_stop(run: Training, step: int, status: list[float]) -> Reason | No
             f"stops; {last}. Try a lower --lr, or --use_amp without fp16"
         )
     return next((reason for reason, count in zip(REASONS, asked, strict=True) if count), None)
+
+
+def what_is_kept(run: Training, remedy: str) -> str:
+    """Of a training that ends on a file that could not be written, and how to go on; process 0 says it."""
+    kept = run.checkpoints.newest_first()
+    if not kept:
+        return f"there is no checkpoint yet: {remedy}, then give the same command again"
+    return f"the newest checkpoint is {kept[0]}: {remedy}, then {how_to_go_on(run.settings)}"
 
 
 def how_to_go_on(settings: TrainingSettings) -> str:

@@ -12,7 +12,7 @@ from common.distributed import is_main
 from common.images import save_grid, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
-from diffusion.sampling import Denoiser, SeededNoise, Stage, random_classes, sample
+from diffusion.sampling import Denoiser, NotFinite, SeededNoise, Stage, random_classes, sample
 from diffusion.solvers import Solver, spaced_timesteps
 from models.autoencoder import image_maker
 from training.settings import LogSettings
@@ -52,9 +52,14 @@ def preview_maker(
             return
         noise = SeededNoise([nth_seed(settings.sample_seed, "samples", i) for i in numbers], device)
         learner.network.eval()
-        with nullcontext() if learner.ema is None else learner.ema.in_place():
-            images = sample(stages, solver, noise, shape, y)
-        learner.network.train()
+        try:
+            with nullcontext() if learner.ema is None else learner.ema.in_place():
+                images = sample(stages, solver, noise, shape, y)
+        except NotFinite as error:  # of a network that has hardly begun; training goes on
+            log.warning("no preview of step %d: %s", step, error)
+            return
+        finally:
+            learner.network.train()
         if is_main():
             (folder / "previews").mkdir(exist_ok=True)
             save_grid(folder / "previews" / f"step-{step}.png", to_uint8(decode(images)), settings.n_samples)

@@ -23,11 +23,21 @@ from data import DATASETS, crop_of, open_dataset
 from data.dataset import ImageDataset
 from diffusion.sampling import Denoiser
 from models.early_exit import EarlyExitUViT
-from models.loading import build_network, check_range, load_network, load_relative, stated_settings, task_differences
+from models.loading import (
+    build_network,
+    check_range,
+    described_by,
+    load_described,
+    load_network,
+    load_relative,
+    stated_settings,
+    task_differences,
+)
+from models.uvit import UViT
 from models.warm_start import warm_start
-from models.weights import FORMAT, fill, read_pth, read_weights
+from models.weights import FORMAT, read_pth
 from training.batches import BatchMaker
-from training.checkpoint import CheckpointFolder, read_checkpoint
+from training.checkpoint import CheckpointFolder, check_weights, read_checkpoint
 from training.loop import Training
 from training.losses import Objective, backbone_objective, distillation_objective, early_exit_objective
 from training.previews import preview_maker
@@ -52,7 +62,7 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
     content = None if start is None else read_start(start, settings.resume)
     on_main(functools.partial(make_folder, checkpoints))
     if content is not None and content.get("format") != FORMAT:
-        fill(network, read_weights(start).state_dict, start)
+        load_described(network, config, start, described_by(settings.config_path))
 
     backbone_of(network).grad_checkpointing = settings.optimisation.grad_checkpointing
     learner = Learner(
@@ -96,7 +106,7 @@ Task = tuple[Config, nn.Module, Objective, Denoiser]  # the denoiser makes previ
 
 def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
     """A backbone from fresh weights, or from those of a deeper one."""
-    config = build_config(stated(settings) | {"model": "uvit"}, described(settings))
+    config = build_config(stated(settings) | {"model": "uvit"}, described_by(settings.config_path))
     torch.manual_seed(settings.seed)
     network = build_network(config)
     teacher = settings.teacher
@@ -115,10 +125,10 @@ def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
     if exits.load_backbone:
         # Heads may learn from other data than the backbone did, with a crop of its own, and at other timesteps.
         own = {name: given.pop(name) for name in ("dataset", "crop", "t_min", "t_max") if name in given}
-        backbone = load_network(exits.load_backbone, given, model="uvit")
+        backbone = load_network(exits.load_backbone, given, UViT, described=described_by(settings.config_path))
         same_data = backbone.config.dataset in (None, settings.data.dataset)
         given = merge(plain(backbone.config), ({} if same_data else {"crop": None}) | own)
-    config = build_config(given | own_type, described(settings))
+    config = build_config(given | own_type, described_by(settings.config_path))
     torch.manual_seed(settings.seed)
     network = build_network(config)
     if exits.load_backbone:
@@ -158,10 +168,6 @@ def stated(settings: TrainingSettings) -> dict[str, Any]:
     if path := settings.logs.autoencoder_checkpoint_path:
         given["autoencoder"] = {"checkpoint_path": str(path)}
     return stated_settings(settings.config_path, (settings.described or {}) | given)
-
-
-def described(settings: TrainingSettings) -> str:
-    return str(settings.config_path or "the flags (see also --config_path)")
 
 
 def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, ImageDataset]:
@@ -250,7 +256,10 @@ def read_start(path: Path, resume: bool) -> Mapping[str, Any]:
     """The content of the file to go on from; empty for one that can only be bare weights."""
     if resume:
         return read_checkpoint(path)
-    return {} if path.suffix == ".safetensors" else read_pth(path)
+    content = {} if path.suffix == ".safetensors" else read_pth(path)
+    if content.get("format") == FORMAT:
+        check_weights(content, path)
+    return content
 
 
 def go_on(run: Training, path: Path, content: Mapping[str, Any]) -> None:
@@ -295,7 +304,8 @@ def restore(run: Training, path: Path, content: Mapping[str, Any]) -> None:
     # A backbone that was frozen and now is not, for one; or a file that was made to look like a checkpoint.
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
-    if settings.optimisation.lr_schedule == "cosine" and content["n_steps"] != settings.n_steps:
+    done = learner.step == settings.n_steps
+    if settings.optimisation.lr_schedule == "cosine" and content["n_steps"] != settings.n_steps and not done:
         log.warning("the learning rate now falls to 0 at step %d, not %d", settings.n_steps, content["n_steps"])
-    if learner.step >= settings.n_steps:
+    if learner.step > settings.n_steps or (done and not settings.resume):  # queues may give a command once more
         raise InputError(f"{path} is at step {learner.step} already; --n_steps {settings.n_steps} leaves nothing to do")

@@ -47,3 +47,11 @@ def test_a_compiler_is_looked_for(monkeypatch):
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="triton"):
         devices.check_compiler(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("index", ["1", "2", "9" * 400, "9" * 5000])
+def test_a_gpu_that_is_not_there(monkeypatch, index):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="there are 1 such devices"):
+        devices.pick_device(f"cuda:{index}")

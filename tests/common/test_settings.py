@@ -188,11 +188,7 @@ RUNS = {
 
 @pytest.mark.parametrize(
     ("cls", "path", "name"),
-    [
-        (cls, path, f.name)
-        for cls in (SamplerSettings, EarlyExitSettings, TrainingSettings)
-        for path, f in leaves(cls)
-    ],
+    [(cls, path, f.name) for cls in (SamplerSettings, EarlyExitSettings, TrainingSettings) for path, f in leaves(cls)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_no_option_is_forgotten_in_the_record(cls, path, name):

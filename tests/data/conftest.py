@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import tarfile
@@ -9,6 +10,8 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+
+import data.cifar10
 
 
 def picture(size, seed=0) -> Image.Image:
@@ -69,7 +72,17 @@ def python2_pickle(data: np.ndarray, labels: list[int]) -> bytes:
 
 
 @pytest.fixture
-def cifar10():
+def official(monkeypatch):
+    """(name, content): from now on this content is the official file of CIFAR-10 by that name."""
+
+    def declare(name, content):
+        monkeypatch.setitem(data.cifar10.MD5, name, hashlib.md5(content).hexdigest())
+
+    return declare
+
+
+@pytest.fixture
+def cifar10(official):
     """Five training batches of four images: pickled as they are distributed, the pixels and the labels."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
@@ -78,22 +91,23 @@ def cifar10():
         f"data_batch_{k + 1}": python2_pickle(pixels[4 * k : 4 * k + 4].reshape(4, 3072), labels[4 * k : 4 * k + 4])
         for k in range(5)
     }
+    for name, content in pickled.items():
+        official(name, content)
     return pickled, pixels, labels
 
 
 @pytest.fixture
-def make_tar():
-    """(path, {name: content} or TarInfo objects) -> the archive, gzipped."""
+def make_cifar10_archive(cifar10, official):
+    """(path) -> the batches in a gzipped tar, as the official archive."""
 
-    def make(path, files, members=()):
+    def make(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w:gz") as archive:
-            for name, content in files.items():
-                info = tarfile.TarInfo(name)
+            for name, content in {"test_batch": b"not read", **cifar10[0]}.items():
+                info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
-            for member in members:
-                archive.addfile(member)
+        official("cifar-10-python.tar.gz", path.read_bytes())
         return path
 
     return make

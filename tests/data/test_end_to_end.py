@@ -37,9 +37,7 @@ def make_celeba(root, request):
 
 
 def make_cifar10(root, request):
-    pickled, _, _ = request.getfixturevalue("cifar10")
-    files = {f"cifar-10-batches-py/{name}": content for name, content in pickled.items()}
-    request.getfixturevalue("make_tar")(root / "cifar-10-python.tar.gz", files)
+    request.getfixturevalue("make_cifar10_archive")(root / "cifar-10-python.tar.gz")
 
 
 def make_imagenet64(root, request):

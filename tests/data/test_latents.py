@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 import sampler
 import train as train_script
 from common.images import from_uint8
-from data import open_dataset, open_source, pack
+from data import open_dataset, open_source, pack, packing
+from data.latents import LatentSource
 
 SIZE = 32  # of the images; 4 x 4 latents
 
@@ -109,10 +111,37 @@ def test_train_and_sample(packed, place, tmp_path, capsys, fails):
     fails(sampler.main, [*argv, "--overwrite", "--autoencoder_checkpoint_path", root / "vae", "--clip_x0"], "latents")
 
 
-def test_unscaled_latents_are_refused(place, tmp_path, fails):
+@pytest.mark.parametrize("factor", [20, 0.1])
+def test_a_wrong_scale_is_found_after_the_first_chunk(factor, place, tmp_path, fails, monkeypatch):
+    """Nothing is left in the way of the right one."""
     root, _, scale = place
-    argv = [*pack_flags(root, 20 * scale), "--output", tmp_path / "wrong"]
-    pack.main([str(arg) for arg in argv])
+    monkeypatch.setattr(packing, "CHUNK_IMAGES", 2)
+    encoded, encode = [], LatentSource._encode
+    monkeypatch.setattr(LatentSource, "_encode", lambda self, pixels: encoded.extend(pixels) or encode(self, pixels))
+    argv = [*pack_flags(root, factor * scale), "--output", tmp_path / "wrong"]
+    fails(pack.main, argv, "standard deviation of the latents", "--scale_factor")
+    assert len(encoded) == 1 + 2 and not list(tmp_path.iterdir())  # one for the shape, and the first chunk
+
+
+def test_a_first_chunk_of_broken_images_says_nothing_of_the_scale(place, tmp_path, monkeypatch):
+    root, _, scale = place
+    shutil.copytree(root / "imagenet", tmp_path / "imagenet")
+    for n in range(2):
+        path = tmp_path / "imagenet" / "n01440764" / f"{n}.JPEG"
+        path.write_bytes(path.read_bytes()[:300])
+    monkeypatch.setattr(packing, "CHUNK_IMAGES", 2)
+    pack.main([*pack_flags(root, scale), "--data_path", str(tmp_path), "--output", str(tmp_path / "p")])
+    assert len(json.loads((tmp_path / "p" / "manifest.json").read_text())["left_out"]) == 2
+
+
+def test_unscaled_latents_are_refused(packed, place, tmp_path, fails):
+    """Of a packed dataset whose manifest says another scale."""
+    scale = place[2]
+    (there,) = (packed / "packed").iterdir()
+    shutil.copytree(there, tmp_path / "wrong")
+    manifest = json.loads((there / "manifest.json").read_text())
+    manifest["source"]["scale_factor"] = 20 * scale
+    (tmp_path / "wrong" / "manifest.json").write_text(json.dumps(manifest))
     config = tmp_path / "net.yaml"
     params = {"img_size": 4, "patch_size": 2, "in_chans": 4, "embed_dim": 32, "num_heads": 4, "depth": 1}
     config.write_text(yaml.safe_dump({"model_params": params}))

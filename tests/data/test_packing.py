@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import os
@@ -16,12 +18,12 @@ import pytest
 import torch
 
 from common.errors import InputError
-from data import open_dataset, open_source
-from data import pack as packing
+from data import open_dataset, open_source, packing
 from data.benchmark import resident_bytes
 from data.files import ImageFiles
-from data.pack import main, pack
+from data.pack import main
 from data.packed import PackedDataset
+from data.packing import pack
 from data.rows import RowsFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,9 +75,9 @@ def test_celeba(crop, celeba_folder, capsys):
     assert f"3 images -> {celeba_folder.parent}/packed/celeba_64_{crop} " in capsys.readouterr().out
 
 
-def test_cifar10(cifar10, make_tar, tmp_path):
+def test_cifar10(cifar10, make_cifar10_archive, tmp_path):
     """Labels come along, so that one packed dataset serves with classes and without."""
-    make_tar(tmp_path / "cifar-10-python.tar.gz", {f"cifar-10-batches-py/{n}": c for n, c in cifar10[0].items()})
+    make_cifar10_archive(tmp_path / "cifar-10-python.tar.gz")
     check_packed("cifar10", tmp_path, img_size=32, in_chans=3)
     dataset = open_dataset("cifar10", tmp_path, img_size=32, in_chans=3, num_classes=10)
     assert isinstance(dataset, PackedDataset) and all_of(dataset)[1] == cifar10[2]
@@ -158,12 +160,107 @@ def test_broken_images_are_left_out_and_listed(pictures, tmp_path):
     assert sorted(f.name for f in (tmp_path / "p").iterdir()) == ["images.npy", "labels.npy", "manifest.json"]
 
 
+def test_of_many_broken_images_the_first_few_are_named(pictures, tmp_path, capsys, caplog):
+    """One line where the folder is opened and one where it is packed; the manifest names all."""
+    names = [str(path.relative_to(pictures)) for path in sorted(pictures.rglob("*.png"))]
+    for name in names[:60]:
+        (pictures / name).write_text("<html>")  # seen when the folder is opened
+    for name in names[60:100]:
+        (pictures / name).write_bytes((pictures / name).read_bytes()[:300])  # seen when the pixels are needed
+    argv = ["--dataset=folder", f"--data_path={pictures}", "--img_size=16", f"--output={tmp_path / 'p'}", "--quiet"]
+    main([*argv, "--num_workers=2"])
+    said = capsys.readouterr()
+    first = f"60 files left out: {names[0]} (not readable as an image), {names[1]} ("
+    assert caplog.text.count("\n") == 1 and first in caplog.text and names[3] not in caplog.text
+    lines = said.out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("50 images -> ") and f"100 files left out: {names[0]} (" in lines[1]
+    assert "manifest.json" in lines[1] and len(lines[1]) < 400
+    assert sorted(json.loads((tmp_path / "p" / "manifest.json").read_text())["left_out"]) == names[:100]
+
+
+def test_of_many_broken_images_training_names_the_first_few(pictures, caplog):
+    names = sorted(path.name for path in pictures.rglob("*.png"))
+    for path in pictures.rglob("*.png"):
+        if path.name in names[:120]:
+            path.write_bytes(path.read_bytes()[:300])
+    folder(pictures).__getitems__(range(150))
+    lines = caplog.text.splitlines()
+    assert len(lines) == 3 + 2  # by name, and at the 10th and the 100th
+    assert all(name in line for name, line in zip(names, lines[:3], strict=False))
+    assert "skipped 10 files" in lines[3] and "skipped 100 files" in lines[4]
+
+
+@pytest.fixture
+def odd_names(packed, pictures):
+    """The pictures, after they were packed, in folders and files of names that are not UTF-8."""
+    if sys.platform in ("win32", "darwin"):
+        pytest.skip("the system has no such names")
+    root = os.fsdecode(os.fsencode(pictures.parent) + b"/\xff")
+    pictures.rename(root)
+    for name in ("a", "b"):
+        (Path(root) / name).rename(Path(root) / os.fsdecode(b"\xe9" + name.encode()))
+    for path in list(Path(root).rglob("*.png")):
+        path.rename(path.with_name(os.fsdecode(b"\xfe" + path.name.encode())))
+    return Path(root)
+
+
+def test_names_that_are_not_utf8(odd_names, packed, tmp_path, caplog, capsys):
+    """They pack as others do, and are shown by their bytes."""
+    names = [path.relative_to(odd_names).as_posix() for path in sorted(odd_names.rglob("*.png"))]
+    for name, size in ((names[3], 300), (names[5], 5)):  # the pixels, and the header
+        (odd_names / name).write_bytes((odd_names / name).read_bytes()[:size])
+    argv = ["--dataset=folder", f"--data_path={odd_names}", "--img_size=16", "--num_classes=2", "--num_workers=2"]
+    main([*argv, "--quiet", f"--output={tmp_path / 'p'}"])
+    assert r"\udce9a/\udcfe003.png (the image is broken" in capsys.readouterr().out
+    content = (tmp_path / "p" / "manifest.json").read_bytes().decode("ascii")
+    manifest = json.loads(content)
+    assert sorted(manifest["left_out"]) == [names[3], names[5]] and manifest["source"]["source"] == str(odd_names)
+    dataset = open_dataset("folder", tmp_path / "p", img_size=16, in_chans=3, num_classes=2)
+    whole = [i for i in range(150) if i not in (3, 5)]
+    assert torch.equal(all_of(dataset)[0], all_of(open_dataset("folder", packed, img_size=16, in_chans=3))[0][whole])
+
+    pack(folder(odd_names, 2), odd_names / "packed" / "folder_16_fit")  # the way there has such a name too
+    assert isinstance(open_dataset("folder", odd_names, img_size=16, in_chans=3), PackedDataset)
+
+
+def test_the_digest_of_names_is_over_their_bytes(pictures):
+    """In UTF-8: packed datasets and caches of before stay valid."""
+    (pictures / "a" / "000.png").rename(pictures / "a" / "ä 000.png")
+    files = sorted(pictures.rglob("*.png"), key=lambda path: path.relative_to(pictures).as_posix())
+    about = [(path.relative_to(pictures).as_posix(), path.stat()) for path in files]
+    lines = "".join(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for name, stat in about)
+    assert folder(pictures).describe()["files_sha256"] == hashlib.sha256(lines.encode("utf-8")).hexdigest()
+
+
 def test_nothing_but_broken_images(pictures, tmp_path):
     for file in pictures.rglob("*.png"):
         file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(InputError, match="no image can be read"):
         pack(folder(pictures), tmp_path / "p")
-    assert not list(tmp_path.glob("p*.partial"))
+    assert not list(tmp_path.glob("p.*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes of a name")
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "p.partial/plan.json", "p.partial/journal.jsonl"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(name, pictures, packed, stop_at, tmp_path):
+    stop_at("_decode", 1)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder(pictures, 2), tmp_path / "p")
+    stop_at()
+    path = tmp_path / name if "/" in name else packed / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=f"{name}: is a pipe or device, wanted a file"):
+        if "/" in name:
+            pack(folder(pictures, 2), tmp_path / "p")
+        else:
+            open_dataset("folder", packed, img_size=16, in_chans=3, num_classes=2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes of a name")
+def test_a_pipe_among_the_pictures_is_no_picture(pictures):
+    os.mkfifo(pictures / "a" / "pipe.png")
+    assert list(folder(pictures).left_out) == ["a/pipe.png"]
 
 
 @pytest.fixture
@@ -216,7 +313,7 @@ def test_what_was_killed_goes_on(many, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFiles, "decode", counting)
     pack(folder(many), output)
     assert len(decoded) == 512 - 64 * done and 2 <= done < 8
-    assert not journal.parent.exists()
+    assert sorted(tmp_path.iterdir()) == [output, many]
     pack(folder(many), tmp_path / "unbroken")
     for name in ("images.npy", "manifest.json"):
         assert (output / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
@@ -249,10 +346,12 @@ def test_wherever_it_stops_it_goes_on(name, n, pictures, packed, stop_at, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         pack(folder(pictures, 2), tmp_path / "p")
     assert not (tmp_path / "p").exists()
+    (tmp_path / "p.partial" / ".manifest.json.q1w2e3r4.json").write_text("{")  # of one that was killed as it wrote
     stop_at()
     pack(folder(pictures, 2), tmp_path / "p")
     for file in ("images.npy", "labels.npy", "manifest.json"):
         assert (tmp_path / "p" / file).read_bytes() == (packed / file).read_bytes()
+    assert len(list((tmp_path / "p").iterdir())) == 3
 
 
 def test_chunks_that_never_reached_the_disk_are_made_again(pictures, packed, stop_at, tmp_path):
@@ -297,27 +396,96 @@ def test_another_folder_is_left_alone(pictures):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_one_process_at_a_time(pictures, tmp_path):
-    (tmp_path / "p.partial").mkdir()
     lock = (
-        "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+        "import sys, pathlib; from common.files import lock; held = lock(pathlib.Path(sys.argv[1]), ''); "
+        "print(1, flush=True); input()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", lock, str(tmp_path / "p.partial" / "lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        [sys.executable, "-c", lock, str(tmp_path / "p.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     ) as other:
         other.stdout.readline()
         with pytest.raises(InputError, match="another process"):
             pack(folder(pictures), tmp_path / "p")
-        other.stdin.close()
+        other.communicate(b"\n")
+    pack(folder(pictures), tmp_path / "p")
+    assert not list(tmp_path.glob("p.*"))
+
+
+def test_who_waited_for_the_lock_finds_it_done(pictures, tmp_path, monkeypatch):
+    """What another process finished between the first look and the lock is taken as it is."""
+    lock, done = packing.lock, []
+
+    def slow_lock(*args):
+        monkeypatch.setattr(packing, "lock", lock)
+        done.append(pack(folder(pictures), tmp_path / "p"))
+        return lock(*args)
+
+    monkeypatch.setattr(packing, "lock", slow_lock)
+    assert pack(folder(pictures), tmp_path / "p") == done[0]
+    assert not list(tmp_path.glob("p.*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not tell what is open")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_no_file_of_a_folder_that_is_renamed_is_open(num_workers, pictures, tmp_path, monkeypatch):
+    """Windows would refuse to rename it, and to replace images.npy where broken images are left out."""
+    (pictures / "a" / "003.png").write_bytes((pictures / "a" / "003.png").read_bytes()[:300])
+    renamed = []
+
+    def watching(method):
+        def move(self, target):
+            if self.name in ("compact.npy", "p.partial"):
+                opened = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+                assert not [path for path in opened if path.is_relative_to(tmp_path / "p.partial")]
+                renamed.append(self.name)
+            return method(self, target)
+
+        return move
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, watching(getattr(Path, name)))
+    pack(folder(pictures), tmp_path / "p", num_workers)
+    assert renamed == ["compact.npy", "p.partial"]
 
 
 def test_too_little_room(pictures, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(InputError, match="are needed"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(InputError, match=r"115 kB are needed, 100 kB are free, 15\.2 kB too few"):
         pack(folder(pictures), tmp_path / "p")
-    assert not list(tmp_path.glob("p*.partial"))
+    assert not list(tmp_path.glob("p.*"))
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        *((0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (115_200, "115 kB"), (999_999, "1 MB")),
+        *((3_087_007_744, "3.09 GB"), (5 * 10**12, "5 TB"), (12_345 * 10**12, "12300 TB")),
+    ],
+)
+def test_bytes_are_told_in_a_fitting_unit(count, text):
+    assert packing.in_bytes(count) == text
+
+
+@pytest.mark.parametrize("function, calls", [("_decode", 2), ("_sha256", 0), ("write_json", 0), ("write_json", 1)])
+def test_a_full_disk(function, calls, pictures, packed, tmp_path, monkeypatch, fails):
+    """One line says what is kept; with room the same command goes on."""
+    working, argv = getattr(packing, function), ["--dataset=folder", f"--data_path={pictures}", "--img_size=16"]
+    argv += ["--num_classes=2", f"--output={tmp_path / 'p'}", "--num_workers=0", "--quiet"]
+
+    def filling(*args):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return working(*args)
+
+    monkeypatch.setattr(packing, function, filling)
+    fails(main, argv, f"{tmp_path / 'p'}.partial: No space left", "is kept", "the same command goes on")
+    monkeypatch.setattr(packing, function, working)
+    main(argv)
+    for name in ("images.npy", "labels.npy", "manifest.json"):
+        assert (tmp_path / "p" / name).read_bytes() == (packed / name).read_bytes()
 
 
 def edited(path, **changes):
@@ -381,6 +549,14 @@ def test_used_only_where_it_fits(pictures, caplog):
     place.rename(place.with_name("folder_16_halve"))
     assert not isinstance(open_dataset("folder", pictures, **shape, crop="halve"), PackedDataset)
     assert "crop fit, not halve" in caplog.text
+
+
+def test_a_run_says_that_it_takes_a_packed_copy(pictures, monkeypatch, capsys):
+    main(["--dataset=folder", f"--data_path={pictures}", "--img_size=16", "--quiet"])
+    capsys.readouterr()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a script: nothing but Python itself shows notes
+    open_dataset("folder", pictures, img_size=16, in_chans=3)
+    assert capsys.readouterr().err == f"using the packed dataset {pictures / 'packed' / 'folder_16_fit'}\n"
 
 
 def test_a_source_that_changed_is_read_again(celeba_folder, picture_of, caplog):

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from common.config import PARAMETRIZATIONS
+from common.config import BETA_SCHEDULES, PARAMETRIZATIONS, DiffusionConfig
 from common.errors import InputError
-from diffusion import NoiseSchedule, ddim_step, ddpm_step
+from diffusion import NoiseSchedule, ddim_step, ddpm_step, time_input
 from diffusion.ddpm import to_eps, to_posterior_mean, to_x0, training_target
 
 
@@ -27,6 +28,49 @@ def test_the_scaled_linear_schedule_is_linear_in_the_standard_deviation():
     std = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).betas.sqrt()
     torch.testing.assert_close(std.diff(), std.diff()[:1].expand(999))
     torch.testing.assert_close(std[[0, -1]].square(), torch.tensor([0.00085, 0.012], dtype=torch.float64))
+
+
+def vp_alpha_bar(time: float, least: float, most: float) -> float:
+    """exp of minus the integral of a beta that rises from least to most over time 0..1, by the trapezium rule."""
+    return float(np.exp(-time * (least + least + (most - least) * time) / 2))
+
+
+@pytest.mark.parametrize("num_timesteps, start, end", [(1000, 1e-4, 0.02), (50, 2e-3, 0.4), (1000, 0.01, 0.01)])
+def test_the_continuous_vp_schedule_is_that_process_at_equal_times(num_timesteps, start, end):
+    schedule = NoiseSchedule(num_timesteps, "continuous_vp", start, end)
+    times = [(t + 1) / num_timesteps for t in range(num_timesteps)]
+    want = [vp_alpha_bar(time, num_timesteps * start, num_timesteps * end) for time in times]
+    torch.testing.assert_close(schedule.alphas_cumprod, torch.tensor(want, dtype=torch.float64), rtol=1e-11, atol=0)
+    torch.testing.assert_close(schedule.alphas.cumprod(0), schedule.alphas_cumprod)
+    for time in (0.0, 0.12345, times[3], 1.0, 1.01):
+        alpha_bar = vp_alpha_bar(time, num_timesteps * start, num_timesteps * end)
+        assert schedule.timestep_at(alpha_bar) == pytest.approx(num_timesteps * time - 1, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("num_timesteps", [1, 2, 1000])
+def test_a_timestep_is_found_again_by_its_alpha_bar(beta_schedule, num_timesteps):
+    schedule = NoiseSchedule(num_timesteps, beta_schedule)
+    for t in {0, num_timesteps // 3, num_timesteps - 1}:
+        assert schedule.timestep_at(schedule.alpha_bar(t)) == pytest.approx(t, abs=1e-6)
+
+
+def test_between_and_beyond_timesteps_t_is_linear_in_log_alpha_bar():
+    schedule, log = NoiseSchedule(), np.log(tables()[1].numpy())
+    for t in (0, 499, 998):
+        assert schedule.timestep_at(np.exp(0.75 * log[t] + 0.25 * log[t + 1])) == pytest.approx(t + 0.25)
+    assert schedule.timestep_at(np.exp(log[0] - 0.5 * (log[1] - log[0]))) == pytest.approx(-0.5)
+    assert schedule.timestep_at(np.exp(log[-1] + 2 * (log[-1] - log[-2]))) == pytest.approx(1001)
+    assert time_input(DiffusionConfig(time_scale=0.5, time_shift=3), 0.5) == pytest.approx(
+        0.5 * (float(np.interp(-np.log(0.5), -log, np.arange(1000))) + 3)
+    )
+
+
+@pytest.mark.parametrize("wrong", [0.0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_what_is_no_alpha_bar_is_named(wrong, beta_schedule):
+    with pytest.raises(InputError, match=f"alpha_bar={wrong}"):
+        time_input(DiffusionConfig(beta_schedule=beta_schedule), wrong)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from common.errors import InputError
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
-from diffusion.sampling import SeededNoise, SwitchingDenoiser, guided, random_classes, sample
+from diffusion.sampling import FiniteWatch, SeededNoise, SwitchingDenoiser, guided, random_classes, sample
 from diffusion.solvers import Solver, make_solver, spaced_timesteps
 
 SHAPE = (1, 2, 2)
@@ -209,7 +209,9 @@ def test_the_loop_reads_nothing_back_from_the_images(name):
     schedule, timesteps = NoiseSchedule(), spaced_timesteps(1000, 10)
     denoiser = SwitchingDenoiser([ExactGaussian(schedule)] * 2, [500])
     solver = make_solver(name, schedule, "predict_noise", eta=1.0 if name == "ddim" else 0.0)
-    images = sample(denoiser, solver, timesteps, lambda *shape: torch.zeros(2, *shape, device="meta"), SHAPE)
+    images = sample(
+        denoiser, solver, timesteps, lambda *shape: torch.zeros(2, *shape, device="meta"), SHAPE, watch=FiniteWatch()
+    )
     assert images.shape == (2, *SHAPE)
     with pytest.raises(RuntimeError):
         float(images.sum())
@@ -224,3 +226,58 @@ def test_noise_of_a_sample_depends_neither_on_its_neighbours_nor_on_how_it_is_dr
     assert drawn.mean().abs() < 5 / drawn.numel() ** 0.5 and (drawn.std() - 1).abs() < 5 / drawn.numel() ** 0.5
     correlations = torch.corrcoef(drawn.flatten(1)) - torch.eye(calls)
     assert correlations.abs().max() < 6 / drawn[0].numel() ** 0.5
+
+
+class Spoiled(Recorder):
+    """A denoiser whose output at some t has one number in it that is not finite."""
+
+    def __init__(self, at: int, value: float):
+        super().__init__()
+        self.at, self.value = at, value
+
+    def __call__(self, x_t, t, y):
+        output = super().__call__(x_t, t, y)
+        if t == self.at:
+            output[-1, -1, -1, -1] = self.value
+        return output
+
+
+def watched(denoiser, solver, timesteps) -> None:
+    watch = FiniteWatch()
+    sample(denoiser, solver, timesteps, SeededNoise([0, 1]), SHAPE, watch=watch)
+    watch.settle()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("clip_x0", [False, True])
+@pytest.mark.parametrize("parametrization", ["predict_noise", "predict_original"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+def test_what_is_not_finite_ends_the_run_with_its_t(name, parametrization, clip_x0, value):
+    """At the first, a middle and the last step; clipping would make of an infinite number one that looks well."""
+    timesteps = spaced_timesteps(1000, 6)
+    for t in (timesteps[0], timesteps[2], timesteps[-1]):
+        solver = make_solver(name, NoiseSchedule(), parametrization, clip_x0=clip_x0)
+        with pytest.raises(InputError, match=f"not finite from t = {t} on"):
+            watched(Spoiled(t, value), solver, timesteps)
+
+
+def test_a_solver_that_leaves_the_finite_ends_the_run():
+    class Overflowing(Solver):
+        def step(self, model_output, x_t, t, s, draw_noise):
+            return x_t * 1e30
+
+    with pytest.raises(InputError, match=r"not finite from t = 99 on"):  # 1e30, 1e60
+        watched(Recorder(), Overflowing("ddim", NoiseSchedule()), [199, 99, 49])
+
+
+def test_a_long_run_ends_soon_but_does_not_ask_at_every_step(monkeypatch):
+    asked = []
+    settle = FiniteWatch.settle
+    monkeypatch.setattr(FiniteWatch, "settle", lambda watch: asked.append(1) or settle(watch))
+    solver, timesteps = Solver("ddim", NoiseSchedule()), spaced_timesteps(1000, None)
+    watched(Recorder(), solver, timesteps)
+    assert len(asked) <= 11
+    spoiled = Spoiled(950, float("nan"))
+    with pytest.raises(InputError, match="t = 950 "):
+        watched(spoiled, solver, timesteps)
+    assert len(spoiled.seen) <= 100

@@ -92,3 +92,31 @@ def test_inception_score_of_sure_and_even_guesses_is_the_number_of_classes():
     sure = 100 * torch.eye(4).repeat(1000, 1)
     assert inception_score(sure)["is"] == pytest.approx(4, rel=0.05)
     assert inception_score(torch.zeros(200, 4))["is"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "said"),
+    [
+        ([[1.0, 2.0], [2.0, 1.0]], "eigenvalue -1"),  # 3 and -1
+        ([[-1.0, 0.0], [0.0, -2.0]], "eigenvalue -2"),
+        ([[1.0, 0.0], [0.0, -0.01]], "eigenvalue -0.01"),
+        ([[1.0, 0.5], [0.2, 1.0]], "symmetric"),
+        ([[1.0, 1j], [-1j, 1.0]], "real"),
+    ],
+)
+def test_a_sigma_that_is_no_covariance_is_refused(sigma, said, tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.array(sigma))
+    with pytest.raises(InputError, match=said):
+        load_statistics(tmp_path / "s.npz")
+
+
+def test_published_statistics_are_of_low_rank_and_rounded(tmp_path):
+    """Fewer images than features, large means, float32 sums: eigenvalues that should be 0 are a little below."""
+    features = (np.random.default_rng(0).normal(size=(20, 60)) + 3).astype(np.float32)
+    centred = features - features.mean(axis=0)
+    sigma = (centred.T @ centred / np.float32(19)).astype(np.float32)
+    assert scipy.linalg.eigvalsh(sigma.astype(np.float64))[0] < 0
+    np.savez(tmp_path / "s.npz", mu=features.mean(axis=0), sigma=sigma)
+    assert load_statistics(tmp_path / "s.npz").sigma.shape == (60, 60)
+    np.savez(tmp_path / "zero.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    load_statistics(tmp_path / "zero.npz")

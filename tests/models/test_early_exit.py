@@ -103,6 +103,24 @@ def test_class_conditional(batch):
     torch.testing.assert_close(output, model.uvit(x, t, y), rtol=1e-4, atol=1e-4)
 
 
+@torch.inference_mode()
+def test_heads_are_as_the_output_of_the_network_without_its_convolution(batch):
+    """A head with the weights of the network's own output makes of the last tokens what the network does."""
+    model, (x, t) = make("mlp_probe_per_layer", conv=False), batch
+    assert not any("final_layer" in name for name in model.state_dict())
+    head, uvit = model.exit_heads[-1], model.uvit
+    head.load_state_dict({name: uvit.state_dict()[name] for name in head.state_dict()})
+    last = uvit.run_blocks(range(5), uvit.embed(x, uvit.time_tokens(t), None), [])
+    torch.testing.assert_close(head(last), uvit(x, t))
+
+    full = model(x, t)
+    lowest = full.uncertainty.amin(dim=0).sort().values
+    output, exit_layer = model.early_exit(x, t, threshold=lowest[2:4].mean().item())
+    assert len(exit_layer.unique()) > 1, "the case is of no use if all leave at one layer"
+    made = torch.cat([full.exit_outputs, full.output[None]])
+    torch.testing.assert_close(output, made[exit_layer, torch.arange(6)], rtol=1e-4, atol=1e-3)
+
+
 def test_an_unknown_classifier_type_is_named():
     with pytest.raises(InputError, match="per_pixel"):
         EarlyExitUViT(UViT(**TINY, depth=1), "per_pixel")

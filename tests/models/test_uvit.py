@@ -69,6 +69,9 @@ def by_hand(weights: dict[str, torch.Tensor], x, t, y, *, depth, heads, patch, n
             r, c = divmod(n, side)
             square = row.reshape(patch, patch, channels).permute(2, 0, 1)
             image[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] = square
+        if "final_layer.weight" not in weights:
+            images.append(image)
+            continue
         kernel = weights["final_layer.weight"]
         padded = torch.zeros(channels, x.shape[2] + 2, x.shape[3] + 2)
         padded[:, 1:-1, 1:-1] = image
@@ -85,6 +88,7 @@ def by_hand(weights: dict[str, torch.Tensor], x, t, y, *, depth, heads, patch, n
         {"num_classes": 5, "mlp_time_embed": True, "qkv_bias": True},
         {"normalize_timesteps": True, "in_chans": 3, "depth": 3},
         {"patch_size": 2, "depth": 1, "mlp_ratio": 2},
+        {"patch_size": 2, "in_chans": 3, "conv": False, "num_classes": 5},
     ],
 )
 def test_forward_is_the_network_written_out_by_hand(changes):
@@ -114,6 +118,12 @@ def test_names_are_those_of_the_public_weights():
         *("norm", "decoder_pred", "final_layer"),
     }
     assert {"time_embed.0.weight", "time_embed.2.bias", "out_blocks.0.skip_linear.weight"} <= set(names)
+
+
+def test_without_the_convolution_its_two_parameters_are_all_that_is_missing():
+    with_it, without = (UViT(**TINY, depth=3, conv=conv).state_dict().keys() for conv in (True, False))
+    assert with_it - without == {"final_layer.weight", "final_layer.bias"} and without < with_it
+    assert UViT(**TINY, depth=3).state_dict().keys() == with_it, "the default has one"
 
 
 def test_an_image_alone_is_the_image_in_a_batch():

@@ -19,9 +19,10 @@ def networks(depth: int, source_depth: int, **more) -> tuple[UViT, UViT]:
     return perturbed(UViT(**TINY, depth=depth)), perturbed(UViT(**TINY | more, depth=source_depth))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 7, 12])
-def test_with_all_blocks_it_is_the_source(depth):
-    uvit, source = networks(depth, depth // 2 * 2 + 1)
+@pytest.mark.parametrize("depth, conv", [(1, True), (2, True), (7, True), (12, True), (7, False)])
+def test_with_all_blocks_it_is_the_source(depth, conv):
+    uvit = perturbed(UViT(**TINY, depth=depth, conv=conv))
+    source = perturbed(UViT(**TINY, depth=depth // 2 * 2 + 1, conv=conv))
     warm_start(uvit, source, F)
     x, t = torch.randn(3, *source.config.image_shape), torch.tensor([0, 3, 999])
     assert torch.equal(uvit(x, t), source(x, t))
@@ -43,7 +44,12 @@ def test_blocks_are_spread_evenly_and_keep_the_partner_of_their_skip(depth, kept
 
 
 def test_what_does_not_fit_changes_nothing():
-    for uvit, source in (networks(3, 5, embed_dim=64), networks(7, 5), networks(3, 5, num_heads=2)):
+    for uvit, source in (
+        networks(3, 5, embed_dim=64),
+        networks(7, 5),
+        networks(3, 5, num_heads=2),
+        networks(3, 5, conv=False),
+    ):
         before = {name: value.clone() for name, value in uvit.state_dict().items()}
         with pytest.raises(InputError, match=r"full\.pth"):
             warm_start(uvit, source, F)

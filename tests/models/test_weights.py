@@ -14,6 +14,7 @@ from common.errors import InputError
 from models import EarlyExitUViT, UViT, load_weights
 from models.weights import read_weights
 from tests.conftest import TINY, perturbed
+from training.checkpoint import read_checkpoint, step_of
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -149,7 +150,7 @@ def test_other_files_are_named(tmp_path):
         load_weights(uvit(), tmp_path / "none.pth")
     with pytest.raises(InputError, match="no such file"):
         load_weights(uvit(), tmp_path / "none.safetensors")
-    with pytest.raises(InputError, match=r"Is a directory"):
+    with pytest.raises(InputError, match="is a folder"):
         load_weights(uvit(), tmp_path)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="list"):
@@ -172,3 +173,169 @@ def test_a_byte_that_changed_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match="not what was written"):
         load_weights(model, path)
+
+
+def save(content: dict, path: Path) -> Path:
+    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "value, dtype",
+    [
+        *((value, torch.float32) for value in (float("nan"), float("inf"), float("-inf"))),
+        (float("nan"), torch.float16),
+        (1e300, torch.float64),  # infinite as soon as the network has it
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_not_finite_are_named(value, dtype, suffix, tmp_path):
+    weights = {name: tensor.clone() for name, tensor in uvit().state_dict().items()}
+    weights["mid_block.norm2.bias"] = weights["mid_block.norm2.bias"].to(dtype)
+    weights["mid_block.norm2.bias"][3] = value
+    network = uvit()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    path = save(weights, tmp_path / f"w{suffix}")
+    with pytest.raises(InputError, match=rf"w\{suffix}: mid_block\.norm2\.bias .*not finite"):
+        load_weights(network, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_of_a_checkpoint_the_weights_that_are_asked_for_must_be_finite(full, tmp_path):
+    content = torch.load(full, weights_only=True)
+    network = UViT(**content["config"]["model_params"])
+    for part, bad, good in (("ema", "ema", "raw"), ("model", "raw", "ema")):
+        changed = {**content, part: {**content[part], "norm.weight": torch.full((32,), torch.nan)}}
+        path = save(changed, tmp_path / f"{part}.pth")
+        load_weights(network, path, good)
+        with pytest.raises(InputError, match=r"norm\.weight .*not finite"):
+            load_weights(network, path, bad)
+        with pytest.raises(InputError, match=rf"{part}\.norm\.weight .*not finite"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_what_are_no_floating_point_numbers_are_named(dtype, tmp_path):
+    weights = uvit().state_dict()
+    weights["norm.weight"] = torch.ones(32, dtype=dtype)
+    with pytest.raises(InputError, match=rf"norm\.weight .*{str(dtype).removeprefix('torch.')}"):
+        load_weights(uvit(), save(weights, tmp_path / "w.pth"))
+
+
+def prefixed(prefix: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4}]}
+LAYOUTS = {
+    # what the file holds of two networks, and the entries that --weights ema and raw take
+    "DiT": (
+        lambda ema, raw: {"model": raw.state_dict(), "ema": ema.state_dict(), "opt": OPTIMIZER, "args": None},
+        *("ema", "model"),
+    ),
+    "EMA wrapper": (
+        lambda ema, raw: {
+            **prefixed("ema_model.", ema),
+            **prefixed("online_model.", raw),
+            **{"initted": torch.tensor(True), "step": torch.tensor(7)},
+        },
+        *("ema_model", "online_model"),
+    ),
+    "Lightning": (
+        lambda ema, raw: {
+            "epoch": 3,
+            "state_dict": prefixed("net.", raw) | prefixed("net_ema.module.", ema) | {"betas": torch.ones(4)},
+            "optimizer_states": [OPTIMIZER],
+        },
+        *("state_dict.net_ema", "state_dict.net"),
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_several_entries_the_one_that_fits_is_taken_and_named(layout, weights, tmp_path, caplog):
+    make, *entries = LAYOUTS[layout]
+    ema, raw, target = uvit(), uvit(), uvit()
+    path = save(make(ema, raw), tmp_path / "several.pth")
+    load_weights(target, path, weights)
+    assert same(target, ema if weights == "ema" else raw)
+    assert f"several.pth: its entry {entries[weights == 'raw']} fits the network" in caplog.text
+
+
+def test_an_entry_of_safetensors(tmp_path, caplog):
+    source, target = uvit(), uvit()
+    load_weights(target, save(prefixed("ema_model.module.", source), tmp_path / "w.safetensors"))
+    assert same(source, target) and "its entry ema_model " in caplog.text
+
+
+def test_where_there_are_raw_weights_alone_they_are_the_ones(tmp_path):
+    source, target = uvit(), uvit()
+    path = save({"state_dict": source.state_dict(), "epoch": 3}, tmp_path / "w.pth")
+    for weights in ("ema", "raw"):
+        load_weights(target, path, weights)
+        assert same(source, target)
+
+
+def test_averaged_weights_alone_are_not_raw_ones(tmp_path):
+    path = save({"ema": uvit().state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="averaged weights alone"):
+        load_weights(uvit(), path, "raw")
+
+
+def test_entries_that_fit_equally_well_are_named(tmp_path):
+    path = save({"student": uvit().state_dict(), "teacher": uvit().state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"several of its entries fit .*\(student, teacher\)"):
+        load_weights(uvit(), path)
+
+
+def test_where_no_entry_fits_they_are_all_named(tmp_path):
+    deeper = perturbed(UViT(**TINY, depth=5)).state_dict()
+    path = save({"model": {"x": torch.ones(1)}, "ema": deeper, "opt": OPTIMIZER, "args": None}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"do not fit .* unexpected .*in its entry ema; .*args, ema, model, opt"):
+        load_weights(uvit(), path)
+    with pytest.raises(InputError, match=r"no state dict of tensors; what is there is epoch, lr"):
+        load_weights(uvit(), save({"lr": 0.1, "epoch": 3}, tmp_path / "w.pth"))
+
+
+def test_entries_that_hold_one_another_stay_small(tmp_path):
+    item = {"a": torch.zeros(1)}
+    for _ in range(5):
+        item = {f"{n}": item for n in range(200)}
+    with pytest.raises(InputError, match="more than 200,000 names"):
+        load_weights(uvit(), save(item, tmp_path / "w.pth"))
+    item = {"a": torch.zeros(1)}
+    item["self"] = item
+    with pytest.raises(InputError, match=r"w\.pth"):
+        load_weights(uvit(), save(item, tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"format": "pt"},
+        {"step": "1.5e5"},
+        {"step": "9" * 10_000, "weights": "ema"},
+        {"config": "hidden_size: 64", "weights": "final"},
+        {"config": "[" * 100_000},
+        {"config": '{"architectures": ["UNet"], "model_params": {"depth": "deep"}}', "step": "abc"},
+    ],
+)
+def test_metadata_of_other_projects_is_not_read(about, tmp_path):
+    source, target = uvit(), uvit()
+    save_file(source.state_dict(), tmp_path / "w.safetensors", about)
+    assert read_weights(tmp_path / "w.safetensors")[1:4] == (None, "unknown", None)
+    load_weights(target, tmp_path / "w.safetensors", "raw")
+    assert same(source, target)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on Windows")
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_what_is_no_file_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: is a pipe or device"):
+        load_weights(uvit(), tmp_path / name)
+    assert step_of(tmp_path / name) is None
+    (tmp_path / "zero.pth").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"zero\.pth: is a pipe or device"):
+        load_weights(uvit(), tmp_path / "zero.pth")

@@ -99,10 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             writing += in_writing
             begun = any(folder.glob("[!.]*.pth"))
             (status,) = processes.finish(train(logs, name, *["--resume"] * begun))
-            ended = (
-                status == 0 or "leaves nothing to do" in (logs / f"{name}.txt").read_text()
-            )  # killed at the very end
-            different = differences(wanted, outcome(folder)) if ended else [f"status {status}"]
+            different = [f"status {status}"] if status else differences(wanted, outcome(folder))
             same += not different
             print(
                 f"kill {kill}: {'went on' if begun else 'began anew'}{', was writing a checkpoint' * in_writing}: "

@@ -106,6 +106,8 @@ def test_pieces_train_as_copies(logs, by_two):
     pieces = run(logs, "pieces", "--fsdp", "--grad_checkpointing", count=2, steps=10)
     for ours, theirs in zip(metrics(pieces), metrics(by_two), strict=False):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        # Adam does not tell a sum of the processes' gradients from their mean: the norm does.
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     ours, theirs = last(pieces), last(by_two)
     assert ours.keys() == theirs.keys()
     for part in ("model", "ema", "optimizer"):
@@ -241,5 +243,6 @@ class TestBadInput:
         """A run that is there already is found by process 0, which also writes."""
         argv = [*FLAGS, "--n_steps", 20, "--log_path", logs, "--exp_name", "alone"]
         assert processes.run("train", argv, logs / "again.txt", 2) == [2, 2]
-        said = (logs / "again.txt").read_text().splitlines()
-        assert said[0].startswith("train.py: ") and all("holds a run already" in line for line in said)
+        said = (logs / "again.txt").read_text()  # with torch 2.9, beside lines of gloo's own ("[Gloo] Rank 0 is ...")
+        assert said.count("train.py: ") == said.count("holds a run already") == 1, said
+        assert "Traceback" not in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 
 import pytest
 import torch
@@ -54,10 +55,49 @@ def early(logs):
 
 
 @pytest.fixture(scope="module")
+def plain(logs):
+    """Without the last convolution."""
+    return train(logs, "--no-conv", name="plain") / LAST
+
+
+@pytest.fixture(scope="module")
 def late(logs, full):
     """A full network, trained on all timesteps, then on t <= 9."""
     flags = ["--t_max", 9, "--depth", 5, "--load_checkpoint_path", full]
     return train(logs, *flags, name="late", steps=8) / LAST
+
+
+class TestWithoutTheConvolution:
+    """A network without the last convolution says so, wherever it goes."""
+
+    def test_it_travels(self, plain, tmp_path):
+        exported = tmp_path / "exported.safetensors"
+        checkpoint_script.main(["export", str(plain), str(exported)])
+        for file in (plain, exported):
+            network = load_network(file, {}, model="uvit")
+            assert network.config.model_params.conv is False
+            assert not any("final_layer" in name for name in network.module.state_dict())
+        network = load_network(plain, {"model_params": {"conv": False}}, model="uvit")
+        assert not network.config.model_params.conv
+
+    def test_it_goes_on_as_one_that_was_never_stopped(self, plain, logs):
+        broken = train(logs, "--no-conv", name="broken", steps=2)
+        train(logs, "--no-conv", "--resume", name="broken")
+        assert same_state(checkpoint(broken), checkpoint(plain.parent))
+
+    def test_a_contradiction_is_named(self, plain, full, tmp_path, fails):
+        for file, depth, conv, words in ((plain, 3, True, "(False and True)"), (full, 5, False, "(True and False)")):
+            (tmp_path / "net.yaml").write_text(yaml.safe_dump({"model_params": TINY | {"depth": depth, "conv": conv}}))
+            argv = ["--checkpoint_path", file, "--config_path", tmp_path / "net.yaml"]
+            fails(sampler.main, [*argv, "--output_folder", tmp_path / "s"], f"conv {words}")
+
+    def test_it_takes_turns_with_one_that_has_it(self, plain, full, tmp_path):
+        argv = ["--checkpoint_path", plain, "--checkpoint_path_late", full, "--t_switch", 9, "--n_samples", 2]
+        sampler.main([*map(str, argv), "--quiet", "--device", "cpu", "--output_folder", str(tmp_path / "s")])
+        recorded = json.loads((tmp_path / "s" / "report" / "run.json").read_text())["networks"]
+        assert [network["model_params"].get("conv") for network in recorded] == [False, None], (
+            "as before where it is so"
+        )
 
 
 class TestRange:
@@ -82,6 +122,7 @@ class TestRange:
 
     def test_checkpoints_of_before_know_every_timestep(self, full, tmp_path, fails):
         content = torch.load(full, weights_only=True)
+        assert "conv" not in content["config"]["model_params"], "another description than before"
         for key in ("t_min", "t_max"):
             content["config"].pop(key)
         for key in ("distill_weight", "distill_from_sha256"):
@@ -90,7 +131,10 @@ class TestRange:
         torch.save(content, tmp_path / "run" / LAST)
         argv = [*ANY, "--depth", 5, "--n_steps", 6, "--log_path", tmp_path, "--exp_name", "run", "--resume"]
         fails(train_script.main, [*argv, "--t_min", 3], "t_min (0 and 3)")
-        fails(train_script.main, [*argv, "--distill_from", full], "distill_weight (None and 1.0)")
+        fails(train_script.main, [*argv, "--no-conv"], "conv (True and False)")
+        elsewhere = [*argv[:-3], "--exp_name", "new", "--no-conv", "--load_checkpoint_path", tmp_path / "run" / LAST]
+        fails(train_script.main, elsewhere, "conv (True and False)")
+        fails(train_script.main, [*argv, "--distill_from", full], "distill_weight (none and 1.0)")
         train_script.main([*map(str, argv)])
 
     def test_a_yaml_file_may_state_it(self, early, tmp_path, fails, drawn):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 
 import sampler as sampler_script
 import train as train_script
+from common.errors import WriteError
 from tests import processes
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 from tests.stress import kill_training
@@ -63,6 +65,22 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def small_disk():
+    """Within the block files cannot grow beyond so many bytes; that fails as on a full disk, at the same place."""
+
+    @contextlib.contextmanager
+    def limit(size: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
+
+
+@pytest.fixture
 def run(unbroken, tmp_path) -> Path:
     return Path(shutil.copytree(unbroken, tmp_path / "run"))
 
@@ -74,14 +92,15 @@ def test_killed_at_random_moments(capfd):
 
 class TestStopping:
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-    @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize("number, status", [(15, 143), (2, 130), (1, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1)])
     def test_a_signal_ends_the_run_after_its_step(self, number, status, unbroken, tmp_path, fails):
         """It reaches the processes that load images as well, as from a terminal or a queue."""
         argv = argv_of(tmp_path, "--num_workers", 1, steps=2000)
         (process,) = processes.start("train", argv, tmp_path / "said.txt")
         log = tmp_path / "run" / "metrics.jsonl"
         processes.wait_for(lambda: log.exists() and log.read_text(), "the first log")
-        fails(train_script.main, [*argv, "--resume"], "another training is at work there")
+        busy = f"another training is at work there (process {process.pid} on "
+        fails(train_script.main, [*argv, "--resume"], busy)
         for pid in [*processes.children(process.pid), process.pid]:
             os.kill(pid, number)
         assert processes.finish([process]) == [status]
@@ -184,20 +203,39 @@ class TestCheckpoints:
         train(run.parent, "--resume", steps=9)
         assert not any(path.exists() for path in left) and (run / ".notes").exists()
 
-    def test_a_full_disk(self, unbroken, tmp_path, fails):
-        """A limit on the size of files stands for it: the same error, at the same place."""
+    def test_a_full_disk(self, unbroken, tmp_path, fails, small_disk):
         run = train(tmp_path, steps=4)
         before = (run / LAST).read_bytes()
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-            fails(train_script.main, argv_of(tmp_path, "--resume"), "step 8", LAST, "File too large", "--resume")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with small_disk(len(before) // 2):
+            said = fails(train_script.main, argv_of(tmp_path, "--resume"), "step 8", LAST, "File too large")
+        assert f"the newest checkpoint is {run / LAST}: make room, then go on with: python" in said
+        assert said.endswith("--resume\n")
         assert (run / LAST).read_bytes() == before
         assert [path.name for path in run.glob(".*")] == [".lock"]
         train(tmp_path, "--resume")
         assert not differences(state(run), state(unbroken))
+
+    @pytest.mark.parametrize("size, step, file", [(10_000, 8, LAST), (200, 4, "metrics.jsonl")])
+    def test_a_full_disk_before_the_first_checkpoint(self, size, step, file, unbroken, tmp_path, fails, small_disk):
+        with small_disk(size):
+            said = fails(train_script.main, argv_of(tmp_path), f"step {step}: {tmp_path / 'run' / file}", "disk at /")
+        assert said.endswith("there is no checkpoint yet: make room, then give the same command again\n")
+        run = train(tmp_path)
+        assert not differences(state(run), state(unbroken))
+        assert [line["step"] for line in metrics(run)] == [4, 8]
+
+    def test_a_disk_that_takes_one_checkpoint_of_two(self, tmp_path, fails, monkeypatch):
+        """The one that stays is written first."""
+        write = loop.write_checkpoint
+
+        def write_checkpoint(path, content):
+            if path.name == LAST and content["step"] == 4:
+                raise WriteError(path, errno.ENOSPC)
+            write(path, content)
+
+        monkeypatch.setattr(loop, "write_checkpoint", write_checkpoint)
+        said = fails(train_script.main, argv_of(tmp_path, "--save_new_every_n_steps", 2), "step 4", LAST)
+        assert f"the newest checkpoint is {tmp_path / 'run' / 'digits_uvit_step-4.pth'}" in said
 
 
 class TestBadSteps:
@@ -301,6 +339,12 @@ class TestExport:
             run_quietly(sampler_script.main, ["--checkpoint_path", path, *flags, "--output_folder", tmp_path / name])
         for image in ("000000.png", "000001.png"):
             assert (tmp_path / "pth" / image).read_bytes() == (tmp_path / "safetensors" / image).read_bytes()
+
+    def test_a_full_disk(self, full, tmp_path, fails, small_disk):
+        out = tmp_path / "weights.safetensors"
+        with small_disk(20_000):
+            fails(checkpoint_module.main, ["export", full, out], str(out), "File too large", "the same command again")
+        assert not any(tmp_path.iterdir())
 
     def test_raw_weights_are_not_made_up(self, full, tmp_path, run_quietly, fails):
         run_quietly(checkpoint_module.main, ["export", full, tmp_path / "w.safetensors"])

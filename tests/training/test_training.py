@@ -15,7 +15,9 @@ import main as main_script
 import train as train_script
 from data import pack
 from models import UViT
+from tests import processes
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
+from training import loop
 from training.loop import learning_rate
 
 FLAGS = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", "3"]
@@ -232,6 +234,80 @@ def test_learning_rate():
     assert learning_rate(109, Args) == 2.0
 
 
+@pytest.mark.parametrize("steps, warmup, said", [(3, [], True), (3, [4], True), (3, [3], False), (4, [3], False)])
+def test_a_warm_up_longer_than_the_run_is_noted(steps, warmup, said, tmp_path, caplog, monkeypatch):
+    """The default is 1500. Whether one is longer is seen by the highest learning rate there was."""
+    rates = []
+
+    def recorded(step, args):
+        rates.append(learning_rate(step, args))
+        return rates[-1]
+
+    monkeypatch.setattr(loop, "learning_rate", recorded)
+    plain = [word for word in TRAINING_FLAGS if word not in ("--num_warmup_steps", "2")]
+    argv = [*TINY_FLAGS, *plain, "--depth", 1, "--n_steps", steps, "--log_path", tmp_path, "--lr", 0.5]
+    train_script.main([str(word) for word in [*argv, *(["--num_warmup_steps", *warmup] if warmup else [])]])
+    assert (max(rates) < 0.5) == said
+    noted = [f"--num_warmup_steps {(warmup or [1500])[0]} is more than --n_steps 3: the learning rate never reaches"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == said and all(message.startswith(*noted) for message in messages)
+
+
+class TestFinished:
+    """A queue may give the command of a run that is finished once more."""
+
+    @pytest.fixture
+    def finished(self, runs, tmp_path):
+        shutil.copytree(runs / "shallow", tmp_path / "shallow")
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 4, "--depth", 1, "--log_path", tmp_path, "--resume"]
+        return tmp_path / "shallow", [*argv, "--exp_name", "shallow"]
+
+    @staticmethod
+    def state(folder):
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    @pytest.mark.parametrize("script, flags", [(train_script, []), (main_script, ["--model", "uvit"])])
+    def test_it_is_said_and_nothing_changes(self, script, flags, finished, run_quietly, caplog):
+        folder, argv = finished
+        before = self.state(folder)
+        said = run_quietly(script.main, [*argv, *flags])
+        assert said == f"finished already: {folder / 'digits_uvit_last.pth'} is at step 4 of 4\n"
+        assert self.state(folder) == before and not caplog.records
+
+    def test_all_processes_end_well(self, finished):
+        folder, argv = finished
+        output = folder.parent / "said.txt"
+        assert processes.run("train", argv, output, processes=2) == [0, 0]
+        assert output.read_text().count("finished already") == 1
+
+    def test_early_exit(self, runs, tmp_path, run_quietly):
+        shutil.copytree(runs / "ee", tmp_path / "ee")
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 4, "--depth", 5, "--log_path", tmp_path, "--exp_name", "ee"]
+        argv += ["--model", "deediff_uvit", "--classifier_type", "mlp_probe_per_layer", "--freeze_backbone"]
+        argv += ["--load_backbone", runs / "full" / "digits_uvit_last.pth", "--resume"]
+        assert "finished already" in run_quietly(main_script.main, argv)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_another_number_of_steps_is_one_statement(schedule, tmp_path, caplog):
+    """By what a run of the first steps leaves: under cosine the same step learns at another rate."""
+    flags = ["--lr_schedule", schedule, "--log_every_n_steps", 1, "--save_new_every_n_steps", 1]
+    train(tmp_path, *flags, steps=4)
+    train(tmp_path, *flags, steps=6, name="long")
+    train(tmp_path, *flags, "--resume", "--keep_last", 9, steps=6)
+    one, other = (checkpoint(tmp_path / name, "digits_uvit_step-4.pth") for name in ("run", "long"))
+    messages = [record.getMessage() for record in caplog.records]
+    noted = [message for message in messages if "leave the result as it is" in message]
+    assert len(noted) == 1 and "keep_last (none and 9)" in noted[0]
+    if schedule == "constant":
+        assert same_state(one, other)
+        assert messages == noted and "n_steps (4 and 6)" in noted[0]
+    else:
+        assert not same(one["model"], other["model"])
+        assert "n_steps" not in noted[0].replace("log_every_n_steps", "").replace("save_new_every_n_steps", "")
+        assert sorted(messages) == sorted([*noted, "the learning rate now falls to 0 at step 6, not 4"])
+
+
 class TestBadInput:
     def test_a_run_is_never_overwritten(self, runs, fails):
         argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 4, "--log_path", runs, "--exp_name", "full"]
@@ -255,9 +331,11 @@ class TestBadInput:
         assert "passed over" in caplog.text and "digits_uvit_last.pth" in caplog.text
         assert checkpoint(tmp_path / "run")["step"] == 6
 
-    def test_nothing_left_to_do(self, runs, fails):
-        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 4, "--log_path", runs, "--exp_name", "full", "--resume"]
-        fails(train_script.main, [*argv, "--depth", 5], "step 4 already")
+    def test_nothing_left_to_do(self, runs, tmp_path, fails):
+        argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", 5, "--exp_name", "full"]
+        fails(train_script.main, [*argv, "--log_path", runs, "--n_steps", 3, "--resume"], "step 4 already")
+        start = ["--load_checkpoint_path", runs / "full" / "digits_uvit_last.pth"]
+        fails(train_script.main, [*argv, "--log_path", tmp_path, "--n_steps", 4, *start], "step 4 already")
 
     @pytest.mark.parametrize(
         "flags, words",
@@ -326,7 +404,7 @@ class TestBadInput:
         argv = [*FLAGS, "--n_steps", 2, "--log_path", tmp_path / "file"]
         fails(train_script.main, argv, "file")
 
-    def test_weights_that_are_not_finite_are_not_saved(self, tmp_path, fails):
-        argv = [*FLAGS, "--n_steps", 8, "--lr", 1e39, "--log_path", tmp_path, "--num_warmup_steps", 0]
-        fails(train_script.main, argv, "not finite", "diverged")
+    def test_weights_that_are_not_finite_are_not_saved(self, tmp_path, fails, monkeypatch):
+        monkeypatch.setattr(loop, "learning_rate", lambda step, args: 1e39)
+        fails(train_script.main, [*FLAGS, "--n_steps", 8, "--log_path", tmp_path], "not finite", "diverged")
         assert not list(tmp_path.rglob("*.pth"))

@@ -1,0 +1,243 @@
+"""The one way to read an image file: upright, opaque, 8 bits. Whatever reads images comes here."""
+
+from __future__ import annotations
+
+import errno
+import io
+import re
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from common.files import check_regular
+
+T = TypeVar("T")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of TIFF; the last one is of EXIF too
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks that the pixels need
+MOST_OF_16_BITS, MOST_OF_FEW_BITS = 65535, {"L;2": 3, "L;4": 15}
+DEEP_COLOUR = re.compile(
+    r"((?:RGB|RGBA|RGBX|CMYK);16)([BLN])"
+)  # a layout in Pillow's words, and the order of its bytes
+
+
+class BrokenImage(ValueError):
+    """A file that is no image, or not a whole one. The message says why, in the same words every time."""
+
+
+def read_image(file: Path | BinaryIO) -> Image.Image:
+    """An image file as it is looked at: upright, opaque, 8 bits; of mode L, or RGB where `in_chans_of` says 3.
+
+    What is transparent lies on white. 16 bits are divided by 257 and rounded. Of several frames it is the first.
+    Only the usual formats are tried, since decoders of others start programs, and within Pillow's limit of pixels.
+
+    file: a path, or a stream that can seek. Raises BrokenImage; OSError where the disk or the permissions fail.
+    """
+    return _with_opened(file, _as_looked_at)
+
+
+def in_chans_of(file: Path | BinaryIO) -> int:
+    """3 for an image in colour, 1 for a grey one, by its header: no pixels are decoded. Raises what `read_image` does.
+
+    Grey that was saved as RGB is colour. A palette is in colour if any of its entries is.
+    """
+    return _with_opened(file, lambda image: 3 if _has_colour(image) else 1)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Whatever a decoder raises in the block comes out as BrokenImage: it meets any bytes there are.
+
+    What is not the file's fault passes: a disk or permissions that fail, want of memory.
+    """
+    try:
+        yield
+    except (BrokenImage, MemoryError):
+        raise
+    except UnidentifiedImageError:  # its own words hold an address in memory
+        raise BrokenImage("not readable as an image") from None
+    except Exception as error:
+        # EINVAL is a seek to where a damaged header points.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise BrokenImage(f"the image is broken ({why:.200})") from None
+
+
+def _with_opened(file: Path | BinaryIO, work: Callable[[Image.Image], T]) -> T:
+    """What `work` makes of the image in a file, none of whose pixels are decoded yet."""
+    if isinstance(file, Path):
+        with decoding():
+            check_regular(file)
+        with file.open("rb") as stream:
+            return _with_opened(stream, work)
+    try:
+        return _attempt(file, work)
+    except BrokenImage:
+        if (bare := _bare_png(file)) is None:
+            raise
+    return _attempt(bare, work)
+
+
+def _attempt(stream: BinaryIO, work: Callable[[Image.Image], T]) -> T:
+    stream.seek(0)
+    with decoding(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of damaged metadata, which name no file
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(stream, formats=FORMATS) as image:
+            return work(image)
+
+
+def _bare_png(stream: BinaryIO) -> BinaryIO | None:
+    """A PNG without its texts and profiles, of which Pillow takes only so much; None for another file.
+
+    The image is whole whatever their size or damage. EXIF that is whole stays, for the orientation in it.
+    """
+    stream.seek(0)
+    if stream.read(8) != PNG_SIGNATURE:
+        return None
+    bare = io.BytesIO()
+    bare.write(PNG_SIGNATURE)
+    while len(header := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if kind not in (*PNG_PIXELS, b"eXIf"):
+            stream.seek(length + 4, io.SEEK_CUR)
+            continue
+        content, checksum = stream.read(length), stream.read(4)
+        if kind in PNG_PIXELS or zlib.crc32(kind + content).to_bytes(4, "big") == checksum:
+            bare.write(header + content + checksum)
+    return bare
+
+
+def _as_looked_at(image: Image.Image) -> Image.Image:
+    mode = "RGB" if _has_colour(image) else "L"
+    flat = _opaque(image).convert(mode)
+    turn = None if image.format == "TIFF" else TURNS.get(_orientation(image))  # Pillow turns TIFFs as it loads them
+    return flat if turn is None else flat.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The one tag, so that damage to others does not matter; None where it cannot be read."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except Exception:  # EXIF may be any bytes
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _has_colour(image: Image.Image) -> bool:
+    if image.mode in ("P", "PA"):
+        one = Image.new("P", (1, 1))
+        one.putpalette(image.palette)
+        colours = np.array(one.getpalette("RGB")).reshape(-1, 3)
+        return bool((colours != colours[:, :1]).any())
+    grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+    return not grey and _layout(image) != "LA;16B"
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """8 bits, on white, in any colour space."""
+    key = None if image.mode in ("P", "PA") else image.info.get("transparency")  # one transparent colour
+    deep = _pixels_of_16_bits(image)
+    if deep is not None:
+        return _opaque_of_16_bits(deep, image.mode, key)
+    if image.mode in ("I", "F"):
+        raise BrokenImage(f"its pixels (mode {image.mode} of Pillow) have no known range; wanted 8 or 16 bits")
+    if key is not None:
+        most = MOST_OF_FEW_BITS.get(_layout(image))  # the colour is in the file's few bits, the pixels are in 8
+        pixels = np.array(image.convert("L") if image.mode == "1" else image)
+        pixels[_equal(pixels, key * 255 // most if most else key)] = 255
+        return Image.fromarray(pixels)
+    image.load()
+    if image.mode in ("La", "RGBa"):  # multiplied by alpha
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image
+
+
+def _opaque_of_16_bits(pixels: np.ndarray, mode: str, key: int | tuple[int, ...] | None) -> Image.Image:
+    """pixels: (H, W), (H, W, 3), of CMYK or RGBX, or with alpha: (H, W, 2), (H, W, 4). Rounded once, at the end."""
+    pixels = pixels.astype(np.uint64)
+    if mode == "RGBX":  # as some releases of Pillow call colours beside an unused channel
+        pixels = pixels[..., :3]
+    if pixels.shape[2:] == (2,) or mode == "RGBA":
+        alpha = pixels[..., -1:]
+        pixels = pixels[..., :-1] * alpha + MOST_OF_16_BITS * (MOST_OF_16_BITS - alpha)
+        most = MOST_OF_16_BITS**2
+    else:
+        most = MOST_OF_16_BITS
+        if key is not None:
+            pixels[_equal(pixels, key)] = most
+    content = ((pixels * 255 + most // 2) // most).astype(np.uint8).tobytes()
+    size = pixels.shape[1::-1]
+    return Image.frombytes("CMYK" if mode == "CMYK" else "L" if pixels[0, 0].size == 1 else "RGB", size, content)
+
+
+def _equal(pixels: np.ndarray, colour: int | tuple[int, ...]) -> np.ndarray:
+    """(H, W) bool."""
+    return (pixels == np.asarray(colour)).reshape(*pixels.shape[:2], -1).all(axis=-1)
+
+
+def _pixels_of_16_bits(image: Image.Image) -> np.ndarray | None:
+    """(H, W) or (H, W, C) in 0..65535 of an image of more than 8 bits; None of 8 bits or of no known range.
+
+    Pillow keeps 16 bits of grey alone. Of colours it keeps the high bytes: the low ones come from a second reading,
+    as if the file had its bytes in the other order.
+    """
+    layout, stream = _layout(image), image.fp
+    if image.format == "TIFF" and len(layout) == 1 and max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8:
+        raise BrokenImage("its colours of 16 bits lie in separate planes; wanted them pixel by pixel")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.uint64)
+        if image.format == "TIFF":
+            most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # there are 12 bits too
+            grey = (grey * MOST_OF_16_BITS + most // 2) // most
+            if image.tag_v2.get(PHOTOMETRIC) == 0:  # 0 is white
+                grey = MOST_OF_16_BITS - grey
+        return grey
+    if layout == "LA;16B":  # four bytes, as many as RGBA has
+        both = np.asarray(_laid_out(image, "RGBA")).astype(np.uint32)
+        return both[..., 0::2] * 256 + both[..., 1::2]
+    if deep := DEEP_COLOUR.fullmatch(layout):
+        order = deep[2] if deep[2] != "N" else sys.byteorder[0].upper()
+        high = np.asarray(image).astype(np.uint32)
+        stream.seek(0)
+        with Image.open(stream, formats=FORMATS) as again:
+            return high * 256 + np.asarray(_laid_out(again, deep[1] + {"B": "L", "L": "B"}[order]))
+    return None
+
+
+def _layout(image: Image.Image) -> str:
+    """How the pixels lie in the file, in Pillow's words ("rawmode")."""
+    about = image.tile[0][3] if image.tile else ""
+    return str(about[0] if isinstance(about, tuple) else about)
+
+
+def _laid_out(image: Image.Image, layout: str) -> Image.Image:
+    """The image with its pixels taken to lie otherwise in the file."""
+    image.tile = [
+        (decoder, extents, offset, (layout, *about[1:]) if isinstance(about, tuple) else layout)
+        for decoder, extents, offset, about in image.tile
+    ]
+    return image

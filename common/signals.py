@@ -1,0 +1,74 @@
+"""Signals that ask a process to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+# Of a service that ends, a terminal that goes away, a queue whose time is nearly up. Windows has the first alone.
+ASKING_TO_END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+SAME_WISH = 1.0  # seconds within which another signal is of the same wish: a terminal and a launcher may both send one
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end, as Ctrl-C does by KeyboardInterrupt."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def status_of(interrupt: KeyboardInterrupt) -> int:
+    """What a script ends with: 128 + the signal, as shells have it."""
+    return 128 + getattr(interrupt, "number", signal.SIGINT)
+
+
+@contextmanager
+def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Within the block the handler is called on the signals, but for those that are ignored, as under nohup.
+
+    Only the main thread may set handlers; in any other nothing changes. Neither does it for a signal that something
+    outside Python handles.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def interrupting() -> Callable[[int, object], None]:
+    """A handler that raises Stopped, or KeyboardInterrupt for Ctrl-C; once for signals that follow each other closely.
+
+    What is cleaned up after the first is not disturbed by the second. A process that was forked meanwhile ends at once.
+    """
+    process, last = os.getpid(), -SAME_WISH
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal last
+        if os.getpid() != process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if time.monotonic() < last + SAME_WISH:
+            return
+        last = time.monotonic()
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+    return handler
+
+
+def ignore(numbers: Iterable[int]) -> None:
+    """From now on, for the last steps of a process."""
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,92 @@
+"""Processes that read and decode images beside this one: room for them, how they start, how they end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+
+from common.errors import InputError
+from common.signals import ASKING_TO_END
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+SPARE_FILES = 16  # that this process opens meanwhile for other ends
+ENDING = {signal.SIGINT, *ASKING_TO_END}
+
+
+def check_open_files(num_workers: int, per_worker: int) -> None:
+    """Raises InputError where this process may not open `per_worker` files for each of its workers.
+
+    The limit is raised first, as far as the system allows. Without room, processes would wait for each other for ever.
+    """
+    wanted = num_workers * per_worker + SPARE_FILES
+    if num_workers == 0 or _can_open(wanted) == wanted:
+        return
+    limit = ""
+    if resource is not None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = soft + wanted if hard == resource.RLIM_INFINITY else min(soft + wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        limit = f" of {most} (ulimit -n)"
+    if (possible := _can_open(wanted)) < wanted:
+        fewer = max(0, (possible - SPARE_FILES) // per_worker)
+        raise InputError(
+            f"--num_workers {num_workers} takes {wanted} more open files, and the limit{limit} leaves {possible}; "
+            f"raise it, or give --num_workers {fewer}"
+        )
+
+
+def _can_open(wanted: int) -> int:
+    """How many more files this process can have open, `wanted` at most."""
+    with ExitStack() as opened:
+        for count in range(wanted):
+            try:
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                return count
+    return wanted
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Processes that are started in the block meet no Ctrl-C, nor another signal that asks for an end, before they
+    call `end_with_parent`: the handlers that they inherit are not for them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """In a process of a pool: leave Ctrl-C to the parent, and end when it does.
+
+    It would wait for ever for the next task of a parent that was killed.
+    """
+    for number in ENDING:
+        if callable(signal.getsignal(number)):  # not what is ignored on purpose, as nohup does
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    wait([parent_process().sentinel])
+    os._exit(1)

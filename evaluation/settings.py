@@ -1,0 +1,107 @@
+"""The settings of fid.py. No torch in here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import InputError
+from common.options import MOST_BATCH, MachineSettings
+from common.settings import Checked, option, section
+from data import CROPS, DATASETS
+
+METRICS = ("fid", "kid", "is", "prc")
+
+
+def metrics(text: str) -> tuple[str, ...]:
+    """An argparse type: comma-separated METRICS, each once."""
+    chosen = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in chosen if name not in METRICS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(METRICS)}")
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSettings(Checked):
+    """The real images."""
+
+    dataset: str | None = option(None, "score against its whole training set", choices=tuple(DATASETS))
+    data_path: Path | None = option(None, "where the dataset lies", exists="path")
+    crop: str | None = option(None, "of the dataset (default: that of the samples' network)", choices=CROPS)
+    download: bool = option(False, "fetch the dataset first, if it is not there")
+    reference: Path | None = option(
+        None,
+        "score against a folder of images, or an .npz with mu and sigma, or with images in arr_0",
+        exists="path",
+    )
+    n_reference: int | None = option(
+        None,
+        "only so many real images, evenly spaced, less those that are broken (default: all)",
+        least=2,
+        most=10_000_000,
+    )
+    cache_dir: Path | None = option(None, "statistics of datasets are kept here (default: ~/.cache/duodiff)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset and self.reference:
+            raise InputError("--dataset and --reference are two sets of real images; give one of them")
+        for name in ("data_path", "crop", "download"):
+            if getattr(self, name) and not self.dataset:
+                raise InputError(f"--{name} needs --dataset")
+        if self.dataset and self.cache_dir is None:
+            object.__setattr__(self, "cache_dir", default_cache())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings(Checked):
+    """Settings of fid.py."""
+
+    samples_path: Path = option(
+        help="folder of images, as sampler.py writes it, or an .npz with arr_0, uint8 (N, H, W, 3), whose scores go to "
+        "<name>_report/ beside it",
+        exists="path",
+    )
+    real: ReferenceSettings = section("real images", ReferenceSettings())
+    metrics: tuple[str, ...] = option(("fid",), "comma-separated", parse=metrics, metavar="fid,kid,is,prc")
+    feature_extractor: str = option("inception", "inception, or a TorchScript file: uint8 (N, C, H, W) -> (N, D)")
+    feature_extractor_weights: Path | None = option(None, "of inception (default: downloaded once)", exists="file")
+    save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, a --reference for later")
+    batch_size: int = option(64, "images in a call", least=1, most=MOST_BATCH)
+    machine: MachineSettings = section("machine", MachineSettings())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.samples_path.is_dir() and self.samples_path.suffix != ".npz":
+            raise InputError(f"--samples_path {self.samples_path}: wanted a folder of images, or an .npz")
+        if self.save_stats is not None:
+            self._check_save_stats(self.save_stats)
+        elif not (self.real.dataset or self.real.reference):
+            raise InputError("give --dataset or --reference to score against")
+        if self.feature_extractor != "inception":
+            self._check_own_extractor()
+
+    def _check_save_stats(self, path: Path) -> None:
+        if path.is_dir():
+            raise InputError(f"--save_stats {path}: is a folder; name a file, such as {path / 'stats.npz'}")
+        for name, read in (("samples_path", self.samples_path), ("reference", self.real.reference)):
+            if path.exists() and read is not None and read.samefile(path):
+                raise InputError(f"--save_stats {path}: would replace --{name}; name another file")
+
+    def _check_own_extractor(self) -> None:
+        if not Path(self.feature_extractor).is_file():
+            raise InputError(f"--feature_extractor {self.feature_extractor}: no such file (or give inception)")
+        if self.feature_extractor_weights:
+            raise InputError("--feature_extractor_weights belongs to --feature_extractor inception")
+        if "is" in self.metrics:
+            raise InputError("--metrics is: the Inception score needs --feature_extractor inception")
+
+
+def default_cache() -> Path:
+    """Raises InputError for a user without a home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duodiff"
+    except RuntimeError:  # HOME is not set, and the user has no entry that names one
+        raise InputError("there is no home folder to keep the statistics of the dataset in; give --cache_dir") from None

@@ -1,0 +1,110 @@
+"""Signals and Ctrl-C end a script in one line; a signal that is ignored does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from common.errors import command
+from common.signals import ASKING_TO_END, on_signals
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="no such signals")
+
+LINES = {
+    signal.SIGTERM: "script.py: stopped (SIGTERM)\n",
+    signal.SIGHUP: "script.py: stopped (SIGHUP)\n",
+    signal.SIGUSR1: "script.py: stopped (SIGUSR1)\n",
+    signal.SIGINT: "script.py: interrupted\n",
+}
+
+
+def begun(run) -> None:
+    assert run.stdout.readline() == "begun\n"
+
+
+@pytest.mark.parametrize("number", LINES, ids=lambda number: number.name)
+def test_one_line(number, script, start):
+    run = start(script("print('begun', flush=True)", "time.sleep(60)"))
+    begun(run)
+    run.send_signal(number)
+    assert run.communicate()[1] == LINES[number]
+    assert run.returncode == 128 + number
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("caught", [True, False])
+def test_a_second_one_disturbs_nothing(second, caught, script, start):
+    """While what was begun is cleaned up, and while the interpreter ends."""
+    lines = ["try:", "    time.sleep(60)", "finally:", "    time.sleep(0.2); print('cleaned up', flush=True)"]
+    if caught:  # a script's own last words
+        lines = ["try:", "    time.sleep(60)", "except KeyboardInterrupt:", "    raise SystemExit(130) from None"]
+    run = start(
+        script("import atexit", "atexit.register(time.sleep, 0.3)", "print('begun', flush=True)", *lines),
+    )
+    begun(run)
+    run.send_signal(signal.SIGINT)
+    for _ in range(20):
+        time.sleep(0.02)
+        if run.poll() is None:
+            run.send_signal(second)
+    said, errors = run.communicate()
+    assert (run.returncode, errors) == (130, "" if caught else LINES[signal.SIGINT])
+    assert said == ("" if caught else "cleaned up\n")
+
+
+def test_an_ignored_one_is_left_alone(script, start):
+    """As under nohup."""
+    words = script("print('begun', flush=True)", "sys.stdin.readline()", "print('finished')")
+    run = start(words, stdin=-1, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    begun(run)
+    run.send_signal(signal.SIGHUP)
+    time.sleep(0.1)
+    assert run.communicate("\n") == ("finished\n", "") and run.returncode == 0
+
+
+def test_a_forked_process_ends_as_if_there_were_no_handler(script, start):
+    run = start(
+        script(
+            "child = os.fork()",
+            "if child == 0:",
+            "    time.sleep(60)",
+            "time.sleep(0.1)",
+            "os.kill(child, 15)",
+            "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))",
+        )
+    )
+    assert run.communicate() == ("-15\n", "")
+
+
+def test_handlers_are_put_back():
+    numbers = (*ASKING_TO_END, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    within = []
+
+    @command
+    def main(argv=None):
+        within.extend(signal.getsignal(number) for number in numbers)
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert not set(within) & set(before) and [signal.getsignal(number) for number in numbers] == before
+
+
+def test_only_the_main_thread_sets_handlers():
+    before, within = signal.getsignal(signal.SIGTERM), []
+
+    @command
+    def main(argv=None):
+        with on_signals([signal.SIGTERM], lambda *_: None):
+            within.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    thread.join()
+    assert within == [before]

@@ -206,7 +206,7 @@ def name_idle(plan: Plan, networks: Sequence[Network], stages: Sequence[Stage]) 
     for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
         if not stage.timesteps:
             log.warning(
-                "%s leaves the %s network (stage %d, %s) nothing to do: none of the run's %d timesteps, t = %d..%d, is its",
+                "%s leaves the %s network (stage %d, %s) nothing to do: it has none of the %d timesteps, t = %d..%d",
                 *(plan.source, plan.names[planned.network], n, networks[planned.network].path),
                 *(len(visited), visited[0], visited[-1]),
             )

@@ -194,8 +194,8 @@ def check_fit(model: nn.Module, read: Weights, source: str | Path, weights: str 
     chosen = averaged or others if weights == "ema" else others or averaged
     if len(chosen) > 1:
         raise InputError(
-            f"{source}: several of its entries fit the network ({_shortened(sorted(chosen))}); save the one you mean as "
-            "a file of its own"
+            f"{source}: several of its entries fit the network ({_shortened(sorted(chosen))}); save the one you mean "
+            "as a file of its own"
         )
     entry, kind = chosen[0], read.kind
     if kind == "unknown" and averaged:

@@ -15,6 +15,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,6 +243,18 @@ class RunRecord:
             # Known before the first image is: a run that was stopped is not taken for a whole one.
             (self.report / "metrics.json").unlink(missing_ok=True)
             write_json(self.report / "statistics.json", {"n_samples": n_samples})
+
+    def forget(self) -> None:
+        """Remove what `begin` wrote, if no sample was made: what is refused leaves nothing. A calibration stays."""
+        if any(self.batches.iterdir()):
+            return
+        self._lock.__exit__(None, None, None)  # it cannot be removed everywhere while it is open
+        for name in ("run.json", "statistics.json", ".lock"):
+            (self.report / name).unlink(missing_ok=True)
+        for name in ("batches", "frames"):
+            shutil.rmtree(self.report / name, ignore_errors=True)
+        with suppress(OSError):  # where something is left
+            self.report.rmdir()
 
     def add(self, batch: Batch) -> None:
         path = self.batches / f"{batch.indices.start:06d}-{batch.indices.stop - 1:06d}.npz"

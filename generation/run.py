@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.config import Config
 from common.devices import DTYPES, Stopwatch, check_compiler, pick_precision
-from common.distributed import barrier, is_main, on_main, share
+from common.distributed import barrier, is_main, on_main, share, world_size
 from common.errors import InputError, WriteError
 from common.files import write_json
 from common.images import enlarge, read_png, save_grid, save_png, to_uint8
@@ -160,8 +160,13 @@ class SamplingRun:
         mine = share(self.to_do)
         total = len(mine) * len(self.timesteps)
         with going_on_later(), tqdm(total=total, unit="step", disable=True if self.args.quiet else None) as bar:
-            for indices in mine:
-                self.record.add(self._make(denoiser, indices, bar, of_batch or dict))
+            try:
+                for indices in mine:
+                    self.record.add(self._make(denoiser, indices, bar, of_batch or dict))
+            except InputError:
+                if world_size() == 1:  # others may be in the midst of a batch
+                    self.record.forget()
+                raise
             barrier()
         if not is_main():
             return []

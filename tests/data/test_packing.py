@@ -299,7 +299,7 @@ def test_another_folder_is_left_alone(pictures):
 def test_one_process_at_a_time(pictures, tmp_path):
     (tmp_path / "p.partial").mkdir()
     lock = (
-        "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+        "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", lock, str(tmp_path / "p.partial" / "lock")],

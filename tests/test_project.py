@@ -32,8 +32,8 @@ REFUSALS = {
 @pytest.mark.parametrize(
     "script, argv, status, said",
     [(script, "--help", 0, f"usage: {script}") for script in SCRIPTS]
-    + [("data/pack.py", "--help", 0, "usage: pack.py")]
-    + [("data/pack.py", argv, 2, said) for argv, said in REFUSALS.items()],
+    + [(script, "--help", 0, "usage: pack.py") for script in ("pack.py", "data/pack.py")]
+    + [("pack.py", argv, 2, said) for argv, said in REFUSALS.items()],
 )
 def test_help_and_refusals_need_no_torch(script, argv, status, said):
     code = f"""
@@ -53,6 +53,7 @@ except SystemExit as ended:
 
 def test_importing_prints_nothing_and_touches_no_randomness():
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("[a-z]*/*.py")]
+    modules += [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("[a-z]*/*/*.py")]
     modules = [m.removesuffix(".__init__") for m in modules if m.split(".")[0] not in ("tests", "scripts", "venv")]
     code = f"""
 import importlib, torch

@@ -30,10 +30,10 @@ import compare
 import eesampler
 import fid
 import main
+import pack
 import sampler
 import train
 from common.config import build_config, read_yaml
-from data import pack
 from models.loading import build_network
 from scripts import results
 

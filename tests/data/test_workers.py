@@ -47,7 +47,7 @@ def pictures(tmp_path):
 
 def test_packing_with_too_few_open_files_ends_in_one_line(limited, pictures, tmp_path):
     argv = ["--dataset=folder", f"--data_path={pictures}", "--img_size=8", "--num_workers=8", f"--output={tmp_path}/p"]
-    code = f"import data.packing; data.packing.CHUNK_IMAGES = 8; from data.pack import main; main({argv})"
+    code = f"from data.packing import work; work.CHUNK_IMAGES = 8; from pack import main; main({argv})"
     status, _, said = limited(20, 20, code)
     assert status == 2 and said.count("\n") == 1, said
     assert "--num_workers 8" in said and "20 (ulimit -n)" in said

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import open_source, packing
+from data import open_source
+from data.packing import work as packing
 from data.workers import ASKING_TO_END, end_with_parent, signals_held
 
 resource = pytest.importorskip("resource", reason="the system has no such limits")

@@ -42,7 +42,7 @@ from data.files import SUFFIXES
 from tests.conftest import TINY
 from tests.parsers import Command, commands
 
-CLASSIFIER = Path(__file__).parents[1] / "scripts" / "digits_classifier.pt"
+CLASSIFIER = Path(__file__).parents[1] / "experiments" / "digits_classifier.pt"
 QUICK = ["--solver", "ddim", "--steps", "1", "--n_samples", "1", "--device", "cpu", "--quiet"]
 SOME = settings(max_examples=settings().max_examples // 5)  # where an example runs several scripts
 pytestmark = pytest.mark.usefixtures("modest_memory")

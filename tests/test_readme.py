@@ -34,8 +34,8 @@ import pack
 import sampler
 import train
 from common.config import build_config, read_yaml
+from experiments import results
 from models.loading import build_network
-from scripts import results
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")

@@ -24,7 +24,7 @@ from evaluation import comparison
 from evaluation.picture import first_samples
 from evaluation.statistics import load_statistics, sums_of
 
-CLASSIFIER = Path(__file__).parents[1] / "scripts" / "digits_classifier.pt"
+CLASSIFIER = Path(__file__).parents[1] / "experiments" / "digits_classifier.pt"
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.plots import plot_benchmark
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from common import plots
 from common.tables import table
 
 
@@ -104,30 +108,54 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
 
     What was measured is drawn by its ratio to what was measured in the same rounds; see `in_turns`.
     """
-    sampling = results.get("sample", {}).get("measured", [])
-    exits = results.get("early-exit", {}).get("measured", [])
-    lines = []
-    for result in sampling:
-        for solver in dict.fromkeys(run["solver"] for run in result["runs"]):
-            runs = [run for run in result["runs"] if run["solver"] == solver]
-            whole = next(run for run in runs if run["t_switch"] is None)["seconds_per_image"] / result["steps"]
-            # The full network alone is what any t_switch from T - 1 on gives.
-            ends = (result["num_timesteps"] - 1 if run["t_switch"] is None else run["t_switch"] for run in runs)
-            points = [
-                (t, whole / r["speed_up"], whole / r["speed_up_predicted"]) for t, r in zip(ends, runs, strict=True)
-            ]
-            lines.append((f"{solver}, {result['precision']}", sorted(points)))
+    panels = {"sample": draw_switches, "early-exit": draw_exits}
+    there = {name: results[name]["measured"] for name in panels if name in results and results[name]["measured"]}
+    if not there:
+        return
+    figure = Figure(figsize=(6.5 * len(there), 4.5), layout="constrained")
+    for axes, (name, measured) in zip(figure.subplots(1, len(there), squeeze=False)[0], there.items(), strict=True):
+        panels[name](axes, measured)
+        axes.set_ylabel("ms per image and timestep")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    plots.save(figure, path)
 
-    def measured(exits: Mapping[str, Any]) -> tuple[float, float]:
-        return exits["mean_exit_layer"], exits["seconds_per_image_ideal"] / exits["ideal_over_measured"]
 
-    depths = [
-        (
-            f"{result['precision']}, batch {result['batch_size']}",
-            [(*measured(e), e["seconds_per_image_ideal"]) for e in result["exits"]],
-            [(f"spread over all layers, min_group {e['min_group']}", *measured(e)) for e in result["spread"]],
-        )
-        for result in exits
+def draw_switches(axes: Axes, measured: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
+        (result, solver) for result in measured for solver in dict.fromkeys(run["solver"] for run in result["runs"])
     ]
-    if lines or depths:
-        plot_benchmark(path, lines, depths)
+    for i, (result, solver) in enumerate(lines):
+        runs = [run for run in result["runs"] if run["solver"] == solver]
+        whole = next(run for run in runs if run["t_switch"] is None)["seconds_per_image"] / result["steps"]
+        # The full network alone is what any t_switch from T - 1 on gives.
+        ends = (result["num_timesteps"] - 1 if run["t_switch"] is None else run["t_switch"] for run in runs)
+        points = [(t, whole / r["speed_up"], whole / r["speed_up_predicted"]) for t, r in zip(ends, runs, strict=True)]
+        draw_points(axes, i, f"{solver}, {result['precision']}", sorted(points))
+    axes.set(xlabel="t_switch (T - 1: the full network alone)", title="DuoDiff")
+
+
+def draw_exits(axes: Axes, measured: Sequence[Mapping[str, Any]]) -> None:
+    """Batches that leave at one layer as points and lines, those spread over all layers as stars."""
+
+    def point(result: Mapping[str, Any]) -> tuple[float, float]:
+        return result["mean_exit_layer"], result["seconds_per_image_ideal"] / result["ideal_over_measured"]
+
+    for i, result in enumerate(measured):
+        points = [(*point(exits), exits["seconds_per_image_ideal"]) for exits in result["exits"]]
+        draw_points(axes, i, f"{result['precision']}, batch {result['batch_size']}", points)
+        for k, spread in enumerate(result["spread"]):
+            layer, seconds = point(spread)
+            colour = f"C{len(measured) + i * len(result['spread']) + k}"
+            label = f"spread over all layers, min_group {spread['min_group']}"
+            axes.scatter(layer, 1000 * seconds, s=90, marker="*", color=colour, label=label, zorder=3)
+    axes.set(xlabel="exit layer (blocks run)", title="Early exit")
+
+
+def draw_points(axes: Axes, i: int, label: str, points: Sequence[tuple[float, float, float]]) -> None:
+    """points: x, seconds measured, seconds predicted."""
+    x, measured, predicted = np.asarray(points).T
+    marker = plots.MARKERS[i % len(plots.MARKERS)]
+    axes.plot(x, 1000 * predicted, color=f"C{i}", linewidth=1, linestyle="--", label=f"{label}: predicted")
+    axes.scatter(x, 1000 * measured, s=40, marker=marker, color=f"C{i}", label=f"{label}: measured")

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarking.measure import CallTimer, MatrixProduct, in_turns, peak_memory, ratio
+from benchmarking.measure import CallTimer, MatrixProduct, peak_memory
 from benchmarking.settings import SamplingBenchmark
 from common.devices import DTYPES, Stopwatch
 from common.images import save_png, to_uint8
 from common.seeds import nth_seed
+from common.timing import in_turns, ratio
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, Stage, random_classes, sample, split_timesteps
 from diffusion.solvers import make_solver, spaced_timesteps

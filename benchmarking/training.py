@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarking.measure import MatrixProduct, in_turns, peak_memory, ratio
+from benchmarking.measure import MatrixProduct, peak_memory
 from benchmarking.settings import TrainingBenchmark
+from common.timing import in_turns, ratio
 from data.dataset import InMemoryDataset, training_batches
 from models.early_exit import EarlyExitUViT
 from models.flops import early_exit_training_flops, uvit_flops

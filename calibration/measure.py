@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarking.measure import in_turns, ratio
 from common.errors import InputError
 from common.seeds import nth_seed
+from common.timing import in_turns, ratio
 from data.dataset import ImageDataset, say_left_out
 from diffusion.sampling import Denoiser, SeededNoise
 from diffusion.solvers import Solver

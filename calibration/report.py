@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from calibration.choice import DEARER, Option, mean_and_se
 from calibration.run import KNEE, KNEE_OF_DDPM, Calibration
+from common import plots
 from common.files import write_json
-from common.plots import Curve, ErrorCurve, plot_calibration
 from common.settings import record
 from common.tables import table
 from generation.stages import StageEntry, StageFile, write_stages
@@ -221,7 +223,7 @@ def save(
         "chosen": values,
     }
     write_json(path.with_suffix(".json"), content)
-    plot_calibration(path.with_suffix(".png"), curve_of(calibration, scores or {}), error_curves(calibration))
+    draw(path.with_suffix(".png"), calibration, scores or {})
 
 
 def over_images(values: np.ndarray) -> dict[str, list[float | None]]:
@@ -233,29 +235,68 @@ def over_images(values: np.ndarray) -> dict[str, list[float | None]]:
     }
 
 
-def curve_of(calibration: Calibration, scores: Mapping[int, Sequence[float]]) -> Curve:
-    options, of_switches = calibration.options, calibration.of_switches
-    dimensions = calibration.predictions.dimensions
+def draw(path: Path, calibration: Calibration, scores: Mapping[int, Sequence[float]]) -> None:
+    """Divergence and speed-up of every option, scores where there are some, and the networks' errors over t.
+
+    scores: see `as_table`.
+    """
+    panels = 3 if scores else 2
+    figure = Figure(figsize=(6.5 * panels, 4.5), layout="constrained")
+    left, *middle, right = figure.subplots(1, panels)
+    options, timesteps = calibration.options, calibration.steps.timesteps
     speed_up = np.array([option.speed_up for option in options])
-    x = np.array([option.t_switch(calibration.steps.timesteps) for option in options]) if of_switches else speed_up
-    return Curve(
-        x=x,
-        x_label="t_switch (noise on the left, image on the right)" if of_switches else "predicted speed-up",
-        divergence=dimensions * np.array([option.divergence for option in options]),
-        error=dimensions * np.array([option.divergence_se for option in options]),
-        label="divergence (nats per image)" if calibration.random else "squared shift per image",
-        speed_up=speed_up,
-        chosen=options.index(calibration.chosen),
-        chosen_label=f"chosen: {name_of(calibration, calibration.chosen)}",
-        scores={number: mean_and_se_of(of_option) for number, of_option in scores.items()},
-        falling=of_switches,
-    )
+    x, x_label = speed_up, "predicted speed-up"
+    if calibration.of_switches:
+        x = np.array([option.t_switch(timesteps) for option in options])
+        x_label = "t_switch (noise on the left, image on the right)"
+    number = options.index(calibration.chosen)
+    draw_divergence(left, calibration, x, number)
+    if calibration.of_switches:
+        other = left.twinx()
+        other.plot(x, speed_up, color=plots.ORANGE, linestyle="--")
+        other.set_ylabel("predicted speed-up", color=plots.ORANGE)
+    for axes in middle:
+        numbers = sorted(scores)
+        means, spread = np.array([mean_and_se_of(scores[i]) for i in numbers]).T
+        axes.errorbar(x[numbers], means, yerr=spread, color=plots.BLUE, marker="o", capsize=4)
+        axes.set(ylabel="score", title="Scores of samples (mean and standard error over seeds)")
+    for axes in (left, *middle):
+        label = f"chosen: {name_of(calibration, calibration.chosen)}"
+        axes.axvline(x[number], color=plots.GREY, linestyle=":", label=label)
+        axes.set_xlabel(x_label)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left" if axes is left else "best")
+        if calibration.of_switches:
+            axes.invert_xaxis()
+    labels = [f"{blocks_of(n)} ({n.path.parent.name}/{n.path.name})" for n in calibration.networks]
+    draw_errors(right, labels, np.array(timesteps), calibration.predictions.error)
+    plots.save(figure, path)
 
 
-def error_curves(calibration: Calibration) -> list[ErrorCurve]:
-    timesteps, curves = np.array(calibration.steps.timesteps), []
-    for network, values in zip(calibration.networks, calibration.predictions.error, strict=True):
+def draw_divergence(axes: Axes, calibration: Calibration, x: np.ndarray, chosen: int) -> None:
+    """x: (O,) of the options, rising in speed. chosen: the number of the one that was chosen."""
+    dimensions = calibration.predictions.dimensions
+    mean = dimensions * np.array([option.divergence for option in calibration.options])
+    error = dimensions * np.array([option.divergence_se for option in calibration.options])
+    label = "divergence (nats per image)" if calibration.random else "squared shift per image"
+    axes.plot(x, mean, color=plots.BLUE, label=label)
+    axes.fill_between(x, mean - 2 * error, mean + 2 * error, color=plots.BLUE, alpha=0.25, linewidth=0)
+    axes.set_title("What a switch costs, and what it saves" if calibration.of_switches else "What speed costs")
+    axes.set_ylabel(label, color=plots.BLUE)
+    # Near the image divergence grows out of all proportion; what is to be seen lies before that.
+    axes.set_ylim(0, max(4 * mean[chosen], mean[-1] / 20, 1e-12))
+
+
+def draw_errors(axes: Axes, labels: Sequence[str], timesteps: np.ndarray, errors: np.ndarray) -> None:
+    """timesteps: (S,). errors: (K, S, N), squared errors of eps, NaN where a network does not know the timestep."""
+    lines = []
+    for i, values in enumerate(errors):
         known = np.isfinite(values).all(axis=-1)
-        label = f"{blocks_of(network)} ({network.path.parent.name}/{network.path.name})"
-        curves.append(ErrorCurve(label, timesteps[known], *mean_and_se(values[known])))
-    return curves
+        t, (mean, error) = timesteps[known], mean_and_se(values[known])
+        lines += axes.plot(t, mean, color=f"C{i}")
+        axes.fill_between(t, mean - 2 * error, mean + 2 * error, color=f"C{i}", alpha=0.25, linewidth=0)
+    axes.set(yscale="log", xlabel="timestep t (noise on the left, image on the right)")
+    axes.set(ylabel="mean squared error of eps", title="Error of each network (band: 2 standard errors)")
+    axes.invert_xaxis()
+    axes.grid(alpha=0.3, which="both")
+    plots.add_legend(axes, lines, labels)

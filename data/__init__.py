@@ -77,7 +77,7 @@ def open_dataset(
 ) -> ImageDataset:
     """The training images of a dataset, as (in_chans, img_size, img_size).
 
-    A packed copy (see data.pack) is taken where there is one that fits.
+    A packed copy (see data.packing) is taken where there is one that fits.
 
     data_path: where it lies, `datasets/` for None; not needed for one that ships with the project; may be a
     packed dataset itself. num_classes: of the network; -1 asks for no labels. crop: one of the dataset's, its
@@ -86,7 +86,7 @@ def open_dataset(
     """
     crop = crop_of(name, crop)
     wanted = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, "crop": crop}
-    packed = importlib.import_module("data.packed").find_packed(name, data_path, **wanted)
+    packed = importlib.import_module("data.packing.packed").find_packed(name, data_path, **wanted)
     return open_source(name, data_path, **wanted, download=download) if packed is None else packed
 
 

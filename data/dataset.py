@@ -32,7 +32,7 @@ class ImageDataset(Dataset, ABC):
 
     random_flip = True  # whether training mirrors images unless told otherwise
     needs_decoding = False  # whether its images are files that take time
-    kind, dtype = "pixels", np.uint8  # of its rows in a packed dataset, see data.packed
+    kind, dtype = "pixels", np.uint8  # of its rows in a packed dataset, see data.packing.packed
     labels: Sequence[int] | None = None  # of all images, 0..K-1; None: it has none
     left_out: Mapping[str, str] = MappingProxyType({})  # files that are no images, and why
 

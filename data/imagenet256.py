@@ -20,7 +20,7 @@ def open_imagenet256(data_path: Path | None, *, img_size: int, in_chans: int, nu
     if in_chans not in (1, 3):
         raise InputError(
             f"in_chans={in_chans}: no packed latents of imagenet256 under {data_path or DEFAULT_PATH}; make them with "
-            "python -m data.pack --dataset imagenet256 --img_size 256 --autoencoder_checkpoint_path FILE"
+            "python pack.py --dataset imagenet256 --img_size 256 --autoencoder_checkpoint_path FILE"
         )
     folder = find_classes("imagenet256", data_path or DEFAULT_PATH)
     return ImageNet("imagenet256", folder, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)

@@ -54,7 +54,7 @@ class Downsampled(ImageDataset):
             raise InputError(f"{folder}: {', '.join(lacking)} not there; all of {BATCHES[0]} to _10.npz are needed")
         self.batches = [_Batch(folder / name) for name in BATCHES]
         if any(batch.stored is None for batch in self.batches):
-            log.warning("%s: compressed batches are held in memory; python -m data.pack avoids that", folder)
+            log.warning("%s: compressed batches are held in memory; python pack.py avoids that", folder)
         self.starts = np.cumsum([0, *map(len, self.batches)])  # the number of each batch's first image, and the end
         self.labels = torch.from_numpy(np.concatenate([batch.labels for batch in self.batches]))
         check_labels(int(self.labels.max()), num_classes, folder)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from common import plots
 from common.files import replacing
-from common.plots import plot_exit_layers
 from models.early_exit import ExitTrace
 
 
@@ -67,5 +68,27 @@ def save_exits(
     }
     with replacing(report / "exits.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **exits)
-    plot_exit_layers(report / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, threshold)
+    draw_exit_layers(report / "exit_layer.png", exits["timesteps"], exits["exit_layer"], depth, threshold)
     return exits
+
+
+def draw_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, depth: int, threshold: float) -> None:
+    """How deep images go at each t: mean, and the middle 90 %.
+
+    timesteps: (S,). exit_layer: (S, N) in 0..depth.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    low, high = np.percentile(exit_layer, [5, 95], axis=1)
+    axes.fill_between(timesteps, low, high, color=plots.BLUE, alpha=0.25, linewidth=0, label="90 % of the images")
+    axes.plot(timesteps, exit_layer.mean(axis=1), color=plots.BLUE, label="mean")
+    axes.axhline(depth, color=plots.GREY, linestyle=":", label=f"whole network ({depth} blocks)")
+    axes.set(
+        xlim=(timesteps.max(), timesteps.min()) if len(timesteps) > 1 else None,
+        ylim=(-0.02 * depth, 1.35 * depth),
+        xlabel="timestep t (noise on the left, image on the right)",
+        ylabel="exit layer (blocks run)",
+        title=f"Early exit at threshold {threshold:g}: {exit_layer.mean():.2f} of {depth} blocks on average",
+    )
+    axes.legend(loc="upper left", ncols=3, framealpha=1)
+    plots.save(figure, path)

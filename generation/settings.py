@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from calibration.settings import CalibrationSettings
 from common.errors import InputError
 from common.options import MOST_BATCH, MOST_SEED, MachineSettings, SolverSettings, SpeedSettings
 from common.settings import CONDITIONS, Checked, option, section
+from data import CROPS, DATASETS
 
 MOST_SAMPLES = 10_000_000
 of_network, of_samples, of_stages, of_work = (
@@ -107,6 +107,37 @@ class RunSettings(Checked):
         super().__post_init__()
         if "random" in self.class_id and len(self.class_id) > 1:
             raise InputError("--class_id: give random alone, or whole numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings(Checked):
+    """Choice of the switch."""
+
+    dataset: str | None = option(None, "real images to measure on, best those of training", choices=tuple(DATASETS))
+    data_path: Path | None = option(
+        None, "where the dataset lies", exists="path", decides=(), why="the same images may lie elsewhere"
+    )
+    crop: str | None = option(None, "of the dataset (default: that of the networks)", choices=CROPS)
+    n_images: int = option(256, "as many of them are measured on", least=2, most=10_000_000)
+    speedup: float | None = option(
+        None,
+        "take the least divergence at this speed-up, as predicted from calls that are not compiled (default: the knee "
+        "of the curve)",
+        least=1,
+        most=1e6,
+    )
+    budget: float | None = option(
+        None,
+        "take the fastest with at most this divergence, in nats per dimension of an image (deterministic solvers: "
+        "squared shift per dimension)",
+        least=0,
+        most=1e12,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.speedup is not None and self.budget is not None:
+            raise InputError("--speedup and --budget are two rules; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

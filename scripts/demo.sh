@@ -25,7 +25,7 @@ run() { # prints the command as it can be pasted
 training=(--dataset digits --batch_size 128 --lr 2e-3 --beta1 0.9 --num_warmup_steps 100
     --log_every_n_steps 500 --log_path "$demo")
 sampling=(--solver ddim --steps 50 --precision fp32 --n_samples 1000 --batch_size 250 --seed 1)
-scoring=(--dataset digits --feature_extractor scripts/digits_classifier.pt --cache_dir "$demo/cache")
+scoring=(--dataset digits --feature_extractor experiments/digits_classifier.pt --cache_dir "$demo/cache")
 full=$demo/full/digits_uvit_last.pth
 shallow=$demo/shallow/digits_uvit_last.pth
 exits=$demo/exits/digits_deediff_uvit_last.pth

@@ -21,7 +21,7 @@ QUICK = ["--device", "cpu", "--quiet", "--rounds", "2", "--batch_size", "6"]
 
 @pytest.fixture(autouse=True)
 def _short_turns(monkeypatch):
-    monkeypatch.setattr("benchmarking.measure.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("common.timing.LEAST_SECONDS", 0.0)
 
 
 @pytest.fixture

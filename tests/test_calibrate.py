@@ -16,7 +16,7 @@ from generation.run import SamplingRun
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 
 QUICK = ["--dataset", "digits", "--n_images", 12, "--batch_size", 4, "--device", "cpu", "--quiet"]
-EXTRACTOR = ["--feature_extractor", "scripts/digits_classifier.pt"]
+EXTRACTOR = ["--feature_extractor", "experiments/digits_classifier.pt"]
 
 
 @pytest.fixture

@@ -47,13 +47,13 @@ def compared(tmp_path, run_quietly, monkeypatch):
 
     def call(*runs: str) -> SimpleNamespace:
         figures = []
-        save = plots._save
-        monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+        save = plots.save
+        monkeypatch.setattr(plots, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
         argv = [*runs, "--output", tmp_path / "x.png", "--json", tmp_path / "x.json"]
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # they would stand on standard error
             lines = run_quietly(compare.main, argv).splitlines()
-        monkeypatch.setattr(plots, "_save", save)
+        monkeypatch.setattr(plots, "save", save)
         numbers = json.loads((tmp_path / "x.json").read_text())
         labels = {label["label"]: label for label in numbers["labels"]}
         return SimpleNamespace(lines=lines, labels=labels, notes=numbers["notes"], figure=figures[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,8 +34,8 @@ REFUSALS = {
 @pytest.mark.parametrize(
     "script, argv, status, said",
     [(script, "--help", 0, f"usage: {script}") for script in SCRIPTS]
-    + [("data/pack.py", "--help", 0, "usage: pack.py")]
-    + [("data/pack.py", argv, 2, said) for argv, said in REFUSALS.items()],
+    + [(script, "--help", 0, "usage: pack.py") for script in ("pack.py", "data/pack.py")]
+    + [("pack.py", argv, 2, said) for argv, said in REFUSALS.items()],
 )
 def test_help_and_refusals_need_no_torch(script, argv, status, said):
     code = f"""
@@ -53,6 +55,7 @@ except SystemExit as ended:
 
 def test_importing_prints_nothing_and_touches_no_randomness():
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("[a-z]*/*.py")]
+    modules += [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("[a-z]*/*/*.py")]
     modules = [m.removesuffix(".__init__") for m in modules if m.split(".")[0] not in ("tests", "scripts", "venv")]
     code = f"""
 import importlib, torch
@@ -209,3 +212,33 @@ def test_the_prefix_of_compiled_networks():
     """If it is another, weights that were saved from a compiled network are refused."""
     names = torch.compile(torch.nn.Linear(1, 1)).state_dict()
     assert set(names) == {"_orig_mod.weight", "_orig_mod.bias"}
+
+
+# What stands above may import what stands below, never the other way round.
+PACKAGES = ("common", "data", "diffusion", "models", "training", "generation", "evaluation", "calibration")
+PACKAGES += ("benchmarking", "experiments")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            found.add(node.module)
+    return found
+
+
+def test_packages_import_no_script_and_not_each_other_in_a_circle():
+    assert set(PACKAGES) == {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    below: dict[str, set[str]] = {}
+    for package in PACKAGES:
+        files = list((ROOT / package).rglob("*.py"))
+        names = {path: {name.split(".")[0] for name in imports(path)} for path in files}
+        assert not {str(path): upward for path in files if (upward := names[path] & scripts)}
+        below[package] = set().union(*names.values()) & set(PACKAGES) - {package}
+    assert "common" in below["data"], "imports are found"
+    TopologicalSorter(below).prepare()  # raises CycleError

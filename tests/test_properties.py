@@ -42,7 +42,7 @@ from data.files import SUFFIXES
 from tests.conftest import TINY
 from tests.parsers import Command, commands
 
-CLASSIFIER = Path(__file__).parents[1] / "scripts" / "digits_classifier.pt"
+CLASSIFIER = Path(__file__).parents[1] / "experiments" / "digits_classifier.pt"
 QUICK = ["--solver", "ddim", "--steps", "1", "--n_samples", "1", "--device", "cpu", "--quiet"]
 SOME = settings(max_examples=settings().max_examples // 5)  # where an example runs several scripts
 pytestmark = pytest.mark.usefixtures("modest_memory")
@@ -324,7 +324,7 @@ def test_reports(name, data, full, finished, emptied):
         path.write_text(json.dumps(data.draw(altered(json.loads(path.read_text())))))
     else:
         path.write_bytes(data.draw(damaged(path.read_bytes())))
-    with mock.patch("common.plots.plot_comparison"):  # slow, and of numbers that have been read
+    with mock.patch("evaluation.picture.draw"):  # slow, and of numbers that have been read
         outcome(compare.main, [f"a={folder}", f"b={finished}", "--output", tmp_path / "x.png"])
     outcome(fid.main, ["--samples_path", folder, "--reference", finished, *SCORE])
     argv = ["--checkpoint_path", full, "--output_folder", folder, *QUICK, "--n_samples", 3, "--batch_size", 2]

@@ -30,12 +30,12 @@ import compare
 import eesampler
 import fid
 import main
+import pack
 import sampler
 import train
 from common.config import build_config, read_yaml
-from data import pack
+from experiments import results
 from models.loading import build_network
-from scripts import results
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")

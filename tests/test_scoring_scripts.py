@@ -20,9 +20,11 @@ import fid
 import sampler
 from common.files import sha256_of
 from data import open_dataset
+from evaluation import comparison
+from evaluation.picture import first_samples
 from evaluation.statistics import load_statistics, sums_of
 
-CLASSIFIER = Path(__file__).parents[1] / "scripts" / "digits_classifier.pt"
+CLASSIFIER = Path(__file__).parents[1] / "experiments" / "digits_classifier.pt"
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +267,7 @@ def test_the_strip_of_samples_of_many_kinds(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "000001.png")
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "000002.png")
     Image.frombytes("I;16", (8, 8), np.full(64, 257 * 9, "<u2").tobytes()).save(tmp_path / "000003.png")
-    strip = compare.first_samples(tmp_path)
+    strip = first_samples(tmp_path)
     assert strip.shape == (64, 4 * 64, 3)
     assert strip[32, 32::64].tolist() == [[50] * 3, [255] * 3, [1, 2, 3], [9] * 3]
 
@@ -303,11 +305,11 @@ def test_compare_over_seeds(tmp_path, run_quietly, fails):
     assert "minus full" in lines[0] and "+1.000 ± 0.248" in lines[3] and lines[3].endswith("2.50x")
     assert "3 seeds" in lines[4]
 
-    read = [compare.read_run(label, folder, "fid") for label, folder in map(compare.labelled, runs)]
-    widths = [bar.half_width for bar in compare.bars(compare.summarised(read))]
+    read = [comparison.read_run(label, folder, "fid") for label, folder in map(compare.labelled, runs)]
+    widths = [bar.half_width for bar in comparison.bars(comparison.summarised(read))]
     assert widths == [0, quick["difference"]["half_width"]], "the picture shows what tells labels apart"
     for some in (read[:-1], read[:3]):  # other seeds, and nothing to differ from
-        assert compare.bars(compare.summarised(some))[0].half_width == full["score"]["half_width"]
+        assert comparison.bars(comparison.summarised(some))[0].half_width == full["score"]["half_width"]
 
     without_one = run_quietly(compare.main, [*runs[:-1], *out]).splitlines()
     assert "seeds" in without_one[0] and "minus" not in without_one[0]

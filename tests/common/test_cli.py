@@ -43,9 +43,9 @@ def is_number(action: argparse.Action) -> bool:
 
 def test_all_scripts_are_found():
     names = {str(command) for command in COMMANDS}
-    assert names >= {"train", "main", "sampler", "eesampler", "fid", "compare", "calibrate", "data.pack"}
+    assert names >= {"train", "main", "sampler", "eesampler", "fid", "compare", "calibrate", "pack"}
     assert names >= {"benchmark sample", "benchmark early-exit", "benchmark train", "training.checkpoint"}
-    assert names >= {"scripts.results", "scripts.train_classifier"}
+    assert names >= {"experiments.results", "experiments.train_classifier"}
     assert sum(is_number(action) for command in COMMANDS for action in command.options) > 150
 
 

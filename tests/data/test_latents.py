@@ -12,11 +12,13 @@ import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 
+import pack
 import sampler
 import train as train_script
 from common.images import from_uint8
-from data import open_dataset, open_source, pack, packing
-from data.latents import LatentSource
+from data import open_dataset, open_source
+from data.packing import work as packing
+from data.packing.latents import LatentSource
 
 SIZE = 32  # of the images; 4 x 4 latents
 
@@ -173,4 +175,4 @@ def test_without_packing_latents_are_not_there(place, tmp_path, fails):
     config = tmp_path / "net.yaml"
     config.write_text(yaml.safe_dump({"model_params": params}))
     argv = ["--config_path", config, "--dataset", "imagenet256", "--data_path", tmp_path, "--n_steps", 2, "--quiet"]
-    fails(train_script.main, [*argv, "--batch_size", 4, "--log_path", tmp_path / "l"], "in_chans=4", "data.pack")
+    fails(train_script.main, [*argv, "--batch_size", 4, "--log_path", tmp_path / "l"], "in_chans=4", "pack.py")

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarking.packing import resident_bytes
 from common.errors import InputError
-from data import open_dataset, open_source, packing
-from data.benchmark import resident_bytes
+from data import open_dataset, open_source
 from data.files import ImageFiles
-from data.pack import main
-from data.packed import PackedDataset
-from data.packing import pack
+from data.packing import work as packing
+from data.packing.packed import PackedDataset
+from data.packing.work import pack
 from data.rows import RowsFile
+from pack import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -321,7 +322,7 @@ def test_what_was_killed_goes_on(many, tmp_path, monkeypatch):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Let the n-th call of a function of data.pack, and all after it, raise; () takes it back."""
+    """Let the n-th call of a function of data.packing.work, and all after it, raise; () takes it back."""
 
     def stop(name=None, n=0):
         monkeypatch.undo()

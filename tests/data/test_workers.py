@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import open_source, packing
+from data import open_source
+from data.packing import work as packing
 from data.workers import ASKING_TO_END, end_with_parent, signals_held
 
 resource = pytest.importorskip("resource", reason="the system has no such limits")
@@ -47,7 +48,7 @@ def pictures(tmp_path):
 
 def test_packing_with_too_few_open_files_ends_in_one_line(limited, pictures, tmp_path):
     argv = ["--dataset=folder", f"--data_path={pictures}", "--img_size=8", "--num_workers=8", f"--output={tmp_path}/p"]
-    code = f"import data.packing; data.packing.CHUNK_IMAGES = 8; from data.pack import main; main({argv})"
+    code = f"from data.packing import work; work.CHUNK_IMAGES = 8; from pack import main; main({argv})"
     status, _, said = limited(20, 20, code)
     assert status == 2 and said.count("\n") == 1, said
     assert "--num_workers 8" in said and "20 (ulimit -n)" in said

@@ -1,4 +1,4 @@
-"""Packing: every image of a dataset decoded once, see data.packed for what comes of it."""
+"""The work of packing: chunks of images are decoded side by side, and a run that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from common.errors import InputError, WriteError
 from common.files import check_regular, lock, read_json, remove_leftovers, replacing, writable_folder, write_json
 from common.settings import differences
 from data.dataset import ImageDataset
-from data.packed import (
+from data.packing.packed import (
     FORMAT,
     IMAGES,
     LABELS,
@@ -48,7 +48,7 @@ class Useless(InputError):
 
 
 def pack(dataset: ImageDataset, output: Path, num_workers: int = 0, quiet: bool = True) -> Manifest:
-    """Make the folder `output`, see data.packed; goes on where an earlier attempt stopped.
+    """Make the folder `output`, see data.packing.packed; goes on where an earlier attempt stopped.
 
     It grows as <output>.partial beside it and is renamed when it is complete. num_workers: processes that
     decode image files; what needs no decoding is copied by this one. Raises InputError where `output` or the
@@ -244,7 +244,7 @@ def _read_plan(path: Path) -> tuple[dict[str, Any], int]:
         source, chunk_images = plan.get("source"), plan.get("chunk_images")
         if isinstance(source, dict) and type(chunk_images) is int and 1 <= chunk_images <= CHUNK_IMAGES:
             return source, chunk_images
-    raise InputError(f"{path}: not as data.pack writes it; remove the folder and pack again")
+    raise InputError(f"{path}: not as pack.py writes it; remove the folder and pack again")
 
 
 def _settle(partial: Path, output: Path) -> Manifest:

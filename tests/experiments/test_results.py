@@ -1,17 +1,19 @@
-"""scripts/results.py, train_classifier.py and the document, without the hours of measuring."""
+"""experiments/: the runs of the scripts, the rules and the page, without the hour of measuring."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from common.files import sha256_of
-from scripts import results, results_document, train_classifier
+from common.errors import command
+from common.files import read_json, sha256_of
+from experiments import measure, page, results, runner, sets, train_classifier
 
 
 def option(t_switch, n_shallow, divergence, excess, excess_se=0.1, steps=5):
@@ -92,30 +94,22 @@ def measured(tmp_path):
     }
 
 
-def test_the_document_says_what_the_numbers_say(measured, tmp_path):
+def test_the_page_says_what_the_numbers_say(measured, tmp_path):
     path = tmp_path / "results.md"
-    results_document.write_document(path, [measured], {"device": "cpu", "cores": 2}, 600)
+    page.write_page(path, [measured], "`a command` in 10 minutes", {"device": "cpu", "cores": 2})
     text = path.read_text()
     for words in (
-        "in 10 minutes",
-        "DuoDiff: 2.00x the speed of full; no difference in score from full that these seeds could tell (+1.0 %)",
-        "slow: 0.50x the speed of full; the score is worse than that of full (+20.0 %)",
-        "better mean score than: full, DuoDiff.",
-        "slow (full)",
-        "| DuoDiff | 10.10 ± 0.10 | +0.10 ± 0.20 | 7.2 | 5.00 |",
-        "| slow | 12.00 ± 0.10 | +2.00 ± 0.20 |  | 20.00 |",
-        "own range: the score is better than that of all timesteps (-9.1 %)",
-        "distilled: the score is worse",
-        "0.40 to 0.50 of their speed",
-        "399 (not of the grid)",
-        "knee chose t_switch 399. The best of the grid is t_switch 999: the chosen one scores 10.0 % above it; "
-        "within 5 %: **no**. At its speed or faster: yes.",
-        "Of those as fast as the chosen one the best is t_switch 199: the chosen one scores 21.4 % below it; "
-        "within 5 %: yes.",
-        "least excess chose t_switch 599. The best of the grid is t_switch 999: the chosen one scores 4.0 % above it; "
-        "within 5 %: yes.",
-        "speed-up 1.5 chose t_switch 199. The best of the grid is t_switch 999: the chosen one scores 40.0 % above it; "
-        "within 5 %: **no**. At its speed or faster: yes. Of those as fast as the chosen one none has a better mean",
+        "`a command` in 10 minutes. Machine: device cpu, cores 2.",
+        "| full | 10.00 ± 0.10 | +0.00 ± 0.20 |  | 10.00 | 1 | 1.00x |  |",
+        "| DuoDiff | 10.10 ± 0.10 | +0.10 ± 0.20 | 7.2 | 5.00 | 1 | 2.00x |  |",
+        "| slow | 12.00 ± 0.10 | **+2.00 ± 0.20** |  | 20.00 | 1 | 0.50x | full |",
+        "| own range | 10 | 10.00 ± 0.10 | **-1.00 ± 0.20** |",
+        "| distilled | 4 | 12.00 ± 0.10 | **+1.00 ± 0.20** |",
+        "0.40 to 0.50 of the speed",
+        "| 399 (not of the grid) | 3 + 2 |",
+        "| knee | 399 | **+10.0 %** (t_switch 999) | -21.4 % (t_switch 199) |",
+        "| least excess | 599 | +4.0 % (t_switch 999) | +0.0 % (t_switch 599) |",
+        "| speed-up 1.5 | 199 | **+40.0 %** (t_switch 999) | +0.0 % (t_switch 199) |",
         "own networks: 399, 599, 199.",
         "(of their ranks 1.00)",
     ):
@@ -125,20 +119,33 @@ def test_the_document_says_what_the_numbers_say(measured, tmp_path):
         assert f"]({name})" in text and Image.open(tmp_path / name)
 
 
-def test_a_document_of_a_quick_run_says_so(measured, tmp_path):
-    results_document.write_document(tmp_path / "results.md", [measured], {"device": "cpu"}, 60, quick=True)
+def test_what_people_wrote_on_the_page_stays(measured, tmp_path):
+    path = tmp_path / "results.md"
+    page.write_page(path, [measured, measured | {"name": "lines"}], "once", {})
+    by_hand = "\\1 of what I see: $5 {x}\n"
+    parts = path.read_text().split("<!-- end -->")
+    path.write_text(f"Before\n{parts[0]}<!-- end -->\n\n{by_hand}{parts[1]}<!-- end -->{parts[2]}After\n")
+    remarks = page.write_page(path, [measured | {"t_switch": 599}], "twice", {})
+    again = path.read_text().split("<!-- end -->")
+    assert again[0].startswith("Before\n# Results\n") and "twice" in again[0] and "once" not in again[0]
+    assert again[1] == f"\n\n{by_hand}{parts[1]}" and again[2] == f"{parts[2]}After\n"
+    assert "dots was measured anew" in remarks[-1] and "lines" not in "".join(remarks)
+
+
+def test_a_page_of_a_quick_run_says_so(measured, tmp_path):
+    page.write_page(tmp_path / "results.md", [measured], "", {}, quick=True)
     assert "worth nothing" in (tmp_path / "results.md").read_text()
 
 
 def test_a_run_is_held_against_the_one_before(measured, tmp_path):
     def write(of_sets, torch):
         path = tmp_path / "results.md"
-        said = results_document.write_document(path, of_sets, {"device": "cpu", "torch": torch}, 60, "--seeds 0 1 2")
+        said = page.write_page(path, of_sets, "", {"device": "cpu", "torch": torch})
+        said = [line for line in said if "measured anew" not in line]
         assert all(line in path.read_text() for line in said)
         return said
 
     assert write([measured], "1") == []
-    assert "`bash scripts/results.sh --seeds 0 1 2` in 1 minutes" in (tmp_path / "results.md").read_text()
     assert write([measured], "1") == [], "a page that is written again is not held against itself"
     other = json.loads(json.dumps(measured))
     other["t_switch"] = 599
@@ -161,7 +168,7 @@ def test_a_run_is_held_against_the_one_before(measured, tmp_path):
 
 
 def test_rules():
-    rules = {name: of["t_switch"] for name, of in results.chosen_by_rules(OPTIONS).items()}
+    rules = {name: of["t_switch"] for name, of in measure.chosen_by_rules(OPTIONS).items()}
     assert rules == {
         "knee": 399,
         "farthest from the chord": 399,
@@ -170,17 +177,17 @@ def test_rules():
         "speed-up 1.5": 399,
     }
     straight = [option(999 - 200 * n, n, 0.8 * n, 1.0 * n, 0.01) for n in range(5)]
-    rules = {name: of["t_switch"] for name, of in results.chosen_by_rules(straight).items()}
+    rules = {name: of["t_switch"] for name, of in measure.chosen_by_rules(straight).items()}
     assert rules["knee"] == 199 and rules["least excess"] == rules["fastest without excess"] == 999
 
 
 def test_switches_of_the_grid_are_timesteps_that_are_visited():
-    assert list(results.grid_of(OPTIONS)) == [999, 799, 599, 399, 199]
+    assert list(measure.grid_of(OPTIONS)) == [999, 799, 599, 399, 199]
 
 
 def test_means_over_calibrations():
     slower = [of | {"speed_up": 1.0, "excess": of["excess"] + 1} for of in OPTIONS]
-    mean = results.averaged([{"options": OPTIONS}, {"options": slower}])
+    mean = measure.averaged([{"options": OPTIONS}, {"options": slower}])
     assert mean[4]["excess"] == 4.5 and mean[4]["t_switch"] == 199
     assert 1 / mean[4]["speed_up"] == pytest.approx((1 / OPTIONS[4]["speed_up"] + 1) / 2)
 
@@ -195,25 +202,36 @@ def test_levels_are_those_of_the_same_image(tmp_path):
             for i in range(2):
                 grey = 100 + step * (2 * seed + i)
                 Image.new("L", (2, 2), grey).save(runs[-1][1] / f"{i:06d}.png")
-    assert results.levels_from_full(runs, "full") == 0
-    assert results.levels_from_full(runs, "quick") == pytest.approx(350**0.5)
+    assert measure.levels_from_full(runs, "full") == 0
+    assert measure.levels_from_full(runs, "quick") == pytest.approx(350**0.5)
 
 
 def test_steps_at_equal_time():
-    assert results.steps_at_equal_time(1000, [10, 20, 10], [5, 8, 6]) == 500
-    assert results.steps_at_equal_time(2, [10], [1]) == 1
+    assert measure.steps_at_equal_time(1000, [10, 20, 10], [5, 8, 6]) == 500
+    assert measure.steps_at_equal_time(2, [10], [1]) == 1
+
+
+def test_a_command_line_has_all_flags():
+    flags = {"seeds": (1, 2), "quick": True, "folder": Path("a b"), "lr": 2e-3}
+    words = ["x", "--seeds", "1", "2", "--quick", "--folder", "a b", "--lr", "0.002"]
+    assert runner.words_of(["x"], flags) == words
+    assert runner.line_of("train", words[-4:-2]) == "python train.py --folder 'a b'"
+    assert runner.line_of("experiments.results", ["1"]) == "python -m experiments.results 1"
+    settings = results.parse_settings(["x y", "--seeds", "3", "4"])
+    assert settings.words == ["x y", "--seeds", "3", "4"]
+    assert results.parse_settings(settings.words) == settings == results.parse_settings(settings)
 
 
 def test_a_command_that_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("compare.main", calls.append)
-    run = results.Runner(tmp_path)
-    run("compare", "a b", 1)
-    results.Runner(tmp_path)("compare", "a b", 1, going_on=pytest.fail)
-    results.Runner(tmp_path)("compare", "a b", 2, going_on=pytest.fail)
-    assert calls == [["a b", "1"], ["a b", "2"]]
-    assert "$ python compare.py 'a b' 1\n" in capsys.readouterr().out
-    assert run.seconds_in_all == results.read_json(tmp_path / "commands.json")["python compare.py 'a b' 1"]
+    run = runner.Runner(tmp_path)
+    run("compare", "a b", output=1)
+    runner.Runner(tmp_path)("compare", "a b", output=1, going_on=pytest.fail)
+    runner.Runner(tmp_path)("compare", "a b", output=2, going_on=pytest.fail)
+    assert calls == [["a b", "--output", "1"], ["a b", "--output", "2"]]
+    assert "$ python compare.py 'a b' --output 1\n" in capsys.readouterr().out
+    assert run.seconds_in_all == read_json(tmp_path / "commands.json")["python compare.py 'a b' --output 1"]
 
 
 def test_a_command_that_was_cut_off_goes_on(tmp_path, monkeypatch):
@@ -224,27 +242,27 @@ def test_a_command_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("compare.main", cut_off)
-    for going_on in (pytest.fail, lambda: ["a", "--resume"]):
+    for going_on in (pytest.fail, lambda: {"resume": True}):
         with pytest.raises(KeyboardInterrupt):
-            results.Runner(tmp_path)("compare", "a", going_on=going_on)
-    results.Runner(tmp_path)("compare", "a", going_on=lambda: [])
-    results.Runner(tmp_path)("compare", "a", going_on=pytest.fail)
+            runner.Runner(tmp_path)("compare", "a", going_on=going_on)
+    runner.Runner(tmp_path)("compare", "a", going_on=lambda: None)
+    runner.Runner(tmp_path)("compare", "a", going_on=pytest.fail)
     assert calls == [["a"], ["a", "--resume"]]
 
 
 def test_trainings_go_on_where_they_were_cut_off(tmp_path, monkeypatch, run_quietly, fails):
     """With the same arguments alone: a network that was trained otherwise is not taken for the one asked for."""
-    experiment = results.Experiment(results.digits().quick(), tmp_path, results.Runner(tmp_path), (0, 1))
+    experiment = measure.Experiment(sets.digits().quick(), tmp_path, runner.Runner(tmp_path), (0, 1))
     train = ("train", "net", "uvit_digits_1")
     run_quietly(lambda _: experiment.train(*train, 3, 0), [])
     assert experiment.checkpoint("net").exists()
-    commands = results.read_json(tmp_path / "commands.json")
+    commands = read_json(tmp_path / "commands.json")
     (line,) = commands
     (tmp_path / "commands.json").write_text(json.dumps({line: None}))  # stopped before it was noted
-    experiment.run = results.Runner(tmp_path)
+    experiment.run = runner.Runner(tmp_path)
     assert "done before" in run_quietly(lambda _: experiment.train(*train, 3, 0), [])
     fails(
-        results.command(lambda _: experiment.train(*train, 3, 0, "--t_min", 500)),
+        command(lambda _: experiment.train(*train, 3, 0, t_min=500)),
         [],
         "another command",
         f"remove {tmp_path}",
@@ -254,13 +272,13 @@ def test_trainings_go_on_where_they_were_cut_off(tmp_path, monkeypatch, run_quie
 def test_times_that_cannot_be_compared_end_it(tmp_path, fails):
     """Its page is of one clock; a run that went on elsewhere is not."""
     picture, numbers = tmp_path / "methods_0_1.png", tmp_path / "methods_0_1.json"
-    line = results.line_of("compare", ["--output", picture, "--json", numbers])
+    line = runner.line_of("compare", ["--output", str(picture), "--json", str(numbers)])
     (tmp_path / "commands.json").write_text(json.dumps({line: 1.0}))  # compare.py is done
-    experiment = results.Experiment(results.digits(), tmp_path, results.Runner(tmp_path), (0, 1))
+    experiment = measure.Experiment(sets.digits(), tmp_path, runner.Runner(tmp_path), (0, 1))
     numbers.write_text(json.dumps({"labels": ["full"], "notes": []}))
     assert experiment.compare("methods", [])["labels"] == ["full"]
     numbers.write_text(json.dumps({"labels": ["full"], "notes": ["DuoDiff: threads 4, not 2"]}))
-    fails(results.command(lambda _: experiment.compare("methods", [])), [], "threads 4, not 2", f"Remove {tmp_path}")
+    fails(command(lambda _: experiment.compare("methods", [])), [], "threads 4, not 2", f"Remove {tmp_path}")
 
 
 def images_in(folder, classes=3):
@@ -291,8 +309,8 @@ def test_emoji_are_unpacked_by_category(tmp_path, monkeypatch):
         {"image": wave, "category": "People & Body", "skin_variations": {"1F3FF": {"image": dark}}},
         {"image": "part.png", "category": "Component"},
     ]
-    folder = results.EMOJI_IMAGES
-    content = {results.EMOJI_NAMES: json.dumps(names).encode(), f"{folder}unknown.png": b"u", f"{folder}part.png": b"p"}
+    folder = sets.EMOJI_IMAGES
+    content = {sets.EMOJI_NAMES: json.dumps(names).encode(), f"{folder}unknown.png": b"u", f"{folder}part.png": b"p"}
     content |= {f"{folder}{name}": name.encode() for name in (smile, wave, dark)} | {f"package/{smile}": b"another"}
     archive = tmp_path / "emoji-datasource-google-15.1.2.tgz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -300,8 +318,8 @@ def test_emoji_are_unpacked_by_category(tmp_path, monkeypatch):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    monkeypatch.setattr(results, "EMOJI_SHA256", sha256_of(archive))
-    images = results.fetched_emoji(tmp_path)
+    monkeypatch.setattr(sets, "EMOJI_SHA256", sha256_of(archive))
+    images = sets.fetched_emoji(tmp_path)
     assert not archive.exists()
     found = {path.relative_to(images).as_posix(): path.read_text() for path in images.glob("*/*")}
     assert found == {
@@ -309,7 +327,7 @@ def test_emoji_are_unpacked_by_category(tmp_path, monkeypatch):
         f"people_body/{wave}": wave,
         f"people_body/{dark}": dark,
     }
-    assert results.fetched_emoji(tmp_path) == images  # as it is, without npm
+    assert sets.fetched_emoji(tmp_path) == images  # as it is, without npm
 
 
 @pytest.mark.parametrize("img_size", [8, 16])

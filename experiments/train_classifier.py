@@ -1,15 +1,15 @@
 """Train a small classifier of a dataset's classes: its features are what small images are scored with.
 
 It writes a TorchScript module that maps uint8 (N, C, H, W) to the 64 features before its last layer, for
-fid.py --feature_extractor. scripts/digits_classifier.pt came of
+fid.py --feature_extractor. experiments/digits_classifier.pt came of
 
-    python scripts/train_classifier.py --dataset digits --img_size 8 --in_chans 1 --num_classes 10 \\
-        --output scripts/digits_classifier.pt
+    python -m experiments.train_classifier --dataset digits --img_size 8 --in_chans 1 --num_classes 10 \\
+        --output experiments/digits_classifier.pt
 
-and scripts/emoji_classifier.pt, of the emoji that scripts/results.sh fetches (by their categories) and packs, of
+and experiments/emoji_classifier.pt, of the emoji that scripts/results.sh fetches (by their categories) and packs, of
 
-    python scripts/train_classifier.py --dataset folder --data_path results/emoji/packed --img_size 16 \\
-        --num_classes 9 --n_steps 600 --output scripts/emoji_classifier.pt
+    python -m experiments.train_classifier --dataset folder --data_path results/emoji/packed --img_size 16 \\
+        --num_classes 9 --n_steps 600 --output experiments/emoji_classifier.pt
 
 They are kept, for scores of another classifier are not comparable.
 """
@@ -17,7 +17,6 @@ They are kept, for scores of another classifier are not comparable.
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import Parser
 from common.errors import InputError, command
@@ -76,12 +73,14 @@ class ClassifierSettings(Checked):
     output: Path = option(help="the TorchScript file")
 
 
-def parse_settings(argv: Sequence[str] | None) -> ClassifierSettings:
-    return Parser(description=__doc__.partition("\n")[0]).settings(ClassifierSettings, argv, network=False)
+def parse_settings(argv: Sequence[str] | ClassifierSettings | None) -> ClassifierSettings:
+    return Parser(prog="train_classifier.py", description=__doc__.partition("\n")[0]).settings(
+        ClassifierSettings, argv, network=False
+    )
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | ClassifierSettings | None = None) -> None:
     settings = parse_settings(argv)
     torch.manual_seed(settings.seed)
     shape = {"img_size": settings.img_size, "in_chans": settings.in_chans, "num_classes": settings.num_classes}

@@ -1,4 +1,4 @@
-"""Latents of an autoencoder, in the place of pixels: made once by data.pack, sampled afresh in training.
+"""Latents of an autoencoder, in the place of pixels: made once by pack.py, sampled afresh in training.
 
 A row is float16 (2, 2, C, h, w): the image and its mirror image, of each the mean and the standard deviation
 of its unscaled latents.
@@ -19,7 +19,7 @@ from common.files import sha256_of
 from common.images import from_uint8
 from data.dataset import ImageDataset
 from data.files import ImageFiles
-from data.packed import Manifest, PackedDataset
+from data.packing.packed import Manifest, PackedDataset
 
 if TYPE_CHECKING:
     from models.autoencoder import Autoencoder

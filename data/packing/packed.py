@@ -1,4 +1,4 @@
-"""Packed datasets: every image decoded once, in one array on disk. Made by data.pack.
+"""Packed datasets: every image decoded once, in one array on disk. Made by pack.py.
 
 A folder of
     images.npy      (N, C, H, W) uint8
@@ -90,7 +90,7 @@ class PackedDataset(ImageDataset):
 
 
 # To add a kind: a class like PackedDataset, and where it is.
-KINDS = {"pixels": ("data.packed", "PackedDataset"), "latents": ("data.latents", "PackedLatents")}
+KINDS = {"pixels": ("data.packing.packed", "PackedDataset"), "latents": ("data.packing.latents", "PackedLatents")}
 
 
 def default_folder(name: str, data_path: Path | None, *, img_size: int, in_chans: int, crop: str) -> Path:

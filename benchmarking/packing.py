@@ -1,4 +1,4 @@
-"""How fast images come from a packed dataset, beside JPEGs decoded each time: python -m data.pack --benchmark."""
+"""How fast images come from a packed dataset, beside JPEGs decoded each time: python pack.py --benchmark."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torchvision.datasets import ImageFolder
 from common.files import writable_folder
 from data import open_source
 from data.dataset import ImageDataset, training_batches
-from data.packed import PackedDataset, read_manifest
-from data.packing import pack
+from data.packing.packed import PackedDataset, read_manifest
+from data.packing.work import pack
 
 NUM_JPEGS, SIZE, IMG_SIZE, BATCH = 5000, (178, 218), 64, 128
 NUM_LARGE = 250_000  # images of the set that memory is measured with: 3 GB

@@ -1,0 +1,256 @@
+"""Scored runs side by side: what is read of each, what their seeds have in common, and the table and the numbers.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import InputError
+from common.files import read_json
+from common.settings import CONDITIONS, RESULT, differences, leaves
+from common.tables import on_terminal
+from common.tables import table as aligned
+from generation.settings import EarlyExitSettings, SamplerSettings
+
+CONFIDENCE = 0.95
+MEASURED = ("seconds_per_image", "network_flops_per_image")
+# The options of the samplers. Seeds of one label share those that decide the result; times are compared where those
+# that decide the conditions are equal, of which one that a script does not have counts as its default.
+SAMPLER_OPTIONS = {f.name: f for cls in (SamplerSettings, EarlyExitSettings) for f in leaves(cls)}
+OF_MACHINE = ("device", "processes", "threads", "torch")
+
+
+class Run(NamedTuple):
+    label: str
+    folder: Path
+    score: float
+    seconds_per_image: float
+    flops_per_image: float
+    seed: int
+    basis: dict[str, Any]  # what scores must share to be compared
+    settings: dict[str, Any]  # what the seeds of one label must share beside
+    conditions: dict[str, Any]  # what times must share to be compared
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds, and half of its confidence interval by Student's t; None for one seed."""
+
+    mean: float
+    half_width: float | None
+
+    def __format__(self, sign: str) -> str:
+        return f"{self.mean:{sign}.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
+
+
+class Summary(NamedTuple):
+    """All the seeds of one label."""
+
+    label: str
+    runs: list[Run]  # by seed
+    score: Estimate
+    difference: Estimate | None  # to the first label, seed by seed; None where the seeds are others
+    seconds_per_image: Estimate | None  # None where the seeds were timed under unlike conditions
+    flops_per_image: float
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs]
+
+
+def read_run(label: str, folder: Path, metric: str) -> Run:
+    scored, sampled = folder / "report" / "metrics.json", folder / "report" / "statistics.json"
+    if not sampled.exists():
+        raise InputError(f"{sampled} is missing: make the samples with sampler.py or eesampler.py")
+    if not scored.exists():
+        raise InputError(f"{scored} is missing: score the samples with fid.py --samples_path {folder}")
+    scores, statistics = read_json(scored), read_json(sampled)
+    try:
+        if not isinstance(scores.get(metric), int | float):
+            raise InputError(f"{scored} has no {metric}; run fid.py with --metrics {metric}")
+        basis = {key: scores[key] for key in ("n_samples", "reference", "feature_extractor")}
+        values = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
+        if not all(map(math.isfinite, values)) or values[1] <= 0:
+            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {', '.join(map(str, values))}")
+        settings = dict(statistics["settings"])
+        seed = int(settings["seed"])
+        shared = {name: settings.get(name) for name, f in SAMPLER_OPTIONS.items() if RESULT in f.about.decides}
+        shared = {**shared, "stages": statistics["stages"], "seed": None}
+        conditions = {
+            **{name: f.default for name, f in SAMPLER_OPTIONS.items() if CONDITIONS in f.about.decides},
+            **dict.fromkeys(OF_MACHINE, "unknown"),
+        }
+        conditions = {name: statistics.get(name, default) for name, default in conditions.items()}
+        return Run(label, folder, *values, seed, basis, shared, conditions)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise InputError(f"{folder}/report: not as fid.py and sampler.py write it ({error})") from None
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Raises InputError where scores of two runs mean different things, or one label stands for several."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        if different := [key for key, value in run.basis.items() if value != runs[0].basis[key]]:
+            raise InputError(f"{run.label} cannot be compared with {runs[0].label}: other {', '.join(different)}")
+        same = first.setdefault(run.label, run)
+        if different := differences(same.settings, run.settings):
+            raise InputError(
+                f"the label {run.label} is given to {same.folder} and {run.folder}, which differ in more than the "
+                f"seed: {', '.join(different)}"
+            )
+    for label in first:
+        seeds = [run.seed for run in runs if run.label == label]
+        if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+            raise InputError(f"the label {label} is given twice with seed {twice[0]}; its runs are to be other seeds")
+
+
+def summarised(runs: Sequence[Run]) -> list[Summary]:
+    """One summary a label, in the order of their first runs."""
+    by_label: dict[str, list[Run]] = {}
+    for run in runs:
+        by_label.setdefault(run.label, []).append(run)
+    for of_label in by_label.values():
+        of_label.sort(key=lambda run: run.seed)
+    standard = by_label[runs[0].label]
+    same_seeds = all([run.seed for run in of] == [run.seed for run in standard] for of in by_label.values())
+    return [
+        Summary(
+            label,
+            of_label,
+            estimate([run.score for run in of_label]),
+            estimate([run.score - ours.score for run, ours in zip(of_label, standard, strict=True)])
+            if same_seeds
+            else None,
+            estimate([run.seconds_per_image for run in of_label]) if one_clock(of_label) else None,
+            sum(run.flops_per_image for run in of_label) / len(of_label),
+        )
+        for label, of_label in by_label.items()
+    ]
+
+
+def one_clock(runs: Sequence[Run]) -> bool:
+    """Whether all were timed under the same conditions."""
+    return all(run.conditions == runs[0].conditions for run in runs)
+
+
+def timed_alike(summary: Summary, standard: Summary) -> bool:
+    return one_clock([*standard.runs, *summary.runs])
+
+
+def notes_on(runs: Sequence[Run]) -> list[str]:
+    """Lines on what times and scores do not share with the first run; none where all is alike."""
+    labels = list(dict.fromkeys(run.label for run in runs))
+    unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by what differs
+    for run in sorted(runs, key=lambda run: (labels.index(run.label), run.seed)):
+        if different := differences(run.conditions, runs[0].conditions):
+            unlike.setdefault((run.label, ", ".join(different)), []).append(run.seed)
+    if not unlike:
+        return []
+    lines = [f"times are compared only under the conditions of {runs[0].label}"]
+    for (label, different), seeds in unlike.items():
+        all_seeds = len(seeds) == sum(run.label == label for run in runs)
+        some = "" if all_seeds else f" (seed {', '.join(map(str, seeds))})"
+        lines.append(f"{label}{some}: {different}")
+    if any(run.conditions["precision"] != runs[0].conditions["precision"] for run in runs):
+        lines.append("scores of unlike precision: samples of one seed differ; sample with --precision fp32 to compare")
+    return lines
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return Estimate(mean, None)
+
+    from scipy.special import stdtrit
+
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    return Estimate(mean, float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(n))
+
+
+def paired(summaries: Sequence[Summary]) -> bool:
+    """Whether there are several labels of several seeds, the same seeds of each."""
+    first, *others = summaries
+    return bool(others) and first.difference is not None and len(first.runs) > 1
+
+
+def bars(summaries: Sequence[Summary]) -> list[Estimate]:
+    """The scores with, where the seeds are paired, the intervals of their differences: those tell labels apart."""
+    if not paired(summaries):
+        return [summary.score for summary in summaries]
+    return [Estimate(summary.score.mean, summary.difference.half_width) for summary in summaries]
+
+
+def about_bars(standard: str) -> str:
+    return f"bars: {CONFIDENCE:.0%} interval of the paired difference to {standard}"
+
+
+def table(summaries: Sequence[Summary], metric: str) -> str:
+    """Score, time and cost of each label; the speed-up is that of the measured time against the first, if comparable.
+
+    Where there are several seeds: their number if it is not always the same, and the paired difference to the first.
+    """
+    standard = summaries[0]
+    unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))
+    of_image = [summary.seconds_per_image for summary in summaries]
+    speed_ups = [speed_up(summary, standard) for summary in summaries]
+    counts = sorted({len(summary.runs) for summary in summaries})
+    columns = [
+        ("run", [summary.label for summary in summaries]),
+        ("seeds", [str(len(summary.runs)) for summary in summaries] if len(counts) > 1 else None),
+        (metric.upper(), [f"{summary.score}" for summary in summaries]),
+        (
+            f"minus {standard.label}",
+            ["", *(f"{summary.difference:+}" for summary in summaries[1:])] if paired(summaries) else None,
+        ),
+        ("s/image", ["" if seconds is None else f"{seconds.mean:.4f}" for seconds in of_image]),
+        (f"{name}/image", [f"{summary.flops_per_image / unit:.3g}" for summary in summaries]),
+        ("speed-up", ["" if ratio is None else f"{ratio:.2f}x" for ratio in speed_ups]),
+    ]
+    columns = [(header, cells) for header, cells in columns if cells is not None]
+    text = aligned([header for header, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)), left=1)
+    if counts[-1] > 1:
+        seeds = f"{counts[0]} seeds" if len(counts) == 1 else "the seeds"
+        text += "\n" + on_terminal(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
+    return text
+
+
+def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
+    """What --json writes: of each label its means with the half widths of their intervals, and the seeds' own."""
+    return {
+        "metric": metric,
+        "confidence": CONFIDENCE,
+        **summaries[0].runs[0].basis,
+        "labels": [
+            {
+                "label": summary.label,
+                "seeds": summary.seeds,
+                "folders": [str(run.folder) for run in summary.runs],
+                "scores": [run.score for run in summary.runs],
+                "score": summary.score._asdict(),
+                "difference": summary.difference and summary.difference._asdict(),
+                "conditions": [run.conditions for run in summary.runs],
+                "seconds_per_image": summary.seconds_per_image and summary.seconds_per_image._asdict(),
+                "flops_per_image": summary.flops_per_image,
+                "speed_up": speed_up(summary, summaries[0]),
+            }
+            for summary in summaries
+        ],
+    }
+
+
+def speed_up(summary: Summary, standard: Summary) -> float | None:
+    """Of the measured times; None where their conditions are unlike."""
+    if not timed_alike(summary, standard):
+        return None
+    return standard.seconds_per_image.mean / summary.seconds_per_image.mean
+
+
+def flops_unit(largest: float) -> tuple[float, str]:
+    power = min(5, max(0, int(math.log10(max(largest, 1)) // 3)))
+    return 1000.0**power, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"][power]

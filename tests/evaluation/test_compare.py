@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 from generation.record import recorded_conditions
 from matplotlib import ft2font, get_data_path
+from tests.test_scoring_scripts import sampled_and_scored
 
 import compare
 import sampler
 from common import plots
 from common.tables import columns_of
-from tests.test_scoring_scripts import sampled_and_scored
 
 HERE = {"batch_size": 1, "compile": False, "device": "cpu", "processes": 1, "threads": 2, "torch": "2.6.0"}
 UNLIKE = {

@@ -416,7 +416,7 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
     """Where two nested plain values differ: ["seed (0 and 1)", "networks.0.model_params.depth (3 and 5)"].
 
-    A key that one of them lacks counts as None.
+    A key that one of them lacks counts as none.
     """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         pairs = [(f"{name}.{key}".lstrip("."), one.get(key), other.get(key)) for key in {**one, **other}]

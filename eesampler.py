@@ -32,17 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from generation.exits import ExitRecorder, save_exits
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import write_report
-    from generation.run import guide, labels_of, noise_of, settled_run, solver_of, warm_up
+    from generation.run import guide, labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up
     from models.autoencoder import image_maker
     from models.inference import EarlyExitTracer
     from models.loading import check_range
 
     with joined_processes(settings.machine.device) as device:
+        settings = settled_speed(settings, device)
         network = load(settings, device)
         config, model = network.config, network.module
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         solver, timesteps = solver_of(settings.solver, config)
-        settings = settled_run(settings, device, timesteps)
+        settings = settled_steps(settings, timesteps)
         if not settings.allow_outside_range:
             check_range(network, timesteps, "give --allow_outside_range to let it")
         trace = EarlyExitTracer(

@@ -41,15 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from diffusion.sampling import sample
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import write_report
-    from generation.run import labels_of, noise_of, settled_run, solver_of, warm_up
+    from generation.run import labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up
     from models.autoencoder import image_maker
 
     with joined_processes(settings.machine.device) as device:
+        settings = settled_speed(settings, device)
         networks = load_networks(settings, plan, device)
         config = shared_config(networks)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         solver, timesteps = solver_of(settings.solver, config)
-        settings = settled_run(settings, device, timesteps)
+        settings = settled_steps(settings, timesteps)
         settings, calibration = settled_switch(settings, networks, device)
         plan = plan_of(settings)
         stages, backbones = make_stages(settings, plan, networks, timesteps, device)
@@ -82,10 +83,17 @@ def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -
     """The networks, which fit each other and the timesteps of their stages."""
     from models.loading import load_together
 
-    place = "cpu" if settings.offload else device
+    place = idle_place(settings, device)
     networks = load_together(plan.files, settings.stated, weights=settings.weights, device=place)
     plan.check_length(networks[0].config.diffusion_params.num_timesteps)
     return networks
+
+
+def idle_place(settings: SamplerSettings, device: torch.device) -> torch.device | str:
+    """The device of a network's weights while another one runs. Raises InputError where --offload has no use."""
+    if settings.offload and device.type != "cuda":
+        raise InputError(f"--offload is for CUDA: on {device.type} the networks are in the host's memory anyway")
+    return "cpu" if settings.offload else device
 
 
 def shared_config(networks: Sequence[Network]) -> Config:
@@ -109,12 +117,13 @@ def settled_switch(
     from calibration.run import calibrate
     from calibration.settings import Measurement
     from common.distributed import on_main
-    from generation.folder import recorded_switch
+    from generation.folder import recorded_switch, samples_in
 
     calibration = None
 
     def choose() -> int:
         nonlocal calibration
+        samples_in(settings.output_folder)  # a folder of something else is refused before the measurement
         if not settings.overwrite and (t_switch := recorded_switch(settings.output_folder)) is not None:
             print(f"t_switch {t_switch}, as it was chosen when this run began")
             return t_switch
@@ -129,7 +138,7 @@ def settled_switch(
             quiet=settings.machine.quiet,
         )
         # Copies: measuring puts weights into the working precision, which is done once.
-        copies = [network._replace(module=copy.deepcopy(network.module)) for network in networks]
+        copies = [replace(network, module=copy.deepcopy(network.module)) for network in networks]
         calibration = calibrate(measurement, copies, device)
         print(in_words(calibration))
         return calibration.chosen.t_switch(calibration.steps.timesteps)
@@ -201,13 +210,13 @@ def make_caches(
 
 
 def name_idle(plan: Plan, networks: Sequence[Network], stages: Sequence[Stage]) -> None:
-    """Say which networks have none of the run's timesteps in a stage."""
+    """Say which stages have none of the run's timesteps."""
     visited = [t for stage in stages for t in stage.timesteps]
     for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
         if not stage.timesteps:
             log.warning(
-                "%s leaves the %s network (stage %d, %s) nothing to do: it has none of the %d timesteps, t = %d..%d",
-                *(plan.source, plan.names[planned.network], n, networks[planned.network].path),
+                "%s leaves stage %d (%s, %s) nothing to do: it has none of the %d timesteps, t = %d..%d",
+                *(plan.source, n, plan.names[planned.network], networks[planned.network].path),
                 *(len(visited), visited[0], visited[-1]),
             )
 

@@ -45,6 +45,7 @@ class About:
     parse: Callable[[str], Any] | None = None  # a value from the text of the command line, where it is of no plain type
     positional: bool = False
     metavar: str | None = None
+    aliases: tuple[str, ...] = ()  # other names of the flag, which --help leaves out
 
 
 def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (RESULT,), why: str = "", **about: Any):
@@ -56,7 +57,8 @@ def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (
     CONDITIONS (how long a run takes, where its data lie, how often it logs), both or neither. why: the reason, where
     the result does not depend on the field. flag: False for a field that is not on the command line. group, metavar:
     of --help. parse: makes a value of the text on the command line, for types that are not plain. positional: the
-    values stand on the command line without the name.
+    values stand on the command line without the name. aliases: other names of the flag, such as "--old", which work
+    like it and are left out of --help; not of required fields.
     """
     if RESULT not in decides and not why:
         raise TypeError(f"a field without influence on the result must say why ({help!r})")
@@ -66,9 +68,14 @@ def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(title: str, default: Any = MISSING) -> Any:
-    """A field that holds nested settings; title: of their group in --help."""
-    return dataclasses.field(default=default, metadata={"about": About(title)})
+def section(title: str, default: Any = MISSING, *, decides: Sequence[str] = (RESULT, CONDITIONS), why: str = "") -> Any:
+    """A field that holds nested settings; title: of their group in --help.
+
+    decides: what may depend on the fields in it; why: the reason, where the result does not.
+    """
+    if RESULT not in decides and not why:
+        raise TypeError(f"a section without influence on the result must say why ({title!r})")
+    return dataclasses.field(default=default, metadata={"about": About(title, decides=tuple(decides), why=why)})
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,11 @@ class Field:
         return next(filter(dataclasses.is_dataclass, self.kinds), None) if not self.many else None
 
 
-def leaves(cls: type) -> Iterator[Field]:
-    """The fields of a dataclass of settings and of those in it, without the sections."""
+def leaves(cls: type, decides: str) -> Iterator[Field]:
+    """The fields of a dataclass of settings, and of its sections, on which the result, or the time, depends."""
     for f in fields_of(cls):
-        if f.section:
-            yield from leaves(f.section)
-        else:
-            yield f
+        if decides in f.about.decides:
+            yield from leaves(f.section, decides) if f.section else (f,)
 
 
 @functools.cache
@@ -265,8 +270,10 @@ def add_options(parser: argparse._ActionsContainer, cls: type, *, partial: bool 
         if f.section:
             add_options(groups[name], f.section, partial=partial)
         else:
-            flag = f.name if f.about.positional else f"--{f.name}"
-            groups[name].add_argument(flag, **_argument(f, partial))
+            flag, argument = f.name if f.about.positional else f"--{f.name}", _argument(f, partial)
+            groups[name].add_argument(flag, **argument)
+            for alias in f.about.aliases:
+                groups[name].add_argument(alias, **argument | {"dest": f.name, "help": argparse.SUPPRESS})
 
 
 def _argument(f: Field, partial: bool) -> dict[str, Any]:
@@ -368,10 +375,12 @@ def record(settings: Any, decides: str = RESULT) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields_of(type(settings)):
         value = getattr(settings, f.name)
-        if f.section and value is not None:
-            found |= record(value, decides)
-        elif decides in f.about.decides and not f.section:
+        if decides not in f.about.decides:
+            continue
+        if not f.section:
             found[f.name] = plain(value)
+        elif value is not None:
+            found |= record(value, decides)
     return found
 
 
@@ -407,7 +416,7 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
     """Where two nested plain values differ: ["seed (0 and 1)", "networks.0.model_params.depth (3 and 5)"].
 
-    A key that one of them lacks counts as None.
+    A key that one of them lacks counts as none.
     """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         pairs = [(f"{name}.{key}".lstrip("."), one.get(key), other.get(key)) for key in {**one, **other}]

@@ -21,7 +21,10 @@ CONFIDENCE = 0.95
 MEASURED = ("seconds_per_image", "network_flops_per_image")
 # The options of the samplers. Seeds of one label share those that decide the result; times are compared where those
 # that decide the conditions are equal, of which one that a script does not have counts as its default.
-SAMPLER_OPTIONS = {f.name: f for cls in (SamplerSettings, EarlyExitSettings) for f in leaves(cls)}
+OF_RESULT, OF_CONDITIONS = (
+    {f.name: f for cls in (SamplerSettings, EarlyExitSettings) for f in leaves(cls, decides)}
+    for decides in (RESULT, CONDITIONS)
+)
 OF_MACHINE = ("device", "processes", "threads", "torch")
 
 
@@ -78,10 +81,10 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
             raise ValueError(f"{metric}, {', '.join(MEASURED)}: {', '.join(map(str, values))}")
         settings = dict(statistics["settings"])
         seed = int(settings["seed"])
-        shared = {name: settings.get(name) for name, f in SAMPLER_OPTIONS.items() if RESULT in f.about.decides}
+        shared = {name: settings.get(name) for name in OF_RESULT}
         shared = {**shared, "stages": statistics["stages"], "seed": None}
         conditions = {
-            **{name: f.default for name, f in SAMPLER_OPTIONS.items() if CONDITIONS in f.about.decides},
+            **{name: f.default for name, f in OF_CONDITIONS.items()},
             **dict.fromkeys(OF_MACHINE, "unknown"),
         }
         conditions = {name: statistics.get(name, default) for name, default in conditions.items()}

@@ -16,17 +16,18 @@ from common.seeds import nth_seed
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, Stage, guided, random_classes
 from diffusion.solvers import Solver, make_solver, spaced_timesteps
-from generation.settings import RunSettings, SolverSettings, SpeedSettings
+from generation.settings import RunSettings, SolverSettings
 
 Settings = TypeVar("Settings", bound=RunSettings)
 Labels = Callable[[Sequence[int]], Tensor | None]
 
 
-def settled_speed(speed: SpeedSettings, device: torch.device) -> SpeedSettings:
+def settled_speed(settings: Settings, device: torch.device) -> Settings:
     """The settings with the device's precision. Raises InputError for those that the device has no use for."""
+    speed = settings.speed
     if speed.compile:
         check_compiler(device)
-    return replace(speed, precision=pick_precision(speed.precision, device))
+    return replace(settings, speed=replace(speed, precision=pick_precision(speed.precision, device)))
 
 
 def solver_of(settings: SolverSettings, config: Config) -> tuple[Solver, list[int]]:
@@ -39,18 +40,11 @@ def solver_of(settings: SolverSettings, config: Config) -> tuple[Solver, list[in
     return solver, timesteps
 
 
-def settled_run(settings: Settings, device: torch.device, timesteps: Sequence[int]) -> Settings:
-    """The settings as the run is recorded: the device's precision, the number of steps.
-
-    Raises InputError for frames that the run never visits.
-    """
+def settled_steps(settings: Settings, timesteps: Sequence[int]) -> Settings:
+    """The settings with the number of steps. Raises InputError for frames that the run never visits."""
     if unmet := sorted(set(settings.timesteps_save) - set(timesteps)):
         raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(timesteps)}")
-    return replace(
-        settings,
-        speed=settled_speed(settings.speed, device),
-        solver=replace(settings.solver, steps=len(timesteps)),
-    )
+    return replace(settings, solver=replace(settings.solver, steps=len(timesteps)))
 
 
 def labels_of(settings: RunSettings, config: Config, device: torch.device) -> Labels:

@@ -164,6 +164,7 @@ class SamplerSettings(RunSettings):
     stages: Path | None = of_stages(
         None,
         "YAML file with any number of networks and their timesteps, in place of --checkpoint_path",
+        aliases=("--schedule",),
         exists="file",
         decides=(),
         why=AS_STAGES,
@@ -174,8 +175,8 @@ class SamplerSettings(RunSettings):
         least=1,
         most=100_000,
     )
-    cache_outer: int = of_work(
-        1, "in blocks, and as many out blocks, that run at every step all the same", least=1, most=999
+    cache_outer: int | None = of_work(
+        None, "in blocks, and as many out blocks, that run at every step all the same (default: 1)", least=1, most=999
     )
     offload: bool = of_network(
         False,
@@ -183,12 +184,16 @@ class SamplerSettings(RunSettings):
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )
-    calibration: CalibrationSettings = section("for --t_switch auto", CalibrationSettings())
+    calibration: CalibrationSettings = section("for --t_switch auto", CalibrationSettings(), decides=(), why=AS_STAGES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_networks()
         self._check_calibration()
+        if self.cache_interval == 1 and self.cache_outer is not None:
+            raise InputError("--cache_outer needs a --cache_interval of 2 or more")
+        if self.cache_interval > 1 and self.cache_outer is None:
+            object.__setattr__(self, "cache_outer", 1)
         if self.offload and self.speed.compile:
             raise InputError("--offload moves the weights that --compile records the places of; give one of them")
 

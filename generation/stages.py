@@ -154,6 +154,7 @@ def plan_of(settings: SamplerSettings) -> Plan:
             PlannedStage(0, lowest, settings.guidance_scale, "--guidance_scale"),
             PlannedStage(1, 0, scale, "--guidance_scale_late"),
         ],
+        source=f"--t_switch {settings.t_switch}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -113,6 +114,14 @@ def modest_memory():
 
 def _kilobytes(name: str) -> int:
     return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """Traced and differentiated as ever, but without the minutes of C++; models/test_inference.py has those."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import sampler
 from common.cli import Parser
 from common.errors import InputError
 from common.settings import (
@@ -75,6 +76,37 @@ def test_wrong_flags_end_in_one_line(argv, words, fails):
     fails(lambda argv: parsed(*argv), argv, *words)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Renamed(Checked):
+    size: int = option(3, "the size", aliases=("--magnitude", "--extent"), least=1, most=9)
+    loud: bool = option(False, "loud", aliases=("--noisy",))
+
+
+def test_an_alias_is_the_flag_itself(capsys, fails):
+    """But for --help, which shows one name, and for a message about it, which names the one that was typed."""
+
+    def parse(argv):
+        return Parser(prog="test").settings(Renamed, argv, network=False)
+
+    for name in ("--size", "--magnitude", "--extent"):
+        assert parse([name, "7"]) == Renamed(size=7)
+        fails(parse, [name, "10"], f"argument {name}: 10 is out of range, wanted 1..9")
+    assert parse(["--size", "7", "--extent", "8"]).size == 8, "the last one counts, as of a flag given twice"
+    assert parse(["--noisy"]) == parse(["--loud"]) == Renamed(loud=True)
+    assert parse([]) == Renamed()
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out
+    assert said.count("--size") == 2, "in the usage, and where it is explained"
+    assert not any(name in said for name in ("--magnitude", "--extent", "--noisy"))
+
+
+def test_stages_were_once_called_a_schedule():
+    argv = ["--output_folder", "out"]
+    by_either = [sampler.parse_settings([flag, str(FILE), *argv]) for flag in ("--stages", "--schedule")]
+    assert by_either[0] == by_either[1] and by_either[0].stages == FILE
+
+
 def test_help_groups_and_defaults(capsys):
     with pytest.raises(SystemExit):
         parsed("--help")
@@ -87,12 +119,12 @@ def test_help_groups_and_defaults(capsys):
     ("given", "words"),
     [
         ({"rate": 0.5, "widht": 1}, ["f.yaml: unknown key widht"]),
-        ({"rate": "fast"}, ["f.yaml: rate is 'fast'", "float"]),
+        ({"rate": "fast"}, ["f.yaml: rate is 'fast'", "a number"]),
         ({"rate": True}, ["f.yaml: rate is True"]),
         ({"rate": 2.0}, ["f.yaml: rate=2.0", "more than 0 and at most 1"]),
         ({"rate": 0.5, "inner": {"width": 10}}, ["f.yaml: ", "width=10", "1..9"]),
         ({"rate": 0.5, "inner": {"names": "ab"}}, ["f.yaml: inner: names", "a list"]),
-        ({"rate": 0.5, "inner": None}, ["f.yaml: inner is None", "a mapping"]),
+        ({"rate": 0.5, "inner": None}, ["f.yaml: inner is none", "a mapping"]),
         ({}, ["f.yaml: rate not given"]),
     ],
 )
@@ -120,10 +152,20 @@ def test_a_field_without_influence_says_why():
         option(1, "silent", decides=())
 
 
+def test_a_section_may_be_left_out_of_the_record():
+    @dataclass(frozen=True, kw_only=True)
+    class Other(Checked):
+        inner: Inner = section("inner", Inner(), decides=(), why="it is recorded elsewhere")
+
+    assert record(Other()) == {} and flat(Other()) == {"width": 3, "names": []}
+    with pytest.raises(TypeError, match="must say why"):
+        section("silent", decides=())
+
+
 def test_differences_and_merging():
     one, other = {"a": 1, "b": {"c": [1, {"d": 2}]}}, {"a": 1, "b": {"c": [1, {"d": 3}]}, "e": 5}
     assert differences(one, one) == []
-    assert differences(one, other) == ["b.c.1.d (2 and 3)", "e (None and 5)"]
+    assert differences(one, other) == ["b.c.1.d (2 and 3)", "e (none and 5)"]
     assert merge(one, {"b": {"f": 0}}) == {"a": 1, "b": {"c": [1, {"d": 2}], "f": 0}}
 
 
@@ -161,13 +203,13 @@ def changed(f, value):
     raise AssertionError(f"no other value for {f.name}")
 
 
-def leaves(cls, path=()):
-    """Every field that is no section, with the sections that lead to it."""
+def leaves(cls, path=(), why=""):
+    """Every field that is no section, the sections that lead to it, and why the result does not depend on it."""
     for f in fields_of(cls):
         if f.section:
-            yield from leaves(f.section, (*path, f.name))
+            yield from leaves(f.section, (*path, f.name), f.about.why)
         else:
-            yield path, f
+            yield path, f, f.about.why or why
 
 
 def replaced(settings, path, name, value):
@@ -187,11 +229,11 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    ("cls", "path", "name"),
-    [(cls, path, f.name) for cls in (SamplerSettings, EarlyExitSettings, TrainingSettings) for path, f in leaves(cls)],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ("cls", "path", "f", "why"),
+    [(cls, *leaf) for cls in (SamplerSettings, EarlyExitSettings, TrainingSettings) for leaf in leaves(cls)],
+    ids=lambda value: getattr(value, "name", ""),
 )
-def test_no_option_is_forgotten_in_the_record(cls, path, name):
+def test_no_option_is_forgotten_in_the_record(cls, path, f, why):
     """A setting that is changed changes the record of the run, or says why the result does not depend on it."""
     if cls is TrainingSettings:
         settings = build(cls, {"model": "uvit", "n_steps": 5, "data": {"dataset": "digits"}}, "test")
@@ -200,10 +242,9 @@ def test_no_option_is_forgotten_in_the_record(cls, path, name):
     at = settings
     for part in path:
         at = getattr(at, part)
-    f = next(f for f in fields_of(type(at)) if f.name == name)
-    other = replaced(settings, path, name, changed(f, getattr(at, name)))
+    other = replaced(settings, path, f.name, changed(f, getattr(at, f.name)))
     assert other != settings
     if record(other) == record(settings):
-        assert len(f.about.why) > 10, f"--{name} is not recorded, and does not say why"
+        assert len(why) > 10, f"--{f.name} is not recorded, and does not say why"
     else:
         assert RESULT in f.about.decides

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import generation.run
+import models.autoencoder
 import sampler
+from common import devices
 
 FLAGS = ["--device", "cpu", "--quiet", "--precision", "fp32", "--solver", "ddim", "--steps", "4", "--batch_size", "2"]
 
@@ -31,7 +32,7 @@ def test_a_batch_that_is_not_finite_is_named_and_none_of_it_written(overflowing,
 
 
 def test_what_an_autoencoder_makes_infinite_is_not_written(full, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(generation.run, "image_maker", lambda *_: lambda latents: latents / 0)
+    monkeypatch.setattr(models.autoencoder, "image_maker", lambda *_: lambda latents: latents / 0)
     argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", *FLAGS]
     fails(sampler.main, argv, "samples 0..1", "autoencoder", "not finite")
     assert not list((tmp_path / "s").iterdir())
@@ -39,7 +40,7 @@ def test_what_an_autoencoder_makes_infinite_is_not_written(full, tmp_path, fails
 
 def test_half_precision_that_does_not_suffice_is_named(full, tmp_path, fails, monkeypatch):
     """Weights that are finite in 32 bits, and infinite in 16."""
-    monkeypatch.setitem(generation.run.DTYPES, "bf16", torch.float16)  # a CPU need not calculate in fp16
+    monkeypatch.setitem(devices.DTYPES, "bf16", torch.float16)  # a CPU need not calculate in fp16
     content = torch.load(full, weights_only=True)
     for part in ("model", "ema"):
         content[part]["norm.weight"][0] = 1e6

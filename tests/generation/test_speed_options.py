@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
-
 import numpy as np
 import pytest
-import torch
 
 import eesampler
-import main as main_script
 import sampler
-import train
 from common import devices
-from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
-from tests.test_sampling_scripts import samples, statistics
+from tests.folders import samples, statistics
 
 
 @pytest.fixture
@@ -45,14 +38,6 @@ def test_what_the_device_offers_is_the_default_and_is_recorded(duo, tmp_path, ru
         monkeypatch.setattr(devices, "in_hardware", lambda precision, device, there=there: there)
         run_quietly(sampler.main, [*duo, "--output_folder", tmp_path / name])
         assert statistics(tmp_path / name)["settings"]["precision"] == name
-
-
-@pytest.fixture
-def quickly_compiled(monkeypatch):
-    """Traced and differentiated as ever, but without the minutes of C++; models/test_inference.py has those."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("quickly_compiled")
@@ -106,26 +91,3 @@ def test_wrong_combinations_end_in_one_line(script, flags, words, duo, ee, tmp_p
 def test_offload_needs_a_network_to_keep_away(full, tmp_path, fails):
     flags = ["--checkpoint_path", full, "--offload", "--output_folder", tmp_path / "s"]
     fails(sampler.main, flags, "--offload", "--checkpoint_path_late")
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.usefixtures("quickly_compiled")
-def test_compiled_training_is_training(full, tmp_path, run_quietly):
-    flags = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", 3, "--n_steps", 2, "--log_every_n_steps", 1]
-    flags[flags.index("--preview_steps") + 1] = 2
-    for name, more in (("eager", []), ("compiled", ["--compile"])):
-        run_quietly(train.main, [*flags, *more, "--log_path", tmp_path, "--exp_name", name])
-    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4)
-    assert (tmp_path / "compiled" / "previews" / "step-2.png").exists()
-    saved = torch.load(tmp_path / "compiled" / "digits_uvit_last.pth", weights_only=True)["model"]
-    assert not any("_orig_mod" in key for key in saved)
-
-    heads = ["--model", "deediff_uvit", "--classifier_type", "mlp_probe_per_layer", "--load_backbone", full]
-    flags = [*TINY_FLAGS, *TRAINING_FLAGS, *heads, "--freeze_backbone", "--depth", 5, "--n_steps", 1]
-    flags += ["--log_every_n_steps", 1]
-    for name, more in (("ee_eager", []), ("ee_compiled", ["--compile"])):
-        run_quietly(main_script.main, [*flags, *more, "--log_path", tmp_path, "--exp_name", name])
-    np.testing.assert_allclose(losses(tmp_path / "ee_compiled"), losses(tmp_path / "ee_eager"), rtol=1e-4)

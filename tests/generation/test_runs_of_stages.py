@@ -1,8 +1,9 @@
-"""sampler.py --schedule: cascades of one, two and three networks, and what is refused."""
+"""sampler.py --stages: runs of one, two and three networks, and what is refused."""
 
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from models import UViT
 from models.flops import uvit_flops
 from models.inference import BackboneDenoiser, Offloader
 from tests.conftest import TINY, perturbed
-from tests.test_sampling_scripts import samples, statistics
+from tests.folders import samples, statistics
 
 FLAGS = ["--device", "cpu", "--quiet", "--n_samples", 3, "--batch_size", 2]
 
@@ -31,8 +32,8 @@ def middling(full, tmp_path):
 
 
 @pytest.fixture
-def schedule(tmp_path):
-    """Write one: (checkpoint, t_min, t_max, what else there is to say) of each stage."""
+def stages(tmp_path):
+    """Write a file of stages: (checkpoint, t_min, t_max, mapping of more keys) of each."""
 
     def write(*stages, **more):
         path = tmp_path / f"{len(list(tmp_path.glob('*.yaml')))}.yaml"
@@ -75,18 +76,18 @@ def same(tmp_path, run_quietly):
 
 
 @pytest.mark.parametrize("solver", [[], ["--solver", "unipc", "--steps", "6"]])
-def test_one_network(solver, full, schedule, same):
+def test_one_network(solver, full, stages, same):
     stats = same(
-        ["--schedule", schedule((full, 0, 19)), *solver],
+        ["--stages", stages((full, 0, 19)), *solver],
         ["--checkpoint_path", full, *solver],
     )
     assert stats[0]["backbones"] == stats[1]["backbones"]
 
 
 @pytest.mark.parametrize("solver", [[], ["--solver", "dpmsolver++", "--steps", "6"]])
-def test_two_networks(solver, full, shallow, schedule, same):
+def test_two_networks(solver, full, shallow, stages, same):
     stats = same(
-        ["--schedule", schedule((shallow, 8, 19), (full, 0, 7), t_switch=7), *solver],
+        ["--stages", stages((shallow, 8, 19), (full, 0, 7), t_switch=7), *solver],
         ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", 7, *solver],
     )
     assert [b["name"] for b in stats[0]["backbones"]] == ["shallow", "full"]
@@ -94,25 +95,23 @@ def test_two_networks(solver, full, shallow, schedule, same):
     assert stats[0]["network_flops_per_image"] == stats[1]["network_flops_per_image"]
 
 
-def test_guidance_of_a_stage(runs, schedule, same):
+def test_guidance_of_a_stage(runs, stages, same):
     network = runs / "no_class" / "digits_uvit_last.pth"
-    stages = schedule((network, 8, 19), (network, 0, 7, {"guidance_scale": 1.5}))
+    written = stages((network, 8, 19), (network, 0, 7, {"guidance_scale": 1.5}))
     guided = ["--checkpoint_path", network, "--checkpoint_path_late", network, "--t_switch", 7]
     stats = same(
-        ["--schedule", stages, "--guidance_scale", 0.5],
+        ["--stages", written, "--guidance_scale", 0.5],
         [*guided, "--guidance_scale", 0.5, "--guidance_scale_late", 1.5],
     )
     (backbone,) = stats[0]["backbones"]
     assert backbone["timesteps"] == 20 and backbone["calls"] == 40
     assert stats[0]["network_flops_per_image"] == stats[1]["network_flops_per_image"]
-    assert stats[0]["settings"]["stages"][1]["guidance_scale"] == 1.5
+    assert stats[0]["stages"][1]["guidance_scale"] == 1.5
 
 
-def test_three_networks_each_where_it_belongs(full, shallow, middling, schedule, calls, tmp_path, run_quietly):
-    stages = schedule((shallow, 15, 19), (middling, 5, 14), (full, 1, 4), (shallow, 0, 0))
-    said = run_quietly(
-        sampler.main, ["--schedule", stages, *FLAGS, "--n_samples", 2, "--output_folder", tmp_path / "s"]
-    )
+def test_three_networks_each_where_it_belongs(full, shallow, middling, stages, calls, tmp_path, run_quietly):
+    written = stages((shallow, 15, 19), (middling, 5, 14), (full, 1, 4), (shallow, 0, 0))
+    said = run_quietly(sampler.main, ["--stages", written, *FLAGS, "--n_samples", 2, "--output_folder", tmp_path / "s"])
     blocks = [1] * 5 + [3] * 10 + [5] * 4 + [1]
     assert calls[-20:] == list(zip(blocks, range(19, -1, -1), strict=True))
     assert "network 1 ran 6 timesteps, network 2 ran 10 timesteps, network 3 ran 4 timesteps" in said
@@ -124,63 +123,69 @@ def test_three_networks_each_where_it_belongs(full, shallow, middling, schedule,
     assert about["network_flops_per_image"] == sum(b["flops_per_image"] for b in about["backbones"])
 
 
-def test_a_network_that_never_runs_is_no_obstacle(full, middling, schedule, tmp_path, run_quietly, caplog):
+def test_a_network_that_never_runs_is_no_obstacle(full, middling, stages, tmp_path, run_quietly, caplog):
     """Four steps of 20 are 19, 14, 9, 4; nor was that network trained on its own."""
     flags = ["--solver", "ddim", "--steps", 4, *FLAGS, "--output_folder", tmp_path / "s"]
-    run_quietly(sampler.main, ["--schedule", schedule((full, 19, 19), (middling, 15, 18), (full, 0, 14)), *flags])
+    run_quietly(sampler.main, ["--stages", stages((full, 19, 19), (middling, 15, 18), (full, 0, 14)), *flags])
     assert [b["timesteps"] for b in statistics(tmp_path / "s")["backbones"]] == [4, 0]
     (message,) = (record.getMessage() for record in caplog.records)
-    assert f"stage 2 leaves the network, {middling}, nothing to do" in message
-    assert "none of the run's 4 timesteps, t = 19..4," in message
+    assert f"leaves stage 2 (network 2, {middling}) nothing to do" in message
+    assert message.endswith("it has none of the 4 timesteps, t = 19..4")
 
 
-def test_what_decides_the_images_is_recorded(full, shallow, middling, schedule, tmp_path, run_quietly, fails):
-    one, other = (schedule((shallow, t + 1, 19), (full, 0, t)) for t in (7, 8))
+def test_what_decides_the_images_is_recorded(full, shallow, middling, stages, tmp_path, run_quietly, fails):
+    one, other = (stages((shallow, t + 1, 19), (full, 0, t)) for t in (7, 8))
     flags = [*FLAGS, "--output_folder", tmp_path / "s"]
-    run_quietly(sampler.main, ["--schedule", one, *flags])
+    run_quietly(sampler.main, ["--stages", one, *flags])
     before = samples(tmp_path / "s")
-    fails(sampler.main, ["--schedule", other, *flags], "another run", "stages.0.t_min 8, not 9")
-    again = schedule((shallow, 8, 19), (full, 0, 7), calibration={"solver": "ddpm"})  # another file, the same stages
-    run_quietly(sampler.main, ["--schedule", again, *flags, "--n_samples", 5])
+    fails(sampler.main, ["--stages", other, *flags], "another run", "stages.0.t_min (8 and 9)")
+    again = stages((shallow, 8, 19), (full, 0, 7), calibration={"solver": "ddpm"})  # another file, the same stages
+    run_quietly(sampler.main, ["--stages", again, *flags, "--n_samples", 5])
     after = samples(tmp_path / "s")
     assert len(after) == 5 and all(np.array_equal(after[key], before[key]) for key in before)
 
 
-def test_the_record_of_a_run_without_a_schedule_is_what_it_was(full, shallow, tmp_path, run_quietly):
-    """Folders that were made before there were schedules can be gone on with."""
+def test_the_record_of_a_run_holds_no_place_and_no_time(full, shallow, tmp_path, run_quietly):
+    """Nothing in it but that on which images depend: a run may go on elsewhere, and at another speed."""
     pair = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", 7]
     run_quietly(sampler.main, [*pair, *FLAGS, "--output_folder", tmp_path / "s"])
     recorded = json.loads((tmp_path / "s" / "report" / "run.json").read_text())
     assert sorted(recorded) == sorted(
         [
-            *("seed", "solver", "steps", "eta", "clip_x0", "class_id", "guidance_scale", "guidance_scale_late"),
-            *("t_switch", "timesteps_save", "precision", "device", "autoencoder_sha256", "networks"),
+            *("seed", "solver", "steps", "eta", "clip_x0", "class_id", "stages", "cache_interval", "cache_outer"),
+            *("timesteps_save", "precision", "device", "autoencoder_sha256", "networks"),
         ]
     )
 
 
-def test_a_schedule_for_other_sampling_is_noted(full, schedule, tmp_path, run_quietly, caplog):
+def test_stages_for_other_sampling_are_noted(full, stages, tmp_path, run_quietly, caplog):
     made_for = {"solver": "ddim", "steps": 20}
-    stages = schedule((full, 0, 19), calibration=made_for)
-    run_quietly(sampler.main, ["--schedule", stages, *FLAGS, "--output_folder", tmp_path / "s"])
+    written = stages((full, 0, 19), calibration=made_for)
+    run_quietly(sampler.main, ["--stages", written, *FLAGS, "--output_folder", tmp_path / "s"])
     (message,) = (record.getMessage() for record in caplog.records)
     assert "made for solver ddim, this is ddpm" in message
 
 
-def test_offloading_follows_the_networks_not_the_stages(full, shallow, schedule, tmp_path, run_quietly, monkeypatch):
-    """There is no second device here: the networks stay where they are, and what is asked for is looked at."""
-    monkeypatch.setattr("generation.run.settle_speed", lambda args, device: setattr(args, "precision", "fp32"))
+def test_offloading_follows_the_networks_not_the_stages(full, shallow, stages, tmp_path, run_quietly, monkeypatch):
+    """There is no second device here: the networks stay where they are, and the sessions are noted."""
+
+    @contextmanager
+    def resident(self, k):
+        asked.append((len(self.host), k))
+        yield
+
     asked = []
-    monkeypatch.setattr(Offloader, "__call__", lambda self, active: asked.append((len(self.host), active)))
-    stages = schedule((full, 15, 19), (shallow, 5, 14), (full, 0, 4))
+    monkeypatch.setattr(Offloader, "resident", resident)
+    monkeypatch.setattr(sampler, "idle_place", lambda settings, device: device)
+    written = stages((full, 15, 19), (shallow, 5, 14), (full, 0, 4))
     flags = [*FLAGS, "--n_samples", 2, "--offload", "--output_folder", tmp_path / "s"]
-    run_quietly(sampler.main, ["--schedule", stages, *flags])
-    assert asked == [(2, None)] + 2 * [(2, 0), (2, 1), (2, 0)]  # once to warm up
+    run_quietly(sampler.main, ["--stages", written, *flags])
+    assert asked == 2 * [(2, 0), (2, 1), (2, 0)]  # once to warm up
 
 
 class TestRefusals:
-    def test_options_that_contradict_it(self, full, schedule, tmp_path, fails):
-        flags = ["--schedule", schedule((full, 0, 19)), "--output_folder", tmp_path / "s"]
+    def test_options_that_contradict_it(self, full, stages, tmp_path, fails):
+        flags = ["--stages", stages((full, 0, 19)), "--output_folder", tmp_path / "s"]
         for more in (
             ["--checkpoint_path", full],
             ["--checkpoint_path_late", full],
@@ -189,31 +194,32 @@ class TestRefusals:
             ["--t_switch", 3],
             ["--guidance_scale_late", 1],
         ):
-            fails(sampler.main, [*flags, *more], more[0], "--schedule")
-        fails(sampler.main, flags[2:], "--checkpoint_path", "--schedule")
+            fails(sampler.main, [*flags, *more], more[0], "--stages")
+        fails(sampler.main, flags[2:], "--checkpoint_path", "--stages")
         assert not (tmp_path / "s").exists()
 
-    def test_stages_that_do_not_fit_the_networks(self, runs, full, shallow, middling, schedule, tmp_path, fails):
-        flags = ["--output_folder", tmp_path / "s", "--schedule"]
-        fails(sampler.main, [*flags, schedule((shallow, 10, 18), (full, 0, 9))], "stages from t = 18", "19..0")
+    def test_stages_that_do_not_fit_the_networks(self, runs, full, shallow, middling, stages, tmp_path, fails):
+        flags = ["--output_folder", tmp_path / "s", "--stages"]
+        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages from t = 18", "19..0")
         classes = runs / "classes" / "digits_uvit_last.pth"
-        three = schedule((shallow, 10, 19), (classes, 5, 9), (full, 0, 4))
-        fails(sampler.main, [*flags, three], "cannot take turns", "num_classes (10 and -1)")
-        outside = schedule((shallow, 15, 19), (middling, 4, 14), (full, 0, 3))
-        fails(sampler.main, [*flags, outside], "trained on t = 5..14", "would run at t = 4;", "see the stages in")
+        three = stages((shallow, 10, 19), (classes, 5, 9), (full, 0, 4))
+        fails(sampler.main, [*flags, three], "cannot run on one image", "num_classes (10 and -1)")
+        outside = stages((shallow, 15, 19), (middling, 4, 14), (full, 0, 3))
+        advice = f"let another network run there ({outside})"
+        fails(sampler.main, [*flags, outside], "trained on t = 5..14", "would run at t = 4;", advice)
         assert not (tmp_path / "s").exists()
 
-    def test_a_stage_outside_its_range_may_be_allowed(self, middling, schedule, tmp_path, run_quietly):
+    def test_a_stage_outside_its_range_may_be_allowed(self, middling, stages, tmp_path, run_quietly):
         flags = [*FLAGS, "--allow_outside_range", "--output_folder", tmp_path / "s"]
-        run_quietly(sampler.main, ["--schedule", schedule((middling, 0, 19)), *flags])
+        run_quietly(sampler.main, ["--stages", stages((middling, 0, 19)), *flags])
         assert len(samples(tmp_path / "s")) == 3
 
-    def test_guidance_without_a_class_for_none(self, full, schedule, tmp_path, fails):
-        stages = schedule((full, 0, 19, {"guidance_scale": 2}))
-        argv = ["--schedule", stages, "--output_folder", tmp_path / "s"]
-        fails(sampler.main, argv, f"{stages}: guidance_scale 2", "no class")
+    def test_guidance_without_a_class_for_none(self, full, stages, tmp_path, fails):
+        written = stages((full, 0, 19, {"guidance_scale": 2}))
+        argv = ["--stages", written, "--output_folder", tmp_path / "s"]
+        fails(sampler.main, argv, f"{written}: guidance_scale 2", "no class")
         assert not (tmp_path / "s").exists()
 
-    def test_offloading_one_network(self, full, schedule, tmp_path, fails):
-        argv = ["--schedule", schedule((full, 0, 19)), "--offload", "--output_folder", tmp_path / "s"]
+    def test_offloading_one_network(self, full, stages, tmp_path, fails):
+        argv = ["--stages", stages((full, 0, 19)), "--offload", "--output_folder", tmp_path / "s"]
         fails(sampler.main, argv, "--offload", "one alone")

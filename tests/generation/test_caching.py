@@ -10,12 +10,12 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import diffusion.sampling
 import sampler
-from generation.run import SamplingRun
 from models import UViT
 from models.flops import uvit_flops
 from tests.conftest import TINY
-from tests.test_sampling_scripts import samples, statistics
+from tests.folders import equal, samples, statistics
 
 FLAGS = ["--device", "cpu", "--quiet", "--batch_size", 2]
 
@@ -39,10 +39,6 @@ def make(tmp_path, run_quietly):
     return call
 
 
-def equal(one, other):
-    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
-
-
 @pytest.mark.parametrize("pair", [False, True])
 def test_interval_1_is_none(pair, one, duo, make, tmp_path):
     argv = duo if pair else one
@@ -50,7 +46,7 @@ def test_interval_1_is_none(pair, one, duo, make, tmp_path):
     assert equal(none[0], interval_1[0])
     assert none[1]["backbones"] == interval_1[1]["backbones"]
     recorded = [json.loads((tmp_path / name / "report" / "run.json").read_text()) for name in ("none", "one")]
-    assert recorded[0] == recorded[1] and "cache_interval" not in recorded[0]
+    assert recorded[0] == recorded[1]
 
 
 def test_what_is_made_and_what_is_counted(one, make):
@@ -67,16 +63,16 @@ def test_what_is_made_and_what_is_counted(one, make):
 
 
 def test_flops_are_those_of_the_run(runs, make, monkeypatch):
-    """Two turns under different guidance, an interval that does not divide the steps: counted as they happen."""
-    counted, run = [], SamplingRun.run
+    """Two stages under different guidance, an interval that does not divide the steps: counted as they happen."""
+    counted, run = [], diffusion.sampling.sample
 
-    def counting(self, *args, **more):
+    def counting(*args):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            done = run(self, *args, **more)
+            images = run(*args)
         counted.append(counter.get_total_flops())
-        return done
+        return images
 
-    monkeypatch.setattr(SamplingRun, "run", counting)
+    monkeypatch.setattr(diffusion.sampling, "sample", counting)
     network = runs / "no_class" / "digits_uvit_last.pth"
     argv = ["--checkpoint_path", network, "--checkpoint_path_late", network, "--t_switch", 6, *FLAGS]
     _, about = make("s", [*argv, "--guidance_scale_late", 1, "--cache_interval", 3])
@@ -106,17 +102,17 @@ def test_batches_and_a_run_that_goes_on(duo, make, tmp_path, fails):
     ones, _ = make("ones", [*cached, "--n_samples", 5, "--batch_size", 1])
     assert all(np.abs(ones[key].astype(int) - whole[key]).max() <= 1 for key in whole)
     flags = ["--n_samples", 6, "--output_folder", tmp_path / "parts"]
-    fails(sampler.main, [*duo, "--cache_interval", 2, *flags], "another run", "cache_interval 3, not 2")
-    fails(sampler.main, [*cached, "--cache_outer", 2, *flags], "another run", "cache_outer none, not 2")
-    fails(sampler.main, [*duo, *flags], "another run", "cache_interval 3, not none")
+    fails(sampler.main, [*duo, "--cache_interval", 2, *flags], "another run", "cache_interval (3 and 2)")
+    fails(sampler.main, [*cached, "--cache_outer", 2, *flags], "another run", "cache_outer (1 and 2)")
+    fails(sampler.main, [*duo, *flags], "another run", "cache_interval (3 and 1)")
 
 
 def test_a_network_that_comes_twice_begins_afresh(full, shallow, make, tmp_path):
-    """Turns of 5, 10 and 5 steps: the deep one computes at 19, 16 and again at 4, 1."""
+    """Stages of 5, 10 and 5 steps: the deep one computes at 19, 16 and again at 4, 1."""
     stages = [(full, 15, 19), (shallow, 5, 14), (full, 0, 4)]
     listed = [{"checkpoint_path": str(file), "t_min": t_min, "t_max": t_max} for file, t_min, t_max in stages]
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"stages": listed}))
-    _, about = make("s", ["--schedule", tmp_path / "s.yaml", *FLAGS, "--cache_interval", 3])
+    _, about = make("s", ["--stages", tmp_path / "s.yaml", *FLAGS, "--cache_interval", 3])
     assert [b.get("timesteps_reusing") for b in about["backbones"]] == [6, None]
     whole, around = (uvit_flops(UViT(**TINY, depth=5), outer) for outer in (None, 1))
     assert about["backbones"][0]["flops_per_image"] == 4 * whole + 6 * around

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -12,20 +10,13 @@ from PIL import Image
 
 import eesampler
 import fid
+import generation.folder
 import sampler
-from generation.run import SamplingRun
 from models import UViT, load_weights
 from tests.conftest import TINY, TINY_FLAGS
+from tests.folders import samples, statistics
 
 DESCRIPTION = [*TINY_FLAGS, "--num_timesteps", 20]
-
-
-def samples(folder):
-    return {path.name: np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))}
-
-
-def statistics(folder):
-    return json.loads((folder / "report" / "statistics.json").read_text())
 
 
 @pytest.fixture
@@ -165,10 +156,9 @@ def test_an_idle_network_is_named(t_switch, steps, idle, duo, full, shallow, tmp
     run_quietly(sampler.main, [*duo, *flags, "--output_folder", tmp_path / "s"])
     ran = {backbone["name"]: backbone["timesteps"] for backbone in statistics(tmp_path / "s")["backbones"]}
     assert [name for name, timesteps in ran.items() if timesteps == 0] == [idle] * bool(idle)
-    path = full if idle == "full" else shallow
+    stage = f"stage 2 (full, {full})" if idle == "full" else f"stage 1 (shallow, {shallow})"
     assert [record.getMessage() for record in caplog.records] == [
-        f"--t_switch {t_switch} leaves the {idle} network, {path}, nothing to do: none of the run's {steps} "
-        f"timesteps, t = 19..4, is in its part"
+        f"--t_switch {t_switch} leaves {stage} nothing to do: it has none of the {steps} timesteps, t = 19..4"
     ] * bool(idle)
 
 
@@ -219,11 +209,11 @@ class TestFlagsThatDescribe:
         described = [*two, *DESCRIPTION, "--depth", 1, "--config_path_late", tmp_path / "full.yaml"]
         same(sampler.main, described, ["--checkpoint_path", shallow, "--checkpoint_path_late", full, *two[4:]])
 
-    def test_of_a_schedule_too(self, bare, full, shallow, tmp_path, same):
+    def test_of_a_file_of_stages_too(self, bare, full, shallow, tmp_path, same):
         stages = [(bare(shallow), 10, 19), (full, 0, 9)]
         stages = [{"checkpoint_path": str(path), "t_min": low, "t_max": high} for path, low, high in stages]
         (tmp_path / "s.yaml").write_text(yaml.safe_dump({"stages": stages}))
-        described = ["--schedule", tmp_path / "s.yaml", *DESCRIPTION, "--depth", 1]
+        described = ["--stages", tmp_path / "s.yaml", *DESCRIPTION, "--depth", 1]
         two = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", 9]
         same(sampler.main, described, two)
 
@@ -250,7 +240,7 @@ def test_classes(runs, tmp_path, run_quietly, fails, full):
     fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", "cat"], "cat", "or random")
     fails(sampler.main, [*argv, "--output_folder", tmp_path / "x", "--class_id", 3, "random"], "random alone")
     seven = ["--n_samples", 3, "--output_folder", tmp_path / "seven", "--checkpoint_path", network, "--class_id"]
-    fails(sampler.main, [*seven, 7, 8], "class_id 7, not 7, 8")
+    fails(sampler.main, [*seven, 7, 8], "class_id (7 and 7, 8)")
     argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "x", "--class_id", 1]
     fails(sampler.main, argv, "unconditional")
 
@@ -312,16 +302,15 @@ class TestBadInput:
         assert (tmp_path / "paper" / "report" / "thesis.tex").exists()
 
     def test_a_run_that_was_stopped_is_not_scored_as_whole(self, full, tmp_path, fails, monkeypatch):
-        saved = []
+        saved, save = [], generation.folder.save_png
 
-        def stop_after_two(images, paths):
-            if len(saved) == 2:
+        def stop_after_four(path, image):
+            if len(saved) == 4:
                 raise KeyboardInterrupt
-            saved.append(paths)
-            return save(images, paths)
+            saved.append(path)
+            return save(path, image)
 
-        save = SamplingRun._save
-        monkeypatch.setattr(SamplingRun, "_save", staticmethod(stop_after_two))
+        monkeypatch.setattr(generation.folder, "save_png", stop_after_four)
         argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--n_samples", 9, "--batch_size", 2]
         with pytest.raises(SystemExit) as ended:
             sampler.main([str(arg) for arg in [*argv, "--quiet"]])

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import yaml
-from generation.schedule_file import ScheduleFile, Stage, read_schedule, write_schedule
 
 from common.errors import InputError
+from generation.settings import SamplerSettings
+from generation.stages import StageEntry, StageFile, plan_of, read_stages, write_stages
 
 TWO = """
 stages:
@@ -26,24 +27,59 @@ def place(tmp_path):
 
 def read(place, text):
     (place / "s.yaml").write_text(text)
-    return read_schedule(place / "s.yaml")
+    return read_stages(place / "s.yaml")
 
 
 def test_a_file_is_read_from_wherever_it_lies(place, monkeypatch):
     monkeypatch.chdir(place.parent)
-    schedule = read(place, TWO)
-    assert schedule.switches == [399] and schedule.num_timesteps == 1000
-    assert schedule.stages == [
-        Stage(
+    content = read(place, TWO)
+    assert content.stages == (
+        StageEntry(
             checkpoint_path=place / "shallow.pth",
             config_path=place / "net.yaml",
             t_min=400,
             t_max=999,
             guidance_scale=1.0,
         ),
-        Stage(checkpoint_path=place / "full.pth", t_min=0, t_max=399),
-    ]
-    assert read(place, TWO.replace("full.pth", str(place / "full.pth"))) == schedule
+        StageEntry(checkpoint_path=place / "full.pth", t_min=0, t_max=399),
+    )
+    assert read(place, TWO.replace("full.pth", str(place / "full.pth"))) == content
+
+
+def plan(path, **flags):
+    return plan_of(SamplerSettings(stages=path, output_folder=path.parent / "s", **flags))
+
+
+def test_the_plan_of_a_file(place):
+    """The run's own scale where a stage has none, and a network that runs twice is one network."""
+    (place / "s.yaml").write_text(TWO)
+    found = plan(place / "s.yaml", guidance_scale=0.25)
+    assert found.files == [(place / "shallow.pth", place / "net.yaml"), (place / "full.pth", None)]
+    assert found.lowest == [400, 0] and found.num_timesteps == 1000 and found.names == ["shallow", "full"]
+    first = {"network": 0, "t_min": 400, "t_max": 999, "guidance_scale": 1.0}
+    assert found.described(1000) == [first, {"network": 1, "t_min": 0, "t_max": 399, "guidance_scale": 0.25}]
+    again = "  - {checkpoint_path: shallow.pth, config_path: net.yaml, t_min: 0, t_max: 99}\n"
+    (place / "s.yaml").write_text(TWO.replace("t_min: 0", "t_min: 100") + again)
+    found = plan(place / "s.yaml")
+    assert [stage.network for stage in found.stages] == [0, 1, 0] and len(found.files) == 2
+    assert found.names == ["network 1", "network 2"]
+
+
+def test_the_plan_of_flags_is_that_of_the_file_that_says_the_same(place):
+    (place / "s.yaml").write_text(TWO.replace("t_min: 400", "t_min: 300").replace("399", "299"))
+    of_file = plan(place / "s.yaml", guidance_scale=2.0)
+    of_flags = plan_of(
+        SamplerSettings(
+            checkpoint_path=place / "shallow.pth",
+            config_path=place / "net.yaml",
+            checkpoint_path_late=place / "full.pth",
+            t_switch=299,
+            guidance_scale=1.0,
+            guidance_scale_late=2.0,
+            output_folder=place / "s",
+        )
+    )
+    assert of_flags.described(1000) == of_file.described(1000) and of_flags.files == of_file.files
 
 
 def test_what_is_written_is_read_back(place, monkeypatch):
@@ -55,21 +91,23 @@ def test_what_is_written_is_read_back(place, monkeypatch):
         dataclasses.replace(read(place, TWO).stages[k], t_min=t_min, t_max=t_max)
         for k, t_min, t_max in ((1, 700, 999), (0, 300, 699), (1, 0, 299))
     ]
-    schedule = ScheduleFile(stages=stages, calibration={"solver": "ddim", "a": steps, "b": steps})
-    write_schedule(place / "out" / "s.yaml", schedule)
+    content = StageFile(stages=tuple(stages), calibration={"solver": "ddim", "a": steps, "b": steps})
+    write_stages(place / "out" / "s.yaml", content)
     written = yaml.safe_load((place / "out" / "s.yaml").read_text())
     assert written["stages"][0] == {"checkpoint_path": "../full.pth", "t_min": 700, "t_max": 999}
-    got = read_schedule(place / "out" / "s.yaml")
+    got = read_stages(place / "out" / "s.yaml")
     assert [stage.checkpoint_path.resolve() for stage in got.stages] == [s.checkpoint_path for s in stages]
-    assert got.calibration == schedule.calibration and got.switches == [699, 299]
+    assert got.calibration == content.calibration and [stage.t_min for stage in got.stages] == [700, 300, 0]
     place.rename(place.parent / "moved")
-    read_schedule(place.parent / "moved" / "out" / "s.yaml")
+    read_stages(place.parent / "moved" / "out" / "s.yaml")
 
 
 @pytest.mark.parametrize("t_switch", [-1, 19])
 def test_one_network(t_switch, place):
-    schedule = read(place, f"{{stages: [{{checkpoint_path: full.pth, t_min: 0, t_max: 19}}], t_switch: {t_switch}}}")
-    assert schedule.switches == [] and schedule.num_timesteps == 20
+    content = read(place, f"{{stages: [{{checkpoint_path: full.pth, t_min: 0, t_max: 19}}], t_switch: {t_switch}}}")
+    assert content.t_switch == t_switch
+    found = plan(place / "s.yaml")
+    assert found.lowest == [0] and found.num_timesteps == 20 and found.names == ["backbone"]
 
 
 @pytest.mark.parametrize(
@@ -109,4 +147,4 @@ def test_what_is_wrong_is_named(text, words, place):
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="No such file"):
-        read_schedule(tmp_path / "s.yaml")
+        read_stages(tmp_path / "s.yaml")

@@ -23,8 +23,9 @@ from data import open_dataset
 from evaluation import comparison
 from evaluation.picture import first_samples
 from evaluation.statistics import load_statistics, sums_of
+from tests.folders import sampled_and_scored
 
-CLASSIFIER = Path(__file__).parents[1] / "experiments" / "digits_classifier.pt"
+CLASSIFIER = Path(__file__).parents[2] / "experiments" / "digits_classifier.pt"
 
 
 @pytest.fixture(scope="module")
@@ -272,18 +273,6 @@ def test_the_strip_of_samples_of_many_kinds(tmp_path):
     assert strip[32, 32::64].tolist() == [[50] * 3, [255] * 3, [1, 2, 3], [9] * 3]
 
 
-def sampled_and_scored(folder, score, seconds, seed, **settings):
-    """The least that compare.py wants of a run."""
-    (folder / "report").mkdir(parents=True)
-    Image.new("L", (8, 8)).save(folder / "000000.png")
-    scores = {"fid": score, "n_samples": 100, "reference": "digits", "feature_extractor": "classifier"}
-    (folder / "report" / "metrics.json").write_text(json.dumps(scores))
-    statistics = {"device": "cpu", "threads": 2, "seconds_per_image": seconds, "network_flops_per_image": 1e6}
-    statistics["settings"] = {"seed": seed, "checkpoint_path": f"shallow_{seed}.pth", "steps": 50} | settings
-    (folder / "report" / "statistics.json").write_text(json.dumps(statistics))
-    return folder
-
-
 def test_compare_over_seeds(tmp_path, run_quietly, fails):
     """Against scipy's own intervals; the paired one is the narrower where seeds shift both alike."""
     scores = {"full": [10.0, 12.0, 14.5], "quick": [11.0, 13.1, 15.4]}
@@ -318,7 +307,7 @@ def test_compare_over_seeds(tmp_path, run_quietly, fails):
     again = sampled_and_scored(tmp_path / "again", 9.0, 0.01, 2)
     fails(compare.main, [*runs, f"full={again}", *out], "label full", "seed 2")
     exits = sampled_and_scored(tmp_path / "exits", 11.0, 0.01, seed=4, threshold=0.1)
-    fails(compare.main, [*runs, f"full={exits}", *out], "label full", "threshold (only of one)")
+    fails(compare.main, [*runs, f"full={exits}", *out], "label full", "threshold (none and 0.1)")
 
 
 def test_compare_with_bad_input(scored, real, fails):

@@ -1,4 +1,4 @@
-"""compare.py: what is compared, and labels of any letters. tests/test_scoring_scripts.py has the scores."""
+"""compare.py: what is compared, and labels of any letters. test_scoring_scripts.py has the scores."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-from generation.record import recorded_conditions
 from matplotlib import ft2font, get_data_path
 
 import compare
 import sampler
 from common import plots
 from common.tables import columns_of
-from tests.test_scoring_scripts import sampled_and_scored
+from tests.folders import sampled_and_scored, statistics
 
 HERE = {"batch_size": 1, "compile": False, "device": "cpu", "processes": 1, "threads": 2, "torch": "2.6.0"}
 UNLIKE = {
@@ -32,10 +31,10 @@ def scored(tmp_path):
 
     def make(label, score, seconds, seed=0, **conditions) -> str:
         folder = tmp_path / f"run_{len(list(tmp_path.iterdir()))}"
-        precision = conditions.pop("precision", "fp32")
-        sampled_and_scored(folder, score, seconds, seed, precision=precision)
+        conditions = HERE | {"precision": "fp32"} | conditions
+        sampled_and_scored(folder, score, seconds, seed, precision=conditions["precision"])
         path = folder / "report" / "statistics.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | HERE | conditions))
+        path.write_text(json.dumps(json.loads(path.read_text()) | conditions))
         return f"{label}={folder}"
 
     return make
@@ -72,7 +71,7 @@ def test_times_of_unlike_conditions_are_not_compared(name, scored, compared):
     full, quick = scored("full", 10.0, 0.010), scored("quick", 11.0, 0.004)
     odd = scored("odd one", 12.0, 0.001, **{name: UNLIKE[name]})
     found = compared(full, quick, odd)
-    difference = f"odd one: {name} {UNLIKE[name]}, not {PLAIN[name]}"
+    difference = f"odd one: {name} ({UNLIKE[name]} and {PLAIN[name]})"
     assert [line.count("x") for line in found.lines[2:5]] == [1, 1, 0] and found.lines[3].endswith("2.50x")
     assert difference in found.lines[5:] and difference in found.notes
     assert found.labels["quick"]["speed_up"] == pytest.approx(2.5) and found.labels["odd one"]["speed_up"] is None
@@ -97,7 +96,7 @@ def test_seeds_of_unlike_conditions_have_no_mean_time(which, scored, compared):
         for seed in (0, 1)
     ]
     found = compared(*runs)
-    assert found.notes[1:] == [f"{which} (seed 1): threads 4, not 2"]
+    assert found.notes[1:] == [f"{which} (seed 1): threads (4 and 2)"]
     assert found.labels[which]["seconds_per_image"] is None and found.labels[which]["score"]["mean"] > 10
     assert found.labels["quick"]["speed_up"] is None
     assert times_drawn(found.figure) == ([0.01] if which == "quick" else [])
@@ -107,11 +106,13 @@ def test_seeds_of_unlike_conditions_have_no_mean_time(which, scored, compared):
 def test_a_report_records_all_that_times_depend_on(full, tmp_path, run_quietly):
     argv = ["--checkpoint_path", full, "--n_samples", 2, "--steps", 2, "--output_folder", tmp_path / "s", "--quiet"]
     run_quietly(sampler.main, [*argv, "--device", "cpu"])
-    statistics = json.loads((tmp_path / "s" / "report" / "statistics.json").read_text())
-    conditions = recorded_conditions(statistics)
+    sampled_and_scored(tmp_path / "scored", 10.0, 0.01, 0)
+    (tmp_path / "scored" / "report" / "metrics.json").rename(tmp_path / "s" / "report" / "metrics.json")
+    about, conditions = statistics(tmp_path / "s"), compare.read_run("full", tmp_path / "s", "fid").conditions
     assert set(conditions) == set(UNLIKE)
-    assert all(conditions[name] == statistics[name] for name in {*HERE, "offload"})
-    assert conditions["precision"] == statistics["settings"]["precision"] in ("fp32", "bf16")
+    assert all(conditions[name] == about[name] for name in {*HERE, "offload"})
+    assert conditions["min_group"] == 1, "of eesampler.py alone: its default"
+    assert conditions["precision"] == about["settings"]["precision"] in ("fp32", "bf16")
 
 
 LABELS = ["$x_1$ costs $", "_hidden", r"a\b^2_{3", "100 % {0} %s", r"$\frac{1}", "漢字", "two\nlines", "bell\a", "😀 ∞"]

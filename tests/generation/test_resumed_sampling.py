@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -17,10 +16,11 @@ import pytest
 import torch
 
 import eesampler
+import generation.folder
 import sampler
-from generation.run import SamplingRun
+from tests.folders import statistics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -31,10 +31,6 @@ def result(folder: Path) -> dict[str, bytes]:
         exits = np.load(folder / "report" / "exits.npz")
         files |= {name: exits[name].tobytes() for name in exits.files}
     return files
-
-
-def statistics(folder: Path) -> dict:
-    return json.loads((folder / "report" / "statistics.json").read_text())
 
 
 @pytest.fixture(params=["sampler", "eesampler"])
@@ -59,17 +55,16 @@ def stop_after(monkeypatch):
     """Let the n-th saved sample be the last one: then Ctrl-C, in the middle of a batch or between two."""
 
     def stop(main, argv, n):
-        saved, save = [], SamplingRun._save
+        saved, save = [], generation.folder.save_png
 
-        def stopping(images, paths):
-            fitting = n - len(saved)
-            saved.extend(save(images[:fitting], paths[:fitting]))
-            if fitting < len(paths):
+        def stopping(path, image):
+            if len(saved) == n:
                 raise KeyboardInterrupt
-            return saved[-len(paths) :]
+            saved.append(path)
+            return save(path, image)
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(SamplingRun, "_save", staticmethod(stopping))
+            patch.setattr(generation.folder, "save_png", stopping)
             main(argv)
         assert ended.value.code == 130
 
@@ -154,11 +149,11 @@ def test_other_settings_are_refused(full, early_exit, runs, tmp_path, fails, run
     run_quietly(sampler.main, ["--checkpoint_path", full, *one])
     before = result(tmp_path / "s")
     other = ["--seed", 1, "--solver", "ddim", "--steps", 5]
-    fails(sampler.main, ["--checkpoint_path", full, *one, *other], "seed 0, not 1", "steps 20, not 5", "--overwrite")
-    fails(sampler.main, ["--checkpoint_path", full, *one, "--weights", "raw"], "weights ema, not raw")
-    fails(sampler.main, ["--checkpoint_path", runs / "shallow" / "digits_uvit_last.pth", *one], "depth 5, not 1")
+    fails(sampler.main, ["--checkpoint_path", full, *one, *other], "seed (0 and 1)", "steps (20 and 5)", "--overwrite")
+    fails(sampler.main, ["--checkpoint_path", full, *one, "--weights", "raw"], "weights (ema and raw)")
+    fails(sampler.main, ["--checkpoint_path", runs / "shallow" / "digits_uvit_last.pth", *one], "depth (5 and 1)")
     fails(sampler.main, ["--checkpoint_path", full, *one, "--timesteps_save", 0], "timesteps_save")
-    fails(eesampler.main, ["--checkpoint_path", early_exit, *one, "--threshold", 0.5], "threshold none, not 0.5")
+    fails(eesampler.main, ["--checkpoint_path", early_exit, *one, "--threshold", 0.5], "threshold (none and 0.5)")
     assert result(tmp_path / "s") == before
     # The weights are told by what they are, not by where they lie.
     (tmp_path / "moved.pth").write_bytes(full.read_bytes())

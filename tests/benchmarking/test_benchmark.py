@@ -49,8 +49,7 @@ def test_sampling(full, shallow, tmp_path, run_quietly):
     measured = read(tmp_path / "b", "sample")
     assert [m["precision"] for m in measured] == ["fp32", "bf16"]
     flops = {
-        name: uvit_flops(load_network(path, {}, UViT).module)
-        for name, path in (("full", full), ("shallow", shallow))
+        name: uvit_flops(load_network(path, {}, UViT).module) for name, path in (("full", full), ("shallow", shallow))
     }
     for result in measured:
         assert {n["network"]: n["flops_per_image_call"] for n in result["networks"]} == flops

@@ -383,9 +383,10 @@ class TestExport:
     | st.sampled_from(["model", "ema", "optimizer", "scaler", "counters", "counters/sums"])
     | st.sampled_from(["counters/summed_steps", "counters/skipped_steps", "counters/bad_in_row"]),
     inside=st.integers(0, 3),
+    resume=st.booleans(),
     value=st.sampled_from([None, -1, 10**30, 0.5, "x", "\udcff", [], {}, {"a": None}, {0: {}}, torch.zeros(2), True]),
 )
-def test_a_checkpoint_that_was_altered_is_refused_or_serves(where, inside, value, unbroken, tmp_path_factory):
+def test_a_checkpoint_that_was_altered_is_refused_or_serves(where, inside, resume, value, unbroken, tmp_path_factory):
     """One value of its training state, at the top or further in, becomes something else."""
     folder = Path(shutil.copytree(unbroken, tmp_path_factory.mktemp("altered") / "run"))
     content = read(folder / LAST)
@@ -400,7 +401,8 @@ def test_a_checkpoint_that_was_altered_is_refused_or_serves(where, inside, value
         path.unlink()
     torch.save(content, folder / LAST)
     said = io.StringIO()
-    argv = [*argv_of(folder.parent, steps=9), "--save_new_every_n_steps", 2, "--resume"]
+    start = ["--resume"] if resume else ["--load_checkpoint_path", folder / LAST]
+    argv = [*argv_of(folder.parent, steps=9), "--save_new_every_n_steps", 2, *start]
     with contextlib.redirect_stderr(said):
         try:
             train_script.main([str(word) for word in argv])

@@ -136,8 +136,7 @@ def open_network(path: Path, kind: type[M], settings: BenchmarkSettings | None =
     for files that are neither.
     """
     from common.config import build_config
-    from models.early_exit import EarlyExitUViT
-    from models.loading import Network, build_network, load_network, stated_settings
+    from models.loading import Network, build_network, load_network, name_of, stated_settings
 
     flags, config_path = (settings.described or {}, settings.config_path) if settings else ({}, None)
     if path.suffix not in (".yaml", ".yml"):
@@ -149,8 +148,7 @@ def open_network(path: Path, kind: type[M], settings: BenchmarkSettings | None =
     config = build_config(stated, str(path))
     network = build_network(config).requires_grad_(False).eval()
     if not isinstance(network, kind):
-        wanted = "an early-exit model" if kind is EarlyExitUViT else "a backbone"
-        raise InputError(f"{path} describes a {config.model}, wanted {wanted}")
+        raise InputError(f"{path} describes a {config.model}, wanted a {name_of(kind)}")
     return Network(network, config, "random", None, path)
 
 

@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         solver, timesteps = solver_of(settings.solver, config)
         settings = settled_steps(settings, timesteps)
-        settings, calibration = settled_switch(settings, networks, device)
-        plan = plan_of(settings)
+        plan, calibration = settled_plan(settings, plan, networks, device)
         stages, backbones = make_stages(settings, plan, networks, timesteps, device)
 
         folder = SampleFolder(settings, fingerprint(settings, networks, plan, device), conditions_of(settings, device))
@@ -103,15 +102,15 @@ def shared_config(networks: Sequence[Network]) -> Config:
     return replace(config, autoencoder=named[0]) if named else config
 
 
-def settled_switch(
-    settings: SamplerSettings, networks: Sequence[Network], device: torch.device
-) -> tuple[SamplerSettings, Calibration | None]:
-    """The settings with a timestep for --t_switch auto: that of the run that goes on, or the best by measurement.
+def settled_plan(
+    settings: SamplerSettings, plan: Plan, networks: Sequence[Network], device: torch.device
+) -> tuple[Plan, Calibration | None]:
+    """The plan with a timestep for --t_switch auto: that of the run that goes on, or the best by measurement.
 
     Times vary, so a run that goes on must not choose anew. On process 0 also the measurement, if one was made now.
     """
     if settings.t_switch != "auto":
-        return settings, None
+        return plan, None
 
     from calibration.report import in_words
     from calibration.run import calibrate
@@ -143,7 +142,7 @@ def settled_switch(
         print(in_words(calibration))
         return calibration.chosen.t_switch(calibration.steps.timesteps)
 
-    return replace(settings, t_switch=on_main(choose)), calibration
+    return plan.switched_at(on_main(choose)), calibration
 
 
 def save_calibration(settings: SamplerSettings, plan: Plan, calibration: Calibration | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from common.errors import InputError
 from common.options import MOST_BATCH, MOST_SEED, MachineSettings, SolverSettings, SpeedSettings
-from common.settings import CONDITIONS, Checked, option, section
+from common.settings import CONDITIONS, Checked, fields_of, option, section
 from data import CROPS, DATASETS
 
 MOST_SAMPLES = 10_000_000
@@ -216,10 +216,9 @@ class SamplerSettings(RunSettings):
     def _check_calibration(self) -> None:
         """End on options of --t_switch auto without it, and on what it cannot do."""
         if self.t_switch != "auto":
-            if self.calibration != CalibrationSettings():
-                raise InputError(
-                    "--dataset, --data_path, --crop, --n_images, --speedup, --budget belong to --t_switch auto"
-                )
+            for f in fields_of(CalibrationSettings):
+                if getattr(self.calibration, f.name) != f.default:
+                    raise InputError(f"--{f.name} belongs to --t_switch auto")
         elif not self.calibration.dataset:
             raise InputError("--t_switch auto: measures on real images; give --dataset")
         elif self.offload or self.cache_interval > 1 or self.guidance_scale_late is not None:

@@ -119,6 +119,11 @@ class Plan:
             for stage, t_max in zip(self.stages, highest, strict=True)
         ]
 
+    def switched_at(self, t_switch: int) -> Plan:
+        """Of two stages: with the second at every t <= t_switch."""
+        first, second = self.stages
+        return replace(self, stages=[replace(first, t_min=t_switch + 1), second])
+
     def check_length(self, num_timesteps: int) -> None:
         """Raises InputError unless the stages are of the networks' own number of timesteps."""
         if self.num_timesteps not in (None, num_timesteps):

@@ -42,6 +42,11 @@ class Network(Generic[M]):
         return about | plain(self.config)
 
 
+def name_of(kind: type[nn.Module]) -> str:
+    """The name of a class of networks in descriptions; "uvit" for any."""
+    return next((name for name, of in KINDS.items() if of is kind), "uvit")
+
+
 def build_network(config: Config) -> UViT | EarlyExitUViT:
     """A network with fresh weights."""
     uvit = UViT(**plain(config.model_params))
@@ -83,8 +88,7 @@ def load_network(
                 f"{path} does not say what network it belongs to; give its --config_path, or its --img_size, "
                 "--patch_size and whatever else differs from the defaults"
             )
-        name = next((name for name, of in KINDS.items() if of is kind), "uvit")
-        config = build_config(merge({"model": name}, stated), described)
+        config = build_config(merge({"model": name_of(kind)}, stated), described)
     else:
         if different := contradictions(read.settings, stated):
             raise InputError(
@@ -162,8 +166,8 @@ def _loaded(
     device: torch.device | str,
 ) -> Network[M]:
     if not issubclass(KINDS[config.model], kind):
-        wanted = next(name for name, of in KINDS.items() if of is kind)
-        raise InputError(f"{path} is a {config.model}, wanted a {wanted}; {SCRIPTS[config.model]} samples from it")
+        found, wanted = config.model, name_of(kind)
+        raise InputError(f"{path} is a {found}, wanted a {wanted}; {SCRIPTS[found]} samples from it")
     with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
         shapes = build_network(config)
     read = check_fit(shapes, read, path, weights)

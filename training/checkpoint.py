@@ -117,6 +117,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     content = read_pth(path)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: holds weights but no training state of this project")
+    check_state(content, path)
+    return content
+
+
+def check_state(content: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError where a run cannot go on from this content of a file."""
     if lacking := TRAINING_STATE.keys() - content.keys():
         raise InputError(f"{path}: its training state lacks {', '.join(sorted(lacking))}")
     for name, kind in TRAINING_STATE.items():
@@ -124,13 +130,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: its training state is not one of this project's ({name} is {shown(content[name])})"
             )
+    for name in ("options", "conditions", "data"):  # settings, which are compared with those of the run
+        if next(tensors_in(content[name]), None) is not None:
+            raise InputError(f"{path}: its training state is not one of this project's (a tensor in {name})")
     check_types(Config, content["config"], str(path))
-    check_weights(content, path)
-    return content
-
-
-def check_weights(content: Mapping[str, Any], path: Path) -> None:
-    """Raises InputError where the weights to go on from, or their averages, are not finite."""
     for name in ("model", "ema"):
         check_numbers(content[name] or {}, path, name)
 

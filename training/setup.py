@@ -37,7 +37,7 @@ from models.uvit import UViT
 from models.warm_start import warm_start
 from models.weights import FORMAT, read_pth
 from training.batches import BatchMaker
-from training.checkpoint import CheckpointFolder, check_weights, read_checkpoint
+from training.checkpoint import CheckpointFolder, check_state, read_checkpoint
 from training.loop import Training
 from training.losses import Objective, backbone_objective, distillation_objective, early_exit_objective
 from training.previews import preview_maker
@@ -258,7 +258,7 @@ def read_start(path: Path, resume: bool) -> Mapping[str, Any]:
         return read_checkpoint(path)
     content = {} if path.suffix == ".safetensors" else read_pth(path)
     if content.get("format") == FORMAT:
-        check_weights(content, path)
+        check_state(content, path)
     return content
 
 

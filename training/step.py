@@ -55,7 +55,7 @@ class Counters:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = self.summed_steps.device
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.sums = {name: value.to(device).reshape(()) for name, value in state["sums"].items()}
         for name in ("summed_steps", "skipped_steps", "bad_in_row"):
             getattr(self, name).fill_(state[name])
 
@@ -127,11 +127,14 @@ class Learner:
         self.step = state["step"]
 
     def _in_pieces(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of an optimiser, each tensor in pieces if its parameter is."""
-        state = {
-            i: {name: like(value, self.trained[i]) for name, value in values.items()}
-            for i, values in optimizer["state"].items()
-        }
+        """The state of an optimiser, each tensor in pieces if its parameter is. Raises ValueError for other shapes."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, values in optimizer["state"].items():
+            for name, value in values.items():
+                wanted = torch.Size() if name == "step" else self.trained[i].shape
+                if value.shape != wanted:  # which the optimiser would find out in its next step
+                    raise ValueError(f"{name} of shape {list(value.shape)}, wanted {list(wanted)}")
+            state[i] = {name: like(value, self.trained[i]) for name, value in values.items()}
         return {**optimizer, "state": state}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from models.loading import load_network
 from tests.conftest import TINY, TINY_FLAGS, TRAINING_FLAGS, perturbed
 from tests.training.test_distributed import assert_same_training, run
 from tests.training.test_training import checkpoint, metrics, same, same_state
-from training import checkpoint as checkpoint_script
-from training.setup import distillation_objective
+from training import export
+from training.losses import distillation_objective
 
 ANY = [*TINY_FLAGS, *TRAINING_FLAGS]
 FLAGS = [*ANY, "--depth", "3"]
@@ -72,12 +73,12 @@ class TestWithoutTheConvolution:
 
     def test_it_travels(self, plain, tmp_path):
         exported = tmp_path / "exported.safetensors"
-        checkpoint_script.main(["export", str(plain), str(exported)])
+        export.main([str(plain), str(exported)])
         for file in (plain, exported):
-            network = load_network(file, {}, model="uvit")
+            network = load_network(file, {}, UViT)
             assert network.config.model_params.conv is False
             assert not any("final_layer" in name for name in network.module.state_dict())
-        network = load_network(plain, {"model_params": {"conv": False}}, model="uvit")
+        network = load_network(plain, {"model_params": {"conv": False}}, UViT)
         assert not network.config.model_params.conv
 
     def test_it_goes_on_as_one_that_was_never_stopped(self, plain, logs):
@@ -95,9 +96,7 @@ class TestWithoutTheConvolution:
         argv = ["--checkpoint_path", plain, "--checkpoint_path_late", full, "--t_switch", 9, "--n_samples", 2]
         sampler.main([*map(str, argv), "--quiet", "--device", "cpu", "--output_folder", str(tmp_path / "s")])
         recorded = json.loads((tmp_path / "s" / "report" / "run.json").read_text())["networks"]
-        assert [network["model_params"].get("conv") for network in recorded] == [False, None], (
-            "as before where it is so"
-        )
+        assert [network["model_params"]["conv"] for network in recorded] == [False, True]
 
 
 class TestRange:
@@ -110,25 +109,20 @@ class TestRange:
     def test_all_of_them_are_the_draws_of_none(self, tmp_path, runs):
         stated = train(tmp_path, "--t_min", 0, "--t_max", 19, "--depth", 5)
         assert same_state(checkpoint(stated), checkpoint(runs / "full"))
-        assert checkpoint(stated)["config"]["t_max"] is checkpoint(stated)["config"]["t_min"] is None
+        for folder in (stated, runs / "full"):
+            assert [checkpoint(folder)["config"][end] for end in ("t_min", "t_max")] == [0, 19]
 
     def test_it_travels(self, early, late, tmp_path):
         for path, expected in ((early, range(8, 20)), (late, range(10))):
             exported = tmp_path / "exported.safetensors"
-            checkpoint_script.main(["export", str(path), str(exported)])
+            export.main([str(path), str(exported)])
             for file in (path, exported):
-                assert load_network(file, {}, model="uvit").config.trained_timesteps == expected
+                assert load_network(file, {}, UViT).config.trained_timesteps == expected
         assert checkpoint(late.parent)["step"] == 8
 
-    def test_checkpoints_of_before_know_every_timestep(self, full, tmp_path, fails):
-        content = torch.load(full, weights_only=True)
-        assert "conv" not in content["config"]["model_params"], "another description than before"
-        for key in ("t_min", "t_max"):
-            content["config"].pop(key)
-        for key in ("distill_weight", "distill_from_sha256"):
-            content["options"].pop(key)
+    def test_a_run_of_every_timestep_goes_on_as_it_is(self, full, tmp_path, fails):
         (tmp_path / "run").mkdir()
-        torch.save(content, tmp_path / "run" / LAST)
+        shutil.copy(full, tmp_path / "run" / LAST)
         argv = [*ANY, "--depth", 5, "--n_steps", 6, "--log_path", tmp_path, "--exp_name", "run", "--resume"]
         fails(train_script.main, [*argv, "--t_min", 3], "t_min (0 and 3)")
         fails(train_script.main, [*argv, "--no-conv"], "conv (True and False)")
@@ -239,7 +233,7 @@ class TestDistillation:
         uvit, teacher = (perturbed(UViT(**TINY, depth=depth)) for depth in (1, 3))
         teacher.requires_grad_(False).eval()
         x_t, target, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.arange(4)
-        losses = distillation_objective(teacher, 3.0, uvit, x_t, t, None, target)
+        losses = distillation_objective(teacher, 3.0)(uvit, x_t, t, None, target)
         against = {"target_loss": target, "teacher_loss": teacher(x_t, t)}
         for name, wanted in against.items():
             torch.testing.assert_close(losses[name], (uvit(x_t, t) - wanted).square().mean())
@@ -306,8 +300,8 @@ class TestDistillation:
         assert_same_training(several, logs / "alone")
 
 
-def test_what_is_carried_names_an_end_only_where_it_is_not_the_schedules():
+def test_what_is_carried_names_both_ends():
     settings = {"model_params": TINY, "diffusion_params": {"num_timesteps": 20}}
-    for given, carried in (((0, 19), (None, None)), ((1, 18), (1, 18)), ((None, 0), (None, 0))):
-        config = build_config(settings | dict(zip(("t_min", "t_max"), given, strict=True)), "here")
+    for given, carried in (({}, (0, 19)), ({"t_min": 1, "t_max": 18}, (1, 18)), ({"t_max": 0}, (0, 0))):
+        config = build_config(settings | given, "here")
         assert tuple(carried_settings(config)[name] for name in ("t_min", "t_max")) == carried

@@ -28,7 +28,8 @@ from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 from tests.stress import kill_training
 from tests.stress.kill_training import differences
 from training import checkpoint as checkpoint_module
-from training import loop
+from training import export, loop
+from training.batches import BatchMaker
 from training.interruption import MAX_HOURS, SIGTERM, StopRequests
 
 FLAGS = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", "3", "--lr_schedule", "constant"]
@@ -51,7 +52,7 @@ def read(path: Path) -> dict:
 
 def state(folder: Path, name: str = LAST) -> dict:
     content = read(folder / name)
-    return {key: content[key] for key in ("step", "model", "ema", "optimizer", "scaler", "sums", "skipped_steps")}
+    return {key: content[key] for key in ("step", "model", "ema", "optimizer", "scaler", "counters")}
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -186,10 +187,11 @@ class TestCheckpoints:
         run = train(tmp_path, "--save_new_every_n_steps", 1, "--keep_last", 2, steps=11)
         assert {path.name for path in run.glob("*.pth")} == {LAST} | {f"digits_uvit_step-{n}.pth" for n in (10, 11)}
 
-    def test_what_a_killed_training_was_about_to_do(self, run, unbroken, fails):
+    def test_what_a_killed_training_was_about_to_do(self, run, unbroken, run_quietly):
         """It had written the one that stays, and neither the last one nor removed what is too many."""
         shutil.copy(run / "digits_uvit_step-6.pth", run / LAST)
-        fails(train_script.main, argv_of(run.parent, "--resume", "--keep_last", 2), "step 8 already")
+        said = run_quietly(train_script.main, argv_of(run.parent, "--resume", "--keep_last", 2))
+        assert said == f"finished already: {run / LAST} is at step 8 of 8\n"
         assert (run / LAST).read_bytes() == (unbroken / LAST).read_bytes()
         assert {path.name for path in run.glob("*step*")} == {f"digits_uvit_step-{n}.pth" for n in (6, 8)}
 
@@ -215,7 +217,7 @@ class TestCheckpoints:
         train(tmp_path, "--resume")
         assert not differences(state(run), state(unbroken))
 
-    @pytest.mark.parametrize("size, step, file", [(10_000, 8, LAST), (200, 4, "metrics.jsonl")])
+    @pytest.mark.parametrize("size, step, file", [(10_000, 8, LAST), (100, 4, "metrics.jsonl")])
     def test_a_full_disk_before_the_first_checkpoint(self, size, step, file, unbroken, tmp_path, fails, small_disk):
         with small_disk(size):
             said = fails(train_script.main, argv_of(tmp_path), f"step {step}: {tmp_path / 'run' / file}", "disk at /")
@@ -243,13 +245,13 @@ class TestBadSteps:
     def bad(self, monkeypatch):
         """Makes the target of given steps nan. Steps are counted from 1, over all trainings of the test."""
         steps: set[int] = set()
-        honest = loop.Trainer.make_batch
+        honest = BatchMaker.__call__
 
-        def make_batch(self, *images):
-            batch = honest(self, *images)
-            return batch._replace(target=batch.target * float("nan")) if self.step + 1 in steps else batch
+        def make_batch(self, step, *images):
+            batch = honest(self, step, *images)
+            return batch._replace(target=batch.target * float("nan")) if step + 1 in steps else batch
 
-        monkeypatch.setattr(loop.Trainer, "make_batch", make_batch)
+        monkeypatch.setattr(BatchMaker, "__call__", make_batch)
         return steps
 
     @pytest.mark.parametrize("flags", [[], ["--use_amp", "--amp_dtype", "float16"], ["--grad_accum_steps", 2]])
@@ -283,7 +285,7 @@ class TestBadSteps:
     def test_none_is_taken_after_too_many(self, bad, tmp_path, monkeypatch):
         """As where the host reads late: the loop does not hear of it."""
         before = train(tmp_path, steps=2, name="before")
-        monkeypatch.setattr(loop.Trainer, "_reason_to_stop", lambda self: None)
+        monkeypatch.setattr(loop, "reason_to_stop", lambda *_: None)
         bad |= {3, 4}
         after = train(tmp_path, "--max_bad_steps", 2, steps=8, name="after")
         assert not differences(read(after / LAST)["model"], read(before / LAST)["model"])
@@ -294,7 +296,7 @@ class TestBadSteps:
         run = train(tmp_path, "--use_amp", "--amp_dtype", "float16", "--max_bad_steps", 3, steps=60)
         skipped = metrics(run)[-1]["skipped_steps"]
         assert 3 < skipped < 60
-        assert read(run / LAST)["bad_in_row"] == 0
+        assert read(run / LAST)["counters"]["bad_in_row"] == 0
 
 
 class TestOtherSettings:
@@ -302,8 +304,10 @@ class TestOtherSettings:
         flags = ["--resume", "--lr", 1, "--seed", 7, "--batch_size", 4, "--depth", 5, "--log_every_n_steps", 2]
         argv = argv_of(run.parent, *flags, "--num_workers", 1, steps=9)
         words = ["lr (0.0002 and 1.0)", "seed (0 and 7)", "batch_size (8 and 4)", "model_params.depth (3 and 5)"]
-        words += ["no obstacle: log_every_n_steps (4 and 2), n_steps (8 and 9), num_workers (0 and 1)"]
-        fails(train_script.main, argv, *words)
+        said = fails(train_script.main, argv, *words)
+        others = said.partition("no obstacle: ")[2].removesuffix("))\n").split("), ")
+        wanted = ["log_every_n_steps (4 and 2", "n_steps (8 and 9", "num_workers (0 and 1"]
+        assert sorted(others) == [*wanted, "save_new_every_n_steps (2 and 100000"]
 
     def test_some_leave_the_result_as_it_is(self, unbroken, tmp_path, caplog):
         run = train(tmp_path, steps=4)
@@ -332,7 +336,7 @@ class TestOtherSettings:
 class TestExport:
     def test_samples_are_the_same(self, full, tmp_path, run_quietly):
         out = tmp_path / "weights.safetensors"
-        said = run_quietly(checkpoint_module.main, ["export", full, out])
+        said = run_quietly(export.main, [full, out])
         assert "ema weights of step 4" in said
         for name, path in (("pth", full), ("safetensors", out)):
             flags = ["--solver", "ddim", "--steps", 2, "--batch_size", 2, "--device", "cpu", "--quiet"]
@@ -343,17 +347,17 @@ class TestExport:
     def test_a_full_disk(self, full, tmp_path, fails, small_disk):
         out = tmp_path / "weights.safetensors"
         with small_disk(20_000):
-            fails(checkpoint_module.main, ["export", full, out], str(out), "File too large", "the same command again")
+            fails(export.main, [full, out], str(out), "File too large", "the same command again")
         assert not any(tmp_path.iterdir())
 
     def test_raw_weights_are_not_made_up(self, full, tmp_path, run_quietly, fails):
-        run_quietly(checkpoint_module.main, ["export", full, tmp_path / "w.safetensors"])
+        run_quietly(export.main, [full, tmp_path / "w.safetensors"])
         flags = ["--checkpoint_path", tmp_path / "w.safetensors", "--output_folder", tmp_path / "s"]
         fails(sampler_script.main, [*flags, "--weights", "raw"], "averaged weights alone")
 
     def test_raw_weights_start_a_training(self, full, tmp_path, run_quietly):
         out = tmp_path / "raw.safetensors"
-        run_quietly(checkpoint_module.main, ["export", full, out, "--weights", "raw"])
+        run_quietly(export.main, [full, out, "--weights", "raw"])
         from models.weights import read_weights
 
         ours, theirs = read_weights(out), read_weights(full, "raw")
@@ -362,29 +366,33 @@ class TestExport:
 
     def test_bad_input(self, full, tmp_path, fails):
         out = tmp_path / "out.safetensors"
-        fails(checkpoint_module.main, ["export", tmp_path / "none.pth", out], "none.pth")
-        fails(checkpoint_module.main, ["export", full, tmp_path / "out.pth"], ".safetensors")
-        fails(checkpoint_module.main, ["export", full, tmp_path / "none" / "out.safetensors"], "no such folder")
-        checkpoint_module.main(["export", str(full), str(out)])
-        fails(checkpoint_module.main, ["export", out, out], "to read from")
-        fails(checkpoint_module.main, ["export", out, tmp_path / "b.safetensors", "--weights", "raw"], "ema weights")
+        fails(export.main, [tmp_path / "none.pth", out], "none.pth")
+        fails(export.main, [full, tmp_path / "out.pth"], ".safetensors")
+        fails(export.main, [full, tmp_path / "none" / "out.safetensors"], "no such folder")
+        export.main([str(full), str(out)])
+        fails(export.main, [out, out], "to read from")
+        fails(export.main, [out, tmp_path / "b.safetensors", "--weights", "raw"], "ema weights")
         torch.save(read(full)["model"], tmp_path / "bare.pth")
-        fails(checkpoint_module.main, ["export", tmp_path / "bare.pth", out], "no description")
+        fails(export.main, [tmp_path / "bare.pth", out], "no description")
         (tmp_path / "cut.pth").write_bytes(full.read_bytes()[:1000])
-        fails(checkpoint_module.main, ["export", tmp_path / "cut.pth", out], "cut.pth")
+        fails(export.main, [tmp_path / "cut.pth", out], "cut.pth")
 
 
 @given(
-    key=st.sampled_from(["step", "n_steps", "summed_steps", "skipped_steps", "bad_in_row", "data", "incidental"])
-    | st.sampled_from(["config", "options", "model", "ema", "optimizer", "scaler", "sums"]),
+    where=st.sampled_from(["step", "n_steps", "data", "conditions", "config", "options"])
+    | st.sampled_from(["model", "ema", "optimizer", "scaler", "counters", "counters/sums"])
+    | st.sampled_from(["counters/summed_steps", "counters/skipped_steps", "counters/bad_in_row"]),
     inside=st.integers(0, 3),
+    resume=st.booleans(),
     value=st.sampled_from([None, -1, 10**30, 0.5, "x", "\udcff", [], {}, {"a": None}, {0: {}}, torch.zeros(2), True]),
 )
-def test_a_checkpoint_that_was_altered_is_refused_or_serves(key, inside, value, unbroken, tmp_path_factory):
+def test_a_checkpoint_that_was_altered_is_refused_or_serves(where, inside, resume, value, unbroken, tmp_path_factory):
     """One value of its training state, at the top or further in, becomes something else."""
     folder = Path(shutil.copytree(unbroken, tmp_path_factory.mktemp("altered") / "run"))
     content = read(folder / LAST)
-    place = content
+    place, (*outer, key) = content, where.split("/")
+    for name in outer:
+        place = place[name]
     for _ in range(inside):
         if isinstance(place.get(key), dict) and place[key]:
             place, key = place[key], next(iter(place[key]))
@@ -393,7 +401,8 @@ def test_a_checkpoint_that_was_altered_is_refused_or_serves(key, inside, value, 
         path.unlink()
     torch.save(content, folder / LAST)
     said = io.StringIO()
-    argv = [*argv_of(folder.parent, steps=9), "--save_new_every_n_steps", 2, "--resume"]
+    start = ["--resume"] if resume else ["--load_checkpoint_path", folder / LAST]
+    argv = [*argv_of(folder.parent, steps=9), "--save_new_every_n_steps", 2, *start]
     with contextlib.redirect_stderr(said):
         try:
             train_script.main([str(word) for word in argv])

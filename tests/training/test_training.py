@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from models import UViT
 from tests import processes
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 from training import loop
-from training.loop import learning_rate
+from training.settings import OptimisationSettings
+from training.step import learning_rate
 
 FLAGS = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", "3"]
 
@@ -49,7 +51,7 @@ def same(a, b) -> bool:
 
 
 def same_state(a, b) -> bool:
-    return all(same(a[part], b[part]) for part in ("step", "model", "ema", "optimizer", "scaler", "sums"))
+    return all(same(a[part], b[part]) for part in ("step", "model", "ema", "optimizer", "scaler", "counters"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_amp"], ["--use_amp", "--amp_dtype", "float16"], ["--num_workers", "1"]])
@@ -224,14 +226,11 @@ def test_label_dropout_is_as_often_as_asked(tmp_path, monkeypatch):
 
 
 def test_learning_rate():
-    class Args:
-        lr, num_warmup_steps, n_steps, lr_schedule = 2.0, 10, 110, "cosine"
-
-    assert [learning_rate(step, Args) for step in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
-    assert learning_rate(60, Args) == pytest.approx(1.0)
-    assert learning_rate(110, Args) == pytest.approx(0.0)
-    Args.lr_schedule = "constant"
-    assert learning_rate(109, Args) == 2.0
+    cosine = OptimisationSettings(lr=2.0, num_warmup_steps=10, lr_schedule="cosine")
+    assert [learning_rate(step, 110, cosine) for step in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
+    assert learning_rate(60, 110, cosine) == pytest.approx(1.0)
+    assert learning_rate(110, 110, cosine) == pytest.approx(0.0)
+    assert learning_rate(109, 110, replace(cosine, lr_schedule="constant")) == 2.0
 
 
 @pytest.mark.parametrize("steps, warmup, said", [(3, [], True), (3, [4], True), (3, [3], False), (4, [3], False)])
@@ -239,8 +238,8 @@ def test_a_warm_up_longer_than_the_run_is_noted(steps, warmup, said, tmp_path, c
     """The default is 1500. Whether one is longer is seen by the highest learning rate there was."""
     rates = []
 
-    def recorded(step, args):
-        rates.append(learning_rate(step, args))
+    def recorded(*state):
+        rates.append(learning_rate(*state))
         return rates[-1]
 
     monkeypatch.setattr(loop, "learning_rate", recorded)
@@ -405,6 +404,6 @@ class TestBadInput:
         fails(train_script.main, argv, "file")
 
     def test_weights_that_are_not_finite_are_not_saved(self, tmp_path, fails, monkeypatch):
-        monkeypatch.setattr(loop, "learning_rate", lambda step, args: 1e39)
+        monkeypatch.setattr(loop, "learning_rate", lambda *state: 1e39)
         fails(train_script.main, [*FLAGS, "--n_steps", 8, "--log_path", tmp_path], "not finite", "diverged")
         assert not list(tmp_path.rglob("*.pth"))

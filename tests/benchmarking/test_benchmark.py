@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import benchmark
-from models import loading
+from models import UViT, loading
 from models.flops import uvit_flops
 from models.loading import load_network
 from tests.conftest import TINY
@@ -49,8 +49,7 @@ def test_sampling(full, shallow, tmp_path, run_quietly):
     measured = read(tmp_path / "b", "sample")
     assert [m["precision"] for m in measured] == ["fp32", "bf16"]
     flops = {
-        name: uvit_flops(load_network(path, {}, model="uvit").module)
-        for name, path in (("full", full), ("shallow", shallow))
+        name: uvit_flops(load_network(path, {}, UViT).module) for name, path in (("full", full), ("shallow", shallow))
     }
     for result in measured:
         assert {n["network"]: n["flops_per_image_call"] for n in result["networks"]} == flops
@@ -83,7 +82,7 @@ def test_files_are_read_once(full, shallow, tmp_path, run_quietly, monkeypatch):
     assert sorted(read) == sorted([full, shallow])
     run_quietly(benchmark.main, ["train", *QUICK, *out, "--model", full])
     assert len(read) == 3
-    network = benchmark.open_network(full)
+    network = benchmark.open_network(full, UViT)
     benchmark.copy_of(network, torch.device("cpu")).module.bfloat16()
     assert network.module.pos_embed.dtype == torch.float32
 
@@ -96,8 +95,8 @@ def test_flags_describe_a_network(config, full, tmp_path, fails):
     for script, option in (("train", "--model"), ("sample", "--full")):
         for path, more in ((yaml_file, []), (tmp_path / "bare.pth", ["--config_path", yaml_file])):
             argv = [script, option, path, *more, "--depth", 5, "--num_timesteps", 30]
-            args = benchmark.parse_args([str(word) for word in argv])
-            network = benchmark.open_network(path, None, args)
+            _, settings = benchmark.parse_settings([str(word) for word in argv])
+            network = benchmark.open_network(path, UViT, settings)
             assert len(network.module.in_blocks) == 2
             assert network.config.diffusion_params.num_timesteps == 30
     fails(benchmark.main, ["train", "--model", tmp_path / "bare.pth"], "bare.pth", "--config_path")
@@ -126,7 +125,7 @@ def test_training(config, early_exit, tmp_path, run_quietly):
         assert result["frozen_backbone"] == bool(more)
         assert result["images_per_second"] == pytest.approx(6 * result["steps_per_second"])
         if factor:
-            network = benchmark.open_network(model).module
+            network = benchmark.open_network(model, UViT).module
             assert result["flops_per_image"] == factor * uvit_flops(network)
     assert not (tmp_path / "b" / "benchmark.png").exists(), "training has no part in the picture"
 
@@ -150,7 +149,7 @@ def test_the_picture_has_what_the_folder_has(config, tmp_path, run_quietly):
         (["sample", "--t_switch", "1000"], ["--t_switch 1000"]),
         (["sample", "--steps", "1001"], ["--steps 1001"]),
         (["sample", "--full", "EE"], ["wanted a uvit"]),
-        (["sample", "--shallow", "OTHER"], ["cannot take turns"]),
+        (["sample", "--shallow", "OTHER"], ["cannot run on one image"]),
         (["sample", "--full", "PREVIOUS", "--shallow", "PREVIOUS", "--solver", "unipc"], ["predict_previous"]),
         (["sample", "--precision", "fp16"], ["--precision fp16"]),
         (["early-exit", "--model", "OTHER"], ["wanted a deediff_uvit"]),

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from generation.schedule_file import read_schedule
 
 import calibrate
 import main as main_script
 import sampler
-from generation.run import SamplingRun
+from generation.folder import BatchUnderWay, SampleFolder
+from generation.stages import read_stages
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 
 QUICK = ["--dataset", "digits", "--n_images", 12, "--batch_size", 4, "--device", "cpu", "--quiet"]
@@ -40,9 +40,9 @@ def test_two_networks(pair, tmp_path, run_quietly):
     out = tmp_path / "new" / "c.yaml"
     said = run_quietly(calibrate.main, [*pair, "--speedup", 1, "--output", out])
     assert "chosen: t_switch 19" in said and "--speedup 1" in said and "nats/dim" in said and "excess" in said
-    found, schedule = contents(out), read_schedule(out)
-    assert schedule.t_switch == found["chosen"]["t_switch"] == 19
-    assert schedule.calibration["solver"] == "ddpm" and schedule.calibration["steps"] == 20
+    found, plan = contents(out), read_stages(out)
+    assert plan.t_switch == found["chosen"]["t_switch"] == 19
+    assert plan.calibration["solver"] == "ddpm" and plan.calibration["steps"] == 20
     assert [option["t_switch"] for option in found["options"]] == list(
         range(19, -1, -1)
     )  # -1: the last step is the full one's
@@ -70,7 +70,7 @@ def test_deterministic_solvers_speak_of_shifts(solver, pair, tmp_path, run_quiet
     assert "shift^2" in said and "nats" not in said
     found = contents(out)
     assert found["measure"] == "squared shift" and found["chosen"]["t_switch"] == -1
-    (alone,) = read_schedule(out).stages
+    (alone,) = read_stages(out).stages
     assert alone.t_max == 19 and alone.t_min == 0
 
 
@@ -90,13 +90,13 @@ def test_without_noise_the_knee_is_that_of_ddpm(pair, tmp_path, run_quietly):
     assert deterministic["chosen"]["divergence"] != ancestral["chosen"]["divergence"]
 
 
-def test_the_schedule_samples(pair, shallow, full, tmp_path, run_quietly):
+def test_the_stages_sample(pair, shallow, full, tmp_path, run_quietly):
     """What calibrate.py writes sampler.py reads, and it makes what the plain number makes."""
     out = tmp_path / "c.yaml"
     run_quietly(calibrate.main, [*pair, "--steps", 5, "--budget", 1e9, "--output", out])
-    t_switch = read_schedule(out).t_switch
+    t_switch = read_stages(out).t_switch
     sampling = ["--steps", 5, "--n_samples", 2, "--device", "cpu", "--quiet"]
-    run_quietly(sampler.main, ["--schedule", out, *sampling, "--output_folder", tmp_path / "a"])
+    run_quietly(sampler.main, ["--stages", out, *sampling, "--output_folder", tmp_path / "a"])
     two = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", t_switch]
     run_quietly(sampler.main, [*two, *sampling, "--output_folder", tmp_path / "b"])
     assert 0 <= t_switch < 19
@@ -119,9 +119,9 @@ def test_three_networks(free, few, middle, full, tmp_path, run_quietly):
     said = run_quietly(calibrate.main, [*networks, *QUICK, "--budget", 1e9, *free, "--output", out])
     assert "1 block " in said and "3 blocks" in said and "5 blocks" in said and "nan" not in said
     assert "the last step adds no noise and is the full network's\n" in said
-    stages = [(stage.checkpoint_path.parent.name, stage.t_min, stage.t_max) for stage in read_schedule(out).stages]
+    stages = [(stage.checkpoint_path.parent.name, stage.t_min, stage.t_max) for stage in read_stages(out).stages]
     assert stages == [(few.parent.name, 15, 19), ("middle", 10, 14), ("full", 0, 9)]
-    run_quietly(sampler.main, ["--schedule", out, "--n_samples", 1, "--output_folder", tmp_path / "s", "--quiet"])
+    run_quietly(sampler.main, ["--stages", out, "--n_samples", 1, "--output_folder", tmp_path / "s", "--quiet"])
 
 
 def test_verified(pair, tmp_path, run_quietly, fails):
@@ -168,7 +168,7 @@ def test_classes_and_guidance(runs, tmp_path, run_quietly, fails):
         contents(tmp_path / f"{name}.yaml")["networks"][0]["error"]["mean"] for name in ("plain", "guided")
     )
     assert not np.allclose(plain, guided)
-    scales = [[s.guidance_scale for s in read_schedule(tmp_path / f"{n}.yaml").stages] for n in ("plain", "guided")]
+    scales = [[s.guidance_scale for s in read_stages(tmp_path / f"{n}.yaml").stages] for n in ("plain", "guided")]
     assert set(scales[0]) == {None} and set(scales[1]) == {1}, "it is sampled as it was measured"
     classes = runs / "classes" / "digits_uvit_last.pth"
     flags = ["--checkpoint_path", classes, classes, *QUICK, "--guidance_scale", 1, "--output", tmp_path / "x.yaml"]
@@ -185,7 +185,7 @@ def test_refusals(pair, shallow, middle, full, runs, tmp_path, fails):
     fails(calibrate.main, [*pair, *out, "--n_images", 5000], "--n_images 5000: the dataset has 1797")
     fails(calibrate.main, [*pair, *out, "--steps", 21], "--steps 21")
     fails(calibrate.main, [*pair, *out, "--speedup", 500], "--speedup 500", "is the most these networks can do")
-    fails(calibrate.main, [*pair, *out, "--speedup", 2, "--budget", 1], "not allowed with")
+    fails(calibrate.main, [*pair, *out, "--speedup", 2, "--budget", 1], "--speedup and --budget are two rules")
     fails(calibrate.main, [*pair, *out, "--n_samples", 5], "--n_samples needs --verify")
     fails(calibrate.main, [*pair, *out, "--verify", 2, "--sample_seeds", 1, 1], "--sample_seeds: each once")
     fails(calibrate.main, [*pair, *out, "--config_path", "none"], "one for each of the 2 networks")
@@ -200,6 +200,13 @@ def test_refusals(pair, shallow, middle, full, runs, tmp_path, fails):
     assert (tmp_path / "networks.yml").read_text() == "mine"
 
 
+def recorded_switch(folder):
+    """The full network runs below all that the first stage has."""
+    recorded = json.loads((folder / "report" / "run.json").read_text())["stages"]
+    assert [stage["network"] for stage in recorded] == [0, 1]
+    return recorded[0]["t_min"] - 1
+
+
 def images_of(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
@@ -212,10 +219,10 @@ def test_auto(shallow, full, tmp_path, run_quietly, monkeypatch):
     said = run_quietly(sampler.main, [*auto, "--n_samples", 2, *flags])
     assert "chosen: t_switch" in said
     report = tmp_path / "a" / "report"
-    schedule = read_schedule(report / "calibration.yaml")
+    found = read_stages(report / "calibration.yaml")
     assert (report / "calibration.png").exists() and (report / "calibration.json").exists()
-    t_switch = json.loads((report / "run.json").read_text())["t_switch"]
-    assert t_switch == schedule.t_switch and t_switch < 19
+    t_switch = recorded_switch(tmp_path / "a")
+    assert t_switch == found.t_switch and t_switch < 19
     plain = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", t_switch, "--steps", 5]
     run_quietly(sampler.main, [*plain, "--batch_size", 1, "--n_samples", 3, *flags[:-1], tmp_path / "b"])
 
@@ -239,17 +246,18 @@ def test_auto_that_was_stopped_before_its_first_batch(shallow, full, tmp_path, r
     def stop(*_):
         raise KeyboardInterrupt
 
-    for method in ("_sample", "timing"):  # before the first image, and after all of them
+    # Before the first image, and after all of them.
+    for cls, method, budget in ((BatchUnderWay, "sampling", 0), (SampleFolder, "finished", 1e9)):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(SamplingRun, method, stop)
-            sampler.main([str(arg) for arg in [*auto, "--budget", 1e9 if method == "timing" else 0]])
+            patch.setattr(cls, method, stop)
+            sampler.main([str(arg) for arg in [*auto, "--budget", budget]])
     (batch,) = (report / "batches").iterdir()
     batch.unlink()  # as if it had not been finished
-    assert json.loads((report / "run.json").read_text())["t_switch"] == 3, "its second attempt chose anew"
-    fails(sampler.main, [*auto, "--budget", 0], "another run", "budget 1000000000.0, not 0.0")
+    assert recorded_switch(tmp_path / "s") == 3, "its second attempt chose anew"
+    fails(sampler.main, [*auto, "--budget", 0], "another run", "budget (1000000000.0 and 0.0)")
     said = run_quietly(sampler.main, [*auto, "--budget", 1e9])
     assert "t_switch 3, as it was chosen when this run began" in said
-    assert read_schedule(report / "calibration.yaml").t_switch == 3
+    assert read_stages(report / "calibration.yaml").t_switch == 3
     (report / "run.json").write_text("{}")
     fails(sampler.main, [*auto, "--budget", 1e9], "a run without --t_switch", "--overwrite")
 

@@ -273,7 +273,7 @@ class SampleFolder:
 
     def _forget(self) -> None:
         """Remove the files of `_begin`, if no sample was made: a refused run leaves nothing. A calibration stays."""
-        if any(self.batches.iterdir()):
+        if any(self.batches.iterdir()) or samples_in(self.folder):
             return
         self._lock.__exit__(None, None, None)  # it cannot be removed everywhere while it is open
         for name in ("run.json", "statistics.json", ".lock"):

@@ -42,7 +42,7 @@ from training.loop import Training
 from training.losses import Objective, backbone_objective, distillation_objective, early_exit_objective
 from training.previews import preview_maker
 from training.settings import TrainingSettings
-from training.step import Learner
+from training.step import MISFITS, Learner
 
 log = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ def restore(run: Training, path: Path, content: Mapping[str, Any]) -> None:
     try:
         learner.load_state_dict(content)
     # A backbone that was frozen and now is not, for one; or a file that was made to look like a checkpoint.
-    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except MISFITS as error:
         raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
     done = learner.step == settings.n_steps
     if settings.optimisation.lr_schedule == "cosine" and content["n_steps"] != settings.n_steps and not done:

@@ -17,6 +17,8 @@ from training.losses import Objective
 from training.parallel import gradients_shared, in_pieces, like, spread, whole
 from training.settings import OptimisationSettings
 
+MISFITS = (LookupError, ValueError, RuntimeError, TypeError, AttributeError, OverflowError)  # of `load_state_dict`
+
 
 @dataclass
 class Counters:
@@ -112,7 +114,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises LookupError, ValueError, RuntimeError, TypeError or AttributeError where it does not fit."""
+        """Raises one of MISFITS where the state is not of such a run."""
         here = self.network.state_dict()
         self.network.load_state_dict({name: like(value, here[name]) for name, value in state["model"].items()})
         if self.ema is not None:

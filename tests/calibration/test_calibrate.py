@@ -113,15 +113,26 @@ def few(shallow, tmp_path):
 
 @pytest.mark.parametrize("free", [[], ["--free"]])
 def test_three_networks(free, few, middle, full, tmp_path, run_quietly):
-    """Each where it was trained: with no limit to the divergence the cheapest that knows a timestep runs there."""
+    """Each where it was trained: with no limit to the divergence the cheapest that knows a timestep runs there.
+
+    What is scored is that, and the full network alone.
+    """
     out = tmp_path / "c.yaml"
     networks = ["--checkpoint_path", few, middle, full]
-    said = run_quietly(calibrate.main, [*networks, *QUICK, "--budget", 1e9, *free, "--output", out])
+    verify = ["--verify", 2, "--n_samples", 4, *EXTRACTOR]
+    said = run_quietly(calibrate.main, [*networks, *QUICK, "--budget", 1e9, *free, *verify, "--output", out])
     assert "1 block " in said and "3 blocks" in said and "5 blocks" in said and "nan" not in said
     assert "the last step adds no noise and is the full network's\n" in said
     stages = [(stage.checkpoint_path.parent.name, stage.t_min, stage.t_max) for stage in read_stages(out).stages]
     assert stages == [(few.parent.name, 15, 19), ("middle", 10, 14), ("full", 0, 9)]
-    run_quietly(sampler.main, ["--stages", out, "--n_samples", 1, "--output_folder", tmp_path / "s", "--quiet"])
+    found = contents(out)
+    (alone, chosen) = [option for option in found["options"] if "scores" in option]
+    assert alone["steps_of_each"] == [0, 0, 20] and chosen["steps_of_each"] == [5, 5, 10]
+    assert {key: chosen[key] for key in found["chosen"]} == found["chosen"]
+    sampling = ["--n_samples", 4, "--batch_size", 4, "--device", "cpu", "--quiet"]
+    run_quietly(sampler.main, ["--stages", out, *sampling, "--output_folder", tmp_path / "s"])
+    of_chosen = [images_of(path) for path in (tmp_path / "c_verify").glob("*_seed-0")]
+    assert images_of(tmp_path / "s") in of_chosen and len(of_chosen) == 2
 
 
 def test_verified(pair, tmp_path, run_quietly, fails):

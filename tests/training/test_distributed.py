@@ -23,11 +23,13 @@ from common.distributed import part_of
 from data.dataset import SeededBatches
 from tests import processes
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
+from tests.stress.kill_training import differences
 from training.parallel import gradients_shared
 
 # 14 images in two parts, for two or three processes: no two have the same work.
 FLAGS = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", 3, "--batch_size", 14, "--grad_accum_steps", 2, "--random_flip"]
 FLAGS += ["--num_classes", 11, "--label_dropout", 0.3, "--log_every_n_steps", 1, "--lr_schedule", "constant"]
+PIECES = ["--fsdp", "--grad_checkpointing"]
 HEADS = [*TINY_FLAGS, *TRAINING_FLAGS, "--model", "deediff_uvit", "--depth", 5, "--freeze_backbone", "--batch_size", 7]
 HEADS += ["--classifier_type", "mlp_probe_per_layer_per_timestep", "--log_every_n_steps", 1]
 
@@ -102,8 +104,22 @@ def test_a_run_goes_on_with_other_processes_and_in_pieces(logs, alone):
     assert "processes (1 and 2)" in (logs / "mixed.txt").read_text()
 
 
-def test_pieces_train_as_copies(logs, by_two):
-    pieces = run(logs, "pieces", "--fsdp", "--grad_checkpointing", count=2, steps=10)
+@pytest.fixture(scope="module")
+def pieces(logs) -> Path:
+    return run(logs, "pieces", *PIECES, count=2, steps=10)
+
+
+@pytest.mark.parametrize("unbroken, steps, more", [("by_two", 20, []), ("pieces", 10, PIECES)])
+def test_two_that_go_on_are_two_that_never_stopped(unbroken, steps, more, logs, request):
+    """Bit for bit, unlike one process beside two."""
+    unbroken, name = request.getfixturevalue(unbroken), f"{unbroken}-broken"
+    run(logs, name, *more, count=2, steps=steps // 2)
+    broken = run(logs, name, "--resume", *more, count=2, steps=steps)
+    for part in ("step", "model", "ema", "optimizer", "scaler", "counters"):
+        assert not differences(last(broken)[part], last(unbroken)[part])
+
+
+def test_pieces_train_as_copies(pieces, by_two):
     for ours, theirs in zip(metrics(pieces), metrics(by_two), strict=False):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         # Adam does not tell a sum of the processes' gradients from their mean: the norm does.

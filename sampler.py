@@ -129,7 +129,7 @@ def settled_switch(
             quiet=settings.machine.quiet,
         )
         # Copies: measuring puts weights into the working precision, which is done once.
-        copies = [network._replace(module=copy.deepcopy(network.module)) for network in networks]
+        copies = [replace(network, module=copy.deepcopy(network.module)) for network in networks]
         calibration = calibrate(measurement, copies, device)
         print(in_words(calibration))
         return calibration.chosen.t_switch(calibration.steps.timesteps)

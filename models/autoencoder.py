@@ -71,7 +71,7 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
         )
     if autoencoder.checkpoint_path is None:
         raise InputError("the network makes latents: give the autoencoder with --autoencoder_checkpoint_path")
-    network = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale, device)
+    network = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale_factor, device)
     if network.network.config.latent_channels != params.in_chans:
         raise InputError(
             f"{autoencoder.checkpoint_path} has {network.network.config.latent_channels} latent channels, the "

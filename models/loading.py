@@ -199,7 +199,7 @@ def task_differences(one: Config, other: Config) -> list[str]:
 
 
 def _scale(config: Config) -> float | None:
-    return None if config.autoencoder is None else config.autoencoder.scale
+    return None if config.autoencoder is None else config.autoencoder.scale_factor
 
 
 def check_range(network: Network, timesteps: Sequence[int], advice: str) -> None:

@@ -285,7 +285,7 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
     if f.many and (f.about.positional or not f.about.parse):
         about["nargs"] = "+"
     elif f.about.positional and f.default is not MISSING:
-        about |= {"nargs": "?", "default": f.default}  # argparse would read SUPPRESS as if it had been typed
+        about |= {"nargs": "?", "default": f.default}  # argparse would take SUPPRESS for the value
     if f.about.choices:
         return about | {"choices": f.about.choices}
     return about | {"type": f.about.parse or parser_of(f)}

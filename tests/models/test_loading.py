@@ -72,12 +72,12 @@ def test_nothing_is_said_of_weights_that_carry_a_description(full, tmp_path, cap
 def test_a_bad_value_is_told_with_the_file_it_is_in(bare, full, tmp_path, fails):
     config = described(tmp_path, model_params=TINY | {"depth": -3})
     argv = ["--output_folder", tmp_path / "s", "--device", "cpu", "--checkpoint_path"]
-    wanted = "model_params: depth=-3 is out of range, wanted 1..999"
-    fails(sampler.main, [*argv, bare, "--config_path", config], f": {config}: {wanted}")
+    fault = "model_params: depth=-3 is out of range, wanted 1..999"
+    fails(sampler.main, [*argv, bare, "--config_path", config], f": {config}: {fault}")
     content = torch.load(full, weights_only=True)
     content["config"]["model_params"]["depth"] = -3
     torch.save(content, tmp_path / "changed.pth")
-    fails(sampler.main, [*argv, tmp_path / "changed.pth"], f"changed.pth: {wanted}")
+    fails(sampler.main, [*argv, tmp_path / "changed.pth"], f"changed.pth: {fault}")
 
 
 def test_the_original_authors_files_load_with_their_checkpoints(tmp_path, run_quietly):

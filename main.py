@@ -10,10 +10,14 @@ from train import run
 from training.settings import TrainingSettings, typed_words
 
 
+def parse_settings(argv: Sequence[str] | None) -> TrainingSettings:
+    parser = Parser(description=__doc__)
+    return parser.settings(TrainingSettings, argv, command=typed_words(parser, argv))
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    run(parser.settings(TrainingSettings, argv, command=typed_words(parser, argv)))
+    run(parse_settings(argv))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ from common.errors import command
 from training.settings import BackboneSettings, TrainingSettings, typed_words
 
 
+def parse_settings(argv: Sequence[str] | None) -> BackboneSettings:
+    parser = Parser(description=__doc__)
+    return parser.settings(BackboneSettings, argv, command=typed_words(parser, argv))
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    run(parser.settings(BackboneSettings, argv, command=typed_words(parser, argv)))
+    run(parse_settings(argv))
 
 
 def run(settings: TrainingSettings) -> None:

@@ -26,7 +26,7 @@ def lasting_streams() -> Iterator[None]:
     """Within the block standard output and error exist and take everything.
 
     Where they were closed (2>&-, pythonw), or when their reader goes away (| head -1), what is written is lost, in
-    silence. Characters that they cannot encode are replaced.
+    silence. Characters that they cannot encode are written as escapes.
     """
     for descriptor in range(3):  # or the next file that is opened, a checkpoint perhaps, would be standard error
         try:

@@ -148,8 +148,9 @@ class DatasetReference(Reference):
 
     def account(self) -> None:
         self._share_broken()
-        left_out = {**self.dataset.left_out, **dict(sorted(self.broken.items()))}
-        say_left_out(left_out, self.about.get("source", self.about["dataset"]))
+        broken = dict(sorted(self.broken.items()))  # those that were known before were named when it was opened
+        say_left_out(broken, self.about.get("source", self.about["dataset"]))
+        left_out = {**self.dataset.left_out, **broken}
         self.about |= {"n_reference": len(self.indices) - len(self.broken)} | _noted(left_out)
         if len(self.indices) == len(self.dataset):
             self.about["images"] = self.about["n_reference"]  # as a packed copy counts, which has no others

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,11 +32,14 @@ class _Captured(Exception):
     pass
 
 
-def _modules() -> Iterator[str]:
+def _scripts() -> Iterator[ModuleType]:
+    """The module that has a script's main, which may be another than the one that is typed."""
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if not module.startswith("tests.") and 'if __name__ == "__main__":' in path.read_text("utf-8"):
-            yield module
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if not name.startswith("tests.") and 'if __name__ == "__main__":' in path.read_text("utf-8"):
+            module = importlib.import_module(name)
+            if hasattr(module, "main"):
+                yield sys.modules[module.main.__module__]
 
 
 def _parser_of(script: ModuleType) -> argparse.ArgumentParser:
@@ -46,16 +50,16 @@ def _parser_of(script: ModuleType) -> argparse.ArgumentParser:
 
     with mock.patch.object(argparse.ArgumentParser, "parse_args", capture):
         try:
-            script.parse_args([])
+            script.parse_settings([])
         except _Captured as captured:
             return captured.args[0]
-    raise AssertionError(f"{script.__name__}.parse_args parses nothing")
+    raise AssertionError(f"{script.__name__}.parse_settings parses nothing")
 
 
 def commands() -> list[Command]:
     """Every script, each of its sub-commands by itself."""
     found = []
-    for script in map(importlib.import_module, _modules()):
+    for script in dict.fromkeys(_scripts()):
         parser = _parser_of(script)
         subparsers = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         found += [Command(script, (), parser)] * (not subparsers)

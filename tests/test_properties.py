@@ -28,16 +28,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-import benchmark
 import compare
 import eesampler
 import fid
-import main as main_script
+import pack
 import sampler
-import train
-from common.cli import existing_file, existing_path
 from common.errors import command
-from data import pack
+from common.settings import Field, flat
 from data.files import SUFFIXES
 from tests.conftest import TINY
 from tests.parsers import Command, commands
@@ -393,7 +390,14 @@ FLAGS = [
     for action in which.parser._actions
     if action.option_strings and action.option_strings[0] not in ("-h", "--help")
 ]
-RANGED = [(s, a) for s, a in FLAGS if inspect.isfunction(a.type) and "least" in a.type.__code__.co_freevars]
+
+
+def field_of(action: argparse.Action) -> Field | None:
+    """The field behind a flag, where its type knows it."""
+    return inspect.getclosurevars(action.type).nonlocals.get("f") if inspect.isfunction(action.type) else None
+
+
+RANGED = [(s, a) for s, a in FLAGS if (f := field_of(a)) and f.about.least is not None]
 NUMBERS = st.one_of(
     st.integers().map(str),
     st.floats().map(repr),
@@ -409,24 +413,34 @@ def value_for(action: argparse.Action, there: Path) -> list[str]:
     """What makes an option that must be given acceptable."""
     if action.choices:
         return [str(next(iter(action.choices)))]
-    if action.type is existing_file:
-        return [str(there)]
-    if action.type is existing_path:
-        return [str(there.parent)]
+    if (f := field_of(action)) and f.about.exists:
+        return [str(there if f.about.exists == "file" else there.parent)]
     return ["1"]
 
 
-def parsed(which: Command, argv: list[str]) -> argparse.Namespace | None:
+def parsed(which: Command, argv: list[str]) -> dict[str, Any] | None:
     """What a script's options came to; None if they were refused, in one line."""
-    found: list[argparse.Namespace] = []
-    status = outcome(command(lambda argv: found.append(which.script.parse_args(argv))), [*which.words, *argv])
-    return found[0] if status == 0 else None
+    found: list[Any] = []
+    status = outcome(command(lambda argv: found.append(which.script.parse_settings(argv))), [*which.words, *argv])
+    if status:
+        return None
+    settings = found[0][1] if which.words else found[0]  # with the sub-command before them
+    return flat(settings) | flattened(getattr(settings, "described", None) or {})
+
+
+def flattened(described: dict[str, Any]) -> dict[str, Any]:
+    """A network's own flags, without the sections they are in."""
+    flags: dict[str, Any] = {}
+    for name, value in described.items():
+        flags |= flattened(value) if isinstance(value, dict) else {name: value}
+    return flags
 
 
 def required(which: Command, but: argparse.Action, there: Path) -> list[str]:
     argv = []
     for action in which.parser._actions:
-        if action.required and action is not but and action.dest != but.dest:
+        needed = action.required or action.dest in ("checkpoint_path", "reference")
+        if needed and action is not but and action.dest != but.dest:
             argv += action.option_strings[:1] + value_for(action, there)
     return argv
 
@@ -438,26 +452,22 @@ def a_file(tmp_path_factory):
     return path
 
 
-def limits(action: argparse.Action) -> tuple[float, float]:
-    known = inspect.getclosurevars(action.type).nonlocals
-    return known["least"], known["most"]
-
-
 def test_flags_with_a_range_are_found():
     """By what their types remember: were that to change, the test below would try nothing."""
-    found = {which.script for which, _ in RANGED}
-    assert len(RANGED) > 150 and found >= {train, main_script, sampler, eesampler, fid, pack, benchmark}
+    found = {which.script.__name__.rpartition(".")[2] for which, _ in RANGED}
+    assert len(RANGED) > 150 and found >= {"train", "main", "sampler", "eesampler", "fid", "pack", "benchmark"}
 
 
 @given(data=st.data())
 def test_flags_with_a_range(data, a_file):
     which, action = data.draw(st.sampled_from(RANGED))
-    least, most = limits(action)
+    about = field_of(action).about
+    least, most = about.least, about.most
     near = [str(bound + step) for bound in (least, most) for step in (-1, 0, 1, 0.5, -1e-9)]
     text = data.draw(st.one_of(NUMBERS, st.sampled_from(near)))
-    args = parsed(which, [*required(which, action, a_file), f"{action.option_strings[0]}={text}"])
-    if args is not None:
-        value = getattr(args, action.dest)
+    settings = parsed(which, [*required(which, action, a_file), f"{action.option_strings[0]}={text}"])
+    if settings is not None:
+        value = settings[action.dest]
         assert all(least <= number <= most for number in (value if isinstance(value, list) else [value]))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from common.config import build_config, read_yaml
 from diffusion import NoiseSchedule, time_input
-from diffusion.sampling import SeededNoise, guided, sample
+from diffusion.sampling import SeededNoise, Stage, guided, sample
 from diffusion.solvers import Solver, make_solver, spaced_timesteps
 from models.loading import build_network
 
@@ -97,7 +97,7 @@ def test_networks(name):
     latents = name.startswith(("imagenet256", "imagenet512"))
     assert (config.autoencoder is not None) == latents
     if latents:
-        assert config.autoencoder.scale == 0.18215
+        assert config.autoencoder.scale_factor == 0.18215
         assert config.classes == range(1000) and config.no_class == 1000
     else:
         assert config.no_class is None
@@ -164,7 +164,7 @@ def test_a_perfect_network_samples_its_data(name, solver, steps, monkeypatch):
 
     schedule = NoiseSchedule(**config.diffusion_params.schedule)
     solver = make_solver(solver, schedule, "predict_noise")
-    made = sample(perfect, solver, spaced_timesteps(1000, steps), noise, (1, 256, 256))
+    made = sample([Stage(perfect, spaced_timesteps(1000, steps))], solver, noise, (1, 256, 256))
     assert float(made.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(made.std()) == pytest.approx(1, abs=0.02)
 
@@ -194,6 +194,6 @@ def test_imagenet_256_takes_the_published_trajectory(name):
             x = math.sqrt(b) * (x - math.sqrt(1 - a) * eps) / math.sqrt(a) + math.sqrt(1 - b) * eps
 
     schedule = NoiseSchedule(**config.diffusion_params.schedule)
-    denoiser = guided(network, 0.4, config.no_class)
-    got = sample(denoiser, Solver("ddim", schedule), spaced_timesteps(1000, 50), SeededNoise([1, 2]), (4, 4, 4), y)
+    stage = Stage(guided(network, 0.4, config.no_class), spaced_timesteps(1000, 50))
+    got = sample([stage], Solver("ddim", schedule), SeededNoise([1, 2]), (4, 4, 4), y)
     torch.testing.assert_close(got, x, rtol=1e-3, atol=1e-3)

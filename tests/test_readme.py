@@ -7,6 +7,7 @@ networks and a CelebA of eight images.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -53,10 +54,10 @@ SCRIPTS: dict[str, tuple[Callable, list[str]]] = {
     "fid.py": (fid.main, ["--feature_extractor", "extractor.pt", "--cache_dir", "cache", *CPU]),
     "compare.py": (compare.main, []),
     "calibrate.py": (calibrate.main, [*CALIBRATING, "--solver", "ddim", "--steps", "4", "--batch_size", "4", *CPU]),
-    "data.pack": (pack.main, ["--num_workers", "0"]),
+    "pack.py": (pack.main, ["--num_workers", "0"]),
     # Tested elsewhere, on networks of their own: here their words are read.
-    "benchmark.py": (benchmark.parse_args, []),
-    "scripts/results.sh": (results.parse_args, []),
+    "benchmark.py": (benchmark.parse_settings, []),
+    "scripts/results.sh": (results.parse_settings, []),
 }
 RECORDER = """#!{bash}
 printf '%s\\x1f' "${{0##*/}}" "$@" >> {calls}
@@ -149,7 +150,7 @@ def run(words: list[str]) -> None:
     if script in ("train.py", "main.py"):
         quick = [*quick, "--n_steps", "3" if "--load_checkpoint_path" in argv else "2"]
     if "imagenet256" in argv:
-        call = pack.parse_args  # of 1.3 million images
+        call = inspect.getmodule(pack.main).parse_settings  # of 1.3 million images
     call([*argv, *quick])
 
 
@@ -269,7 +270,7 @@ def test_where_to_switch(walk):
 
 
 def test_networks_for_their_part(walk):
-    for name, expected in (("celeba_uvit_13", (None, None)), ("full_499", (None, 499)), ("shallow_500", (500, None))):
+    for name, expected in (("celeba_uvit_13", (0, 999)), ("full_499", (0, 499)), ("shallow_500", (500, 999))):
         config = torch.load(f"logs/{name}/celeba_uvit_last.pth", weights_only=True)["config"]
         assert (config["t_min"], config["t_max"]) == expected
 
@@ -283,9 +284,10 @@ def test_cascades_and_caching(walk):
 
 def test_benchmarks(walk):
     """Of the networks that they take if none are named; tests/test_benchmark.py runs them on small ones."""
-    options = [benchmark.parse_args(call.words[2:]) for call in walk if "benchmark.py" in call.words]
-    assert [args.command for args in options] == ["sample", "early-exit", "train"]
-    paths = [path for args in options for path in vars(args).values() if getattr(path, "suffix", "") == ".yaml"]
+    parsed = [benchmark.parse_settings(call.words[2:]) for call in walk if "benchmark.py" in call.words]
+    assert [command for command, _ in parsed] == ["sample", "early-exit", "train"]
+    paths = [path for _, settings in parsed for path in vars(settings).values() if isinstance(path, Path)]
+    paths = [path for path in paths if path.suffix == ".yaml"]
     assert paths and all((ROOT / path).is_file() for path in paths)
 
 

@@ -22,12 +22,14 @@ class ExportSettings(Checked):
     weights: str = option("ema", "averaged, or of the last step", choices=("ema", "raw"))
 
 
+def parse_settings(argv: Sequence[str] | None) -> ExportSettings:
+    description = "Write a checkpoint's weights as safetensors, with their description."
+    return Parser(prog="export.py", description=description).settings(ExportSettings, argv, network=False)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(
-        prog="export.py", description="Write a checkpoint's weights as safetensors, with their description."
-    )
-    settings = parser.settings(ExportSettings, argv, network=False)
+    settings = parse_settings(argv)
     print(f"{export(settings.source, settings.target, settings.weights)} -> {settings.target}")
 
 

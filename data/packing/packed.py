@@ -25,7 +25,7 @@ from common.errors import InputError
 from common.files import check_regular, read_json
 from common.settings import check_types, differences
 from data import DEFAULT_PATH
-from data.dataset import ImageDataset, check_labels
+from data.dataset import ImageDataset, check_labels, say_left_out
 from data.files import image_names
 from data.rows import RowsFile
 
@@ -119,6 +119,7 @@ def find_packed(
         log.warning("%s is not used: %s", folder, problem)
         return None
     log.warning("using the packed dataset %s", folder)
+    say_left_out(manifest.left_out, folder)
     module, cls = KINDS[manifest.kind]
     return getattr(importlib.import_module(module), cls)(folder, manifest, num_classes)
 

@@ -7,23 +7,25 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
-from common.cli import any_path, real, whole, word_or
+from common.settings import fields_of, option, parser_of
 from tests.parsers import Command, commands
 
 COMMANDS = commands()
 PER_COMMAND = pytest.mark.parametrize("command", COMMANDS, ids=str)
 TOO_LARGE = [str(2**63), "9" * 400, "9" * 5000, "-" + "9" * 5000, "1e400", "inf", "-inf", "nan"]
-REFUSED = r" is no (whole )?number (in|from|above) -?[0-9]"
-MAY_BE_MINUS_1 = {"num_classes", "t_switch"}
+REFUSED = r" is no (whole )?number| is out of range, wanted (-?[0-9]|more than [0-9])"
+MAY_BE_MINUS_1 = {"num_classes", "t_switch", "time_shift"}
 
 
 def refusal(command: Command, argv: Sequence[str]) -> str:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
-        command.script.parse_args([*command.words, *argv])
+        command.script.parse_settings([*command.words, *argv])
     assert ended.value.code == 2
     assert said.getvalue().count("\n") == 1 and len(said.getvalue()) < 400, said.getvalue()
     return said.getvalue()
@@ -43,9 +45,9 @@ def is_number(action: argparse.Action) -> bool:
 
 def test_all_scripts_are_found():
     names = {str(command) for command in COMMANDS}
-    assert names >= {"train", "main", "sampler", "eesampler", "fid", "compare", "calibrate", "pack"}
-    assert names >= {"benchmark sample", "benchmark early-exit", "benchmark train", "training.checkpoint"}
-    assert names >= {"experiments.results", "experiments.train_classifier"}
+    assert names >= {"train", "main", "sampler", "eesampler", "fid", "compare", "calibrate"}
+    assert names >= {"benchmark sample", "benchmark early-exit", "benchmark train", "training.export"}
+    assert {name.rpartition(".")[2] for name in names} >= {"pack", "results", "train_classifier"}
     assert sum(is_number(action) for command in COMMANDS for action in command.options) > 150
 
 
@@ -70,13 +72,15 @@ def test_a_value_is_never_empty(command, tmp_path):
         before.append(action.choices[0] if action.choices else str(tmp_path / "file"))
 
 
-def test_empty_paths_say_what_to_look_for():
-    for command in COMMANDS:
-        for action in command.options:
-            if action.type is any_path:
-                assert "is empty; was a variable meant that is not set?" in refusal(
-                    command, [action.option_strings[0], ""]
-                )
+def test_empty_paths_say_what_to_look_for(tmp_path):
+    told = [
+        refusal(command, [f"{action.option_strings[0]}="])
+        for command in COMMANDS
+        for action in command.options
+        if outcome(action, str(tmp_path / "new")) == tmp_path / "new"
+    ]
+    assert len(told) > 10
+    assert all("an empty path; is a variable in the command not set?" in said for said in told)
 
 
 def test_a_label_without_a_folder(fails):
@@ -86,16 +90,25 @@ def test_a_label_without_a_folder(fails):
         fails(compare.main, [text], "wanted LABEL=FOLDER")
 
 
+@dataclass
+class Numbers:
+    count: int = option(3, least=3, most=12)
+    share: float = option(0.5, least=0, most=1)
+    rate: float = option(0.5, least=0, most=1, above=True)
+    place: int | Literal["auto"] = option("auto", least=-1, most=9)
+
+
 @pytest.mark.parametrize(
-    "kind, taken, refused",
+    "name, taken, refused",
     [
-        (whole(3, 12), ["3", "12", "+7", " 4 "], ["2", "13", "4.0", "1e1", "four", "0x4", ""]),
-        (real(0, 1), ["0", "1", "1e-300", "-0"], ["-1e-9", "1.000001", "one", "1,5", ""]),
-        (real(0, 1, above=True), ["1e-300", "1"], ["0", "-0", "2"]),
-        (word_or("auto", whole(-1, 9)), ["auto", "-1", "9"], ["Auto", "10", ""]),
+        ("count", ["3", "12", "+7", " 4 "], ["2", "13", "4.0", "1e1", "four", "0x4", ""]),
+        ("share", ["0", "1", "1e-300", "-0"], ["-1e-9", "1.000001", "one", "1,5", ""]),
+        ("rate", ["1e-300", "1"], ["0", "-0", "2"]),
+        ("place", ["auto", "-1", "9"], ["Auto", "10", ""]),
     ],
 )
-def test_types_of_numbers(kind, taken, refused):
+def test_types_of_numbers(name, taken, refused):
+    kind = parser_of(next(f for f in fields_of(Numbers) if f.name == name))
     assert [kind(text) for text in taken] == [text if text == "auto" else float(text) for text in taken]
     for text in refused:
         with pytest.raises(argparse.ArgumentTypeError, match=REFUSED):

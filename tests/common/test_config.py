@@ -7,21 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from generation.record import setting_differences
 
-from common.config import (
-    Config,
-    UViTConfig,
-    build_config,
-    carried_settings,
-    check_types,
-    contradictions,
-    in_words,
-    read_yaml,
-    settings_of,
-)
+from common.config import Config, UViTConfig, build_config, carried_settings, contradictions, read_yaml
 from common.errors import InputError
-from diffusion.sampling import SwitchingDenoiser
+from common.settings import build, check_types, differences, in_words
+from generation.stages import StageFile
 
 LEAST = "model_params:\n  img_size: 8\n  patch_size: 4\n"
 
@@ -75,7 +65,7 @@ def test_numbers_that_are_read_as_they_are_meant(read, text, value):
 )
 def test_fractions_that_are_read_as_they_are_meant(read, text, value):
     if value is None:
-        with pytest.raises(InputError, match=r"mlp_ratio=0\.0 is outside"):
+        with pytest.raises(InputError, match=r"mlp_ratio=0\.0 is out of range, wanted more than 0"):
             read(f"{LEAST}  mlp_ratio: {text}\n")
     else:
         assert read(f"{LEAST}  mlp_ratio: {text}\n").model_params.mlp_ratio == value
@@ -95,7 +85,7 @@ def test_a_number_is_no_truth_and_a_truth_no_number(read, text):
 @pytest.mark.parametrize(
     "text, fault",
     [
-        (LEAST + "  depth: -3\n", r"model_params: depth=-3 is outside 1\.\.999"),
+        (LEAST + "  depth: -3\n", r"model_params: depth=-3 is out of range, wanted 1\.\.999"),
         (LEAST + "diffusion_params:\n  beta_end: 2\n", "diffusion_params: .*beta_end=2"),
         (LEAST + "autoencoder:\n  scale_factor: -1\n", "autoencoder: scale_factor=-1"),
         (LEAST + "t_min: 5\nt_max: 3\n", "t_min=5, t_max=3"),
@@ -134,13 +124,14 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         read_yaml(Path("/dev/zero"))
 
 
-def test_conv_leaves_what_checkpoints_say_as_it_was():
+def test_checkpoints_carry_a_complete_description():
+    """Also where nothing was stated: another version's defaults do not change a network."""
     params = UViTConfig(img_size=8, patch_size=4)
-    before = settings_of(params)
-    del before["conv"]
-    assert carried_settings(Config(model_params=params))["model_params"] == before
-    without = Config(model_params=dataclasses.replace(params, conv=False))
-    assert carried_settings(without)["model_params"] == before | {"conv": False}
+    carried = carried_settings(Config(model_params=params))
+    assert carried.keys() == {f.name for f in dataclasses.fields(Config)}
+    assert carried["model_params"] == dataclasses.asdict(params) and carried["model_params"]["conv"] is True
+    assert (carried["t_min"], carried["t_max"], carried["real_classes"]) == (0, 999, 0)
+    assert build_config(carried, "checkpoint") == Config(model_params=params)
 
 
 MARKS = set("[]{}'") | {"None"}
@@ -175,25 +166,38 @@ def test_words_are_few(value):
 def test_refusals_show_no_raw_values():
     one = {"class_id": ["random"], "autoencoder": None, "networks": [{"step": 1}], "t_switch": None}
     other = {"class_id": [3, 5], "autoencoder": {"scale_factor": 0.5}, "networks": [], "t_switch": 7}
-    said = [*contradictions(one, other, none_counts=True), *setting_differences(one, other)]
+    said = differences(one, other)
+    stages = [
+        {"checkpoint_path": "a.pth", "t_min": 3, "t_max": 9},
+        {"checkpoint_path": "b.pth", "t_min": 5, "t_max": 9},
+    ]
     with pytest.raises(InputError) as refused:
-        SwitchingDenoiser([len, len, len], [3, 5])
+        build(StageFile, {"stages": stages}, "stages.yaml")
     said.append(str(refused.value))
     none = {"model_params": {"depth": None}}
     for wrong in (none, {"t_min": []}, {"model_params": 3}, {"crop": 5}, {"autoencoder": "x"}):
         with pytest.raises(InputError) as refused:
             check_types(Config, {"model_params": {}} | wrong, "net.yaml")
         said.append(str(refused.value))
-    assert len(said) == 14
+    assert len(said) == 10
     for message in said:
         assert not any(mark in message.replace("'x'", "") for mark in MARKS), message
-    assert "class_id (random and 3, 5)" in said and "class_id random, not 3, 5" in said
+    assert "class_id (random and 3, 5)" in said
     assert "net.yaml: t_min is a list, wanted a whole number" in said
 
 
 @pytest.mark.parametrize(
-    "one, other, said",
-    [(12, 13, []), (13, 12, []), (3, 5, ["depth (3 and 5)"]), (None, 5, ["depth (none and 5)"]), (None, None, [])],
+    "carried, stated, said",
+    [(13, 13, []), (3, 5, ["depth (3 and 5)"]), (None, 5, []), (5, None, []), (None, None, [])],
 )
-def test_depths(one, other, said):
-    assert contradictions({"depth": one}, {"depth": other}, none_counts=True) == said
+def test_what_is_not_stated_contradicts_nothing(carried, stated, said):
+    assert contradictions({"depth": carried}, {"depth": stated}) == said
+
+
+def test_an_even_depth_is_the_odd_one_above():
+    """One block in the middle, depth // 2 on either side."""
+    depths = {depth: UViTConfig(img_size=8, patch_size=4, depth=depth) for depth in (1, 2, 3, 12, 13, 999)}
+    assert {depth: config.num_blocks for depth, config in depths.items()} == {
+        depth: 2 * (depth // 2) + 1 for depth in depths
+    }
+    assert depths[12] == depths[13]

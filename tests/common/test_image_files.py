@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+import pack
 from common.image_files import BrokenImage, decoding, in_chans_of, read_image
-from data import open_dataset, pack
+from data import open_dataset
 from data.transforms import halve
 from evaluation.images import FinishedImages
 
@@ -212,7 +213,8 @@ def test_training_packing_and_scoring_read_the_same_pixels(data, tmp_path_factor
     assert torch.equal(torch.cat(list(scored.batches(2))), want)
     dataset = open_dataset("folder", folder, img_size=SIDE, in_chans=in_chans)
     assert torch.equal(dataset.__getitems__(range(len(expected)))[0], want)
-    pack.pack(dataset, folder / "packed")
+    argv = [f"--data_path={folder}", f"--img_size={SIDE}", f"--in_chans={in_chans}", f"--output={folder / 'packed'}"]
+    pack.main(["--dataset=folder", *argv, "--num_workers=0", "--quiet"])
     assert np.array_equal(np.load(folder / "packed" / "images.npy"), want.numpy())
 
 

@@ -150,4 +150,4 @@ def test_a_process_of_a_pool_leaves_ctrl_c_to_its_parent_from_its_start():
     go_on.set()
     process.join(20)
     assert process.exitcode == 7
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & ASKING_TO_END
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*ASKING_TO_END}

@@ -288,7 +288,7 @@ class TestClasses:
     [
         ({"patch_size": 3}, "input_size=8 is no multiple of patch_size=3"),
         ({"num_heads": 5}, "num_heads=5"),
-        ({"hidden_size": 30, "num_heads": 3}, "hidden_size=30 must be a multiple of 4"),
+        ({"hidden_size": 30, "num_heads": 3}, "hidden_size=30 is no multiple of 4"),
         ({"hidden_size": 0}, "hidden_size=0"),
         ({"depth": 0}, "depth=0"),
         ({"in_channels": 257}, "in_channels=257"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.cli import Parser
+from common.distributed import joined_processes
 from common.errors import command
-from train import run
 from training.settings import TrainingSettings, typed_words
 
 
@@ -17,7 +17,15 @@ def parse_settings(argv: Sequence[str] | None) -> TrainingSettings:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    run(parse_settings(argv))
+    settings = parse_settings(argv)
+
+    from training.loop import ending_in_order, train
+    from training.setup import prepare
+
+    with joined_processes(settings.machine.device) as device:
+        run = prepare(settings, device)
+        with ending_in_order(run) as stop:
+            train(run, stop)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from common.cli import Parser
 from common.distributed import joined_processes
 from common.errors import command
-from training.settings import BackboneSettings, TrainingSettings, typed_words
+from training.settings import BackboneSettings, typed_words
 
 
 def parse_settings(argv: Sequence[str] | None) -> BackboneSettings:
@@ -17,16 +17,15 @@ def parse_settings(argv: Sequence[str] | None) -> BackboneSettings:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    run(parse_settings(argv))
+    settings = parse_settings(argv)
 
-
-def run(settings: TrainingSettings) -> None:
-    """Train to the last step, from the beginning or from a checkpoint."""
-    from training.loop import train
+    from training.loop import ending_in_order, train
     from training.setup import prepare
 
     with joined_processes(settings.machine.device) as device:
-        train(prepare(settings, device))
+        run = prepare(settings, device)
+        with ending_in_order(run) as stop:
+            train(run, stop)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class StopRequests:
     def __init__(self, deadline: float | None):
         self.deadline = deadline
         self.signalled: set[int] = set()  # of SIGNALS
+        self.reason: Reason | None = None  # why the run ends before its last step, once all processes know
         self._process = os.getpid()
 
     def __enter__(self) -> StopRequests:

@@ -10,7 +10,8 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,38 +64,35 @@ class Training:
         return record(self.settings, CONDITIONS) | here | ({"n_steps": self.settings.n_steps} if constant else {})
 
 
-def train(run: Training) -> None:
-    """To the last step, or until a signal or the time limit ends it: then raises SystemExit with its status.
+@contextmanager
+def ending_in_order(run: Training) -> Iterator[StopRequests]:
+    """Around `train`: signals and --max_hours ask for an end, which comes after the step, with how to go on.
 
-    Raises InputError where a file cannot be written: training that could not be saved is not worth its time.
+    Raises SystemExit with the status of the reason, and InputError where a file cannot be written: training that could
+    not be saved is not worth its time.
     """
-    settings, learner = run.settings, run.learner
-    if learner.step == settings.n_steps:  # a queue gave the command once more
+    hours = run.settings.max_hours
+    try:
+        with StopRequests(None if hours is None else time.monotonic() + 3600 * hours) as stop:
+            yield stop
+    except WriteError as error:
+        raise InputError(f"step {run.learner.step}: {error}; {what_is_kept(run, error.remedy)}") from None
+    if stop.reason is None:
+        return
+    if is_main():
+        advice = how_to_go_on(run.settings)
+        print(f"{stop.reason.name}: stopped after step {run.learner.step}; {advice}", file=sys.stderr)
+    if stop.reason.status:
+        raise SystemExit(stop.reason.status)
+
+
+def train(run: Training, stop: StopRequests) -> None:
+    """To the last step, or until `stop` has a reason to end before it."""
+    settings, learner, logs = run.settings, run.learner, run.settings.logs
+    if finished := learner.step == settings.n_steps:  # a queue gave the command once more
         if is_main():
             print(f"finished already: {run.checkpoints.last} is at step {learner.step} of {settings.n_steps}")
         return
-    if settings.optimisation.num_warmup_steps > settings.n_steps:
-        log.warning(
-            "--num_warmup_steps %d is more than --n_steps %d: the learning rate never reaches --lr %g",
-            *(settings.optimisation.num_warmup_steps, settings.n_steps, settings.optimisation.lr),
-        )
-    deadline = None if settings.max_hours is None else time.monotonic() + 3600 * settings.max_hours
-    try:
-        with StopRequests(deadline) as stop:
-            reason = run_steps(run, stop)
-    except WriteError as error:
-        raise InputError(f"step {learner.step}: {error}; {what_is_kept(run, error.remedy)}") from None
-    if reason is None:
-        return
-    if is_main():
-        print(f"{reason.name}: stopped after step {learner.step}; {how_to_go_on(settings)}", file=sys.stderr)
-    if reason.status:
-        raise SystemExit(reason.status)
-
-
-def run_steps(run: Training, stop: StopRequests) -> Reason | None:
-    """Returns why it ended before the last step, if it did."""
-    settings, learner, logs = run.settings, run.learner, run.settings.logs
     metrics = begin(run) if is_main() else None
     batches = training_batches(
         run.dataset,
@@ -110,14 +108,14 @@ def run_steps(run: Training, stop: StopRequests) -> Reason | None:
     silent = True if settings.machine.quiet or not is_main() else None
     bar = tqdm(total=settings.n_steps, initial=learner.step, unit="step", disable=silent)
     since, since_step = time.perf_counter(), learner.step
-    reason, finished = None, False
-    while not finished and reason is None:
+    while not finished and stop.reason is None:
         lr = learning_rate(learner.step, settings.n_steps, settings.optimisation)
         asked = train_step(learner, run.make_batch(learner.step, *next(batches)), lr, torch.tensor(stop.asked()))
         step, finished = learner.step, learner.step >= settings.n_steps
         bar.update()
         status.put(step, torch.cat([learner.counters.bad_in_row[None], asked]))
         reason = reason_to_stop(run, *status.get())
+        stop.reason = None if finished else reason
         logs_now, stays = step % logs.log_every_n_steps == 0, step % logs.save_new_every_n_steps == 0
         if metrics and (finished or logs_now):
             scalars = learner.counters.means() | {"lr": lr}  # waits for the device
@@ -136,7 +134,6 @@ def run_steps(run: Training, stop: StopRequests) -> Reason | None:
     bar.close()
     if metrics:
         metrics.close()
-    return None if finished else reason
 
 
 def begin(run: Training) -> MetricsLog:
@@ -171,7 +168,7 @@ def save(run: Training, stays: bool) -> None:
 
 
 def reason_to_stop(run: Training, step: int, status: list[float]) -> Reason | None:
-    """Why all processes stop now, if they do. Raises InputError after too many bad steps in a row.
+    """The reason to stop now, if there is one. Raises InputError after too many bad steps in a row.
 
     status: of `step`: bad steps in a row, and how many processes were asked to stop for each of REASONS.
     """

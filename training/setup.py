@@ -98,6 +98,12 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
     )
     if content is not None and content.get("format") == FORMAT:
         go_on(run, start, content)
+    warm_up = settings.optimisation.num_warmup_steps
+    if settings.n_steps < warm_up and learner.step < settings.n_steps:
+        log.warning(
+            "--num_warmup_steps %d is more than --n_steps %d: the learning rate never reaches --lr %g",
+            *(warm_up, settings.n_steps, settings.optimisation.lr),
+        )
     return run
 
 

@@ -102,6 +102,23 @@ class Learner:
         self.step = 0
         self.counters = Counters.zero(device)
 
+    def update(self, lr: float, taken: Tensor) -> None:
+        """Move the parameters and their averages by the gradients, which are cleared. taken: 0-d bool; if not, neither
+        changes. It is not read on the host where the optimiser is fused.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = (~taken).float()  # read by the kernel, as GradScaler would have it
+            self.optimizer.step()
+        elif taken:
+            self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step, taken)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run goes on from. All processes must call it; tensors are whole on process 0."""
         return {
@@ -151,41 +168,10 @@ def learning_rate(step: int, n_steps: int, settings: OptimisationSettings) -> fl
 
 
 def train_step(learner: Learner, batch: Batch, lr: float, asked: Tensor) -> Tensor:
-    """One optimiser step; it changes nothing if the loss or the gradient is not finite.
+    """One optimiser step: loss, gradient, clipping, update. Nothing changes if the loss or gradient is not finite.
 
-    batch: this process's rows. asked: (K,), summed over the processes together with the losses; returned.
-    """
-    for group in learner.optimizer.param_groups:
-        group["lr"] = lr
-    losses, asked = backward(learner, batch, asked)
-    scale = learner.scaler.scale(torch.ones((), device=learner.device))
-    learner.scaler.unscale_(learner.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(learner.trained, learner.settings.max_grad_norm)
-    grad_norm = grad_norm.full_tensor() if in_pieces(grad_norm) else grad_norm
-
-    finite = losses["loss"].isfinite() & grad_norm.isfinite()
-    # After too many bad steps none is taken any more: a host that reads late finds the weights of the last good.
-    taken = finite & (learner.counters.bad_in_row < learner.max_bad_steps)
-    if learner.optimizer.defaults["fused"]:
-        learner.optimizer.found_inf = (~taken).float()  # read by the kernel, as GradScaler would have it
-        learner.optimizer.step()
-    elif taken:
-        learner.optimizer.step()
-    learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
-    learner.step += 1
-    if learner.ema is not None:
-        learner.ema.update(learner.step, taken)
-    # fp16 begins with a scale that overflows and lowers it: only at 1 an overflow is the training's fault.
-    searching = losses["loss"].isfinite() & (scale > 1)
-    learner.counters.add(losses | {"grad_norm": grad_norm}, taken, searching)
-    return asked
-
-
-def backward(learner: Learner, batch: Batch, asked: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of the batch's mean loss, over all processes. Returns the losses, and `asked` summed with them.
-
-    Rows weigh the same wherever they are: parts of a batch need not be of one size.
+    batch: this process's rows; they weigh the same wherever they are, parts of a batch need not be of one size. asked:
+    (K,), summed over the processes together with the losses, and returned.
     """
     losses: dict[str, Tensor] = {}
     for k in range(learner.parts):
@@ -200,4 +186,17 @@ def backward(learner: Learner, batch: Batch, asked: Tensor) -> tuple[dict[str, T
             loss = loss.detach() / share
             losses[name] = losses[name] + loss if name in losses else loss
     summed = total(torch.cat([torch.stack(list(losses.values())), asked.to(learner.device, non_blocking=True)]))
-    return dict(zip(losses, summed, strict=False)), summed[len(losses) :]
+    losses, asked = dict(zip(losses, summed, strict=False)), summed[len(losses) :]
+
+    scale = learner.scaler.scale(torch.ones((), device=learner.device))
+    learner.scaler.unscale_(learner.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(learner.trained, learner.settings.max_grad_norm)
+    grad_norm = grad_norm.full_tensor() if in_pieces(grad_norm) else grad_norm
+    finite = losses["loss"].isfinite() & grad_norm.isfinite()
+    # After too many bad steps none is taken any more: a host that reads late finds the weights of the last good.
+    taken = finite & (learner.counters.bad_in_row < learner.max_bad_steps)
+    learner.update(lr, taken)
+    # fp16 begins with a scale that overflows and lowers it: only at 1 an overflow is the training's fault.
+    searching = losses["loss"].isfinite() & (scale > 1)
+    learner.counters.add(losses | {"grad_norm": grad_norm}, taken, searching)
+    return asked

@@ -138,7 +138,7 @@ def bars(summaries: Sequence[Summary]) -> list[Estimate]:
     """The scores with, where the seeds are paired, the intervals of their differences: those tell labels apart."""
     if not paired(summaries):
         return [summary.score for summary in summaries]
-    return [Estimate(summary.score.mean, summary.difference.half_width) for summary in summaries]
+    return [Estimate(s.score.mean, None if s.difference is None else s.difference.half_width) for s in summaries]
 
 
 def about_bars(standard: str) -> str:
@@ -156,9 +156,9 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
         if not isinstance(scores.get(metric), int | float):
             raise InputError(f"{scored} has no {metric}; run fid.py with --metrics {metric}")
         basis = {key: scores[key] for key in ("n_samples", "reference", "feature_extractor")}
-        values = [float(scores[metric]), *(float(statistics[key]) for key in MEASURED)]
-        if not all(map(math.isfinite, values)) or values[1] <= 0:
-            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {', '.join(map(str, values))}")
+        score, (seconds, flops) = float(scores[metric]), (float(statistics[key]) for key in MEASURED)
+        if not all(map(math.isfinite, (score, seconds, flops))) or seconds <= 0:
+            raise ValueError(f"{metric}, {', '.join(MEASURED)}: {score}, {seconds}, {flops}")
         settings = dict(statistics["settings"])
         seed = int(settings["seed"])
         shared = {name: settings.get(name) for name, f in SAMPLER_OPTIONS.items() if RESULT in f.about.decides}
@@ -168,7 +168,7 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
             **dict.fromkeys(OF_MACHINE, "unknown"),
         }
         conditions = {name: statistics.get(name, default) for name, default in conditions.items()}
-        return Run(label, folder, *values, seed, basis, shared, conditions)
+        return Run(label, folder, score, seconds, flops, seed, basis, shared, conditions)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -186,7 +186,7 @@ def first_samples(folder: Path) -> np.ndarray:
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
         image = FinishedImages.open(path).convert("RGB")
         larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
-        images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
+        images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.Resampling.BICUBIC)))
     if not images:
         raise InputError(f"{folder}: the samples are gone")
     return np.concatenate(images, axis=1)
@@ -248,8 +248,8 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
     labels = list(dict.fromkeys(run.label for run in runs))
     unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by what differs
     for run in sorted(runs, key=lambda run: (labels.index(run.label), run.seed)):
-        if different := differences(run.conditions, runs[0].conditions):
-            unlike.setdefault((run.label, ", ".join(different)), []).append(run.seed)
+        if others := differences(run.conditions, runs[0].conditions):
+            unlike.setdefault((run.label, ", ".join(others)), []).append(run.seed)
     if not unlike:
         return []
     lines = [f"times are compared only under the conditions of {runs[0].label}"]
@@ -329,9 +329,10 @@ def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
 
 def speed_up(summary: Summary, standard: Summary) -> float | None:
     """Of the measured times; None where their conditions are unlike."""
-    if not timed_alike(summary, standard):
+    ours, theirs = standard.seconds_per_image, summary.seconds_per_image
+    if ours is None or theirs is None or not timed_alike(summary, standard):
         return None
-    return standard.seconds_per_image.mean / summary.seconds_per_image.mean
+    return ours.mean / theirs.mean
 
 
 def flops_unit(largest: float) -> tuple[float, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def plot_comparison(
     """
     rows, labels = len(labels), [drawable(label) for label in labels]
     figure = Figure(figsize=(13, max(4.5, 0.8 * rows + 0.6)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1))[0]
     timed = [interval for interval in seconds if interval is not None]
     widths = [share for share, some in ((5, timed), (1, len(timed) < rows)) if some]
     panels = left.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
@@ -110,10 +110,11 @@ def drawable(label: str) -> str:
 
 
 def _legend(
-    owner: Axes | SubFigure, handles: Sequence[ErrorbarContainer | Line2D], labels: Sequence[str], **where: object
+    owner: Axes | SubFigure, handles: Sequence[ErrorbarContainer | Line2D], labels: Sequence[str], **where: Any
 ) -> None:
     """Labels to the letter: matplotlib itself leaves out those that begin with _, and takes $ for mathematics."""
-    legend = owner.legend(handles, ["label"] * len(labels), **where)
+    # Containers have legends too, whatever the types of a figure's method say.
+    legend = owner.legend(handles, ["label"] * len(labels), **where)  # type: ignore[arg-type]
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set(text=drawable(label), parse_math=False)
 

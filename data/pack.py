@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.config import PUBLIC_SCALE_FACTOR
@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
         from data.benchmark import run
 
         return run(settings.output, max(1, settings.num_workers))
+    assert settings.dataset is not None, "PackSettings lets none pass but for the benchmark"
     crop = crop_of(settings.dataset, settings.crop)
-    shape = {"img_size": settings.img_size, "in_chans": settings.in_chans, "crop": crop}
+    shape: dict[str, Any] = {"img_size": settings.img_size, "in_chans": settings.in_chans, "crop": crop}
     dataset = open_source(
         settings.dataset, settings.data_path, **shape, num_classes=settings.num_classes, download=settings.download
     )
@@ -75,8 +76,8 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
     from data.packed import IMAGES, MANIFEST, default_folder
     from data.packing import in_bytes, pack
 
-    if settings.autoencoder_checkpoint_path:
-        dataset = encoded(dataset, settings)
+    if path := settings.autoencoder_checkpoint_path:
+        dataset = encoded(dataset, path, settings)
         shape |= {name: dataset.describe()[name] for name in ("img_size", "in_chans")}
     output = settings.output or default_folder(settings.dataset, settings.data_path, **shape)
     manifest = pack(dataset, output, settings.num_workers, settings.machine.quiet)
@@ -85,15 +86,15 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
         print(f"{some_of(manifest.left_out)}; all are named in {output / MANIFEST}")
 
 
-def encoded(images: ImageDataset, settings: PackSettings) -> ImageDataset:
-    """The images as latents."""
+def encoded(images: ImageDataset, path: Path, settings: PackSettings) -> ImageDataset:
+    """The images as latents of the autoencoder in `path`."""
     from common.devices import pick_device
     from data.latents import LatentSource
     from models.autoencoder import load_autoencoder
 
     device = pick_device(settings.machine.device)
-    autoencoder = load_autoencoder(settings.autoencoder_checkpoint_path, settings.scale_factor, device)
-    return LatentSource(images, autoencoder, settings.autoencoder_checkpoint_path, device)
+    autoencoder = load_autoencoder(path, settings.scale_factor, device)
+    return LatentSource(images, autoencoder, path, device)
 
 
 if __name__ == "__main__":

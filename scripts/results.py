@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -79,7 +78,7 @@ class ImageSet:
 
     def quick(self) -> ImageSet:
         """The same with little of everything: to see it work, not to believe the numbers."""
-        few = {"n_samples": 40, "sampling_steps": 10, "timed_steps": 6, "n_calibration": 16}
+        few: dict[str, Any] = {"n_samples": 40, "sampling_steps": 10, "timed_steps": 6, "n_calibration": 16}
         for name in ("full_steps", "shallow_steps", "exit_steps", "classifier_steps"):
             few[name] = -(-getattr(self, name) // 50)
         return replace(self, **few)
@@ -279,7 +278,9 @@ def unpack_emoji(archive: Path, images: Path) -> None:
             if category and member.isfile() and member.name.startswith(EMOJI_IMAGES):
                 target = partial / category / Path(member.name).name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(tar.extractfile(member).read())
+                content = tar.extractfile(member)
+                assert content is not None, f"{member.name} is a file"
+                target.write_bytes(content.read())
     partial.rename(images)
 
 
@@ -414,7 +415,7 @@ class Experiment:
         """Steps per second of plain training and of distillation, in turns: the other kinds cost as much as plain."""
         path = self.work / "step_rates.json"
         if path.exists():  # the same numbers of steps when a run goes on
-            return read_json(path)
+            return dict(read_json(path))
         rates: dict[str, list[float]] = {"plain": [], "distilled": []}
         n, every, teacher = self.images.timed_steps, self.images.timed_steps // 3, self.full(self.seeds[0])
         for number in range(TIMED_ROUNDS):
@@ -439,7 +440,7 @@ class Experiment:
         # The rules are applied to the mean over seeds afterwards.
         measuring = ("--n_images", self.images.n_calibration, "--output", output)
         self.run("calibrate", "--checkpoint_path", *networks, *self.data, *self.sampling, *measuring)
-        return read_json(output.with_suffix(".json"))
+        return dict(read_json(output.with_suffix(".json")))
 
     def methods(self, seed: int, t_switch: int) -> list[tuple[str, Path]]:
         """Folders of scored samples by label, the full network first."""
@@ -488,7 +489,7 @@ class Experiment:
         compared = read_json(picture.with_suffix(".json"))
         if notes := compared.get("notes"):
             raise InputError(f"{'; '.join(notes)}. Remove {self.run.path.parent} and measure all on one machine")
-        return compared | {"picture": str(picture)}
+        return {**compared, "picture": str(picture)}
 
 
 def shallow_name(variant: str, seed: int, t_min: int) -> str:
@@ -560,9 +561,13 @@ def chosen_by_rules(options: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
 
 def knee_of(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What calibrate.py chooses if nothing else is said."""
-    from calibration.choice import knee
+    import numpy as np
 
-    return vars(knee([SimpleNamespace(**option) for option in options]))
+    from calibration.choice import Option, knee
+
+    names = ("speed_up", "divergence", "divergence_se", "excess", "excess_se")
+    points = [Option(np.empty(0), **{name: option[name] for name in names}) for option in options]
+    return dict(options[points.index(knee(points))])
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def held_against(name: str, earlier: Mapping[str, Any] | None, now: Mapping[str,
     if earlier is None:
         return None
     if all(earlier[key] == now[key] for key in now):
-        return earlier["repeated"]
+        said: str | None = earlier["repeated"]
+        return said
     both = {label: (earlier["rows"][label], row) for label, row in now["rows"].items() if label in earlier["rows"]}
     first = next(iter(now["rows"]))
     but_first = {label: pair for label, pair in both.items() if label != first}
@@ -277,12 +278,12 @@ def against(chosen: Mapping[str, Any], best: Mapping[str, Any]) -> str:
 
 
 def score_of(row: Mapping[str, Any]) -> float:
-    return row["score"]["mean"]
+    return float(row["score"]["mean"])
 
 
 def slower(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """By the steps that the full network runs, which no machine's mood changes."""
-    return row["steps_of_each"][1] > other["steps_of_each"][1]
+    return bool(row["steps_of_each"][1] > other["steps_of_each"][1])
 
 
 def correlations(grid: Sequence[Mapping[str, Any]]) -> str:
@@ -390,7 +391,7 @@ def judged(label: Mapping[str, Any], first: Mapping[str, Any]) -> str:
 
 def beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Faster, and with a better mean score."""
-    return (
+    return bool(
         one["seconds_per_image"]["mean"] < other["seconds_per_image"]["mean"]
         and one["score"]["mean"] < other["score"]["mean"]
     )

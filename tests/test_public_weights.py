@@ -97,7 +97,7 @@ def test_networks(name):
     latents = name.startswith(("imagenet256", "imagenet512"))
     assert (config.autoencoder is not None) == latents
     if latents:
-        assert config.autoencoder.scale == 0.18215
+        assert config.autoencoder.scale_factor == 0.18215
         assert config.classes == range(1000) and config.no_class == 1000
     else:
         assert config.no_class is None

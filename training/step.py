@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.distributed import total, world_size
 from training.batches import Batch
 from training.ema import Ema
-from training.losses import Objective
+from training.losses import Model, Objective
 from training.parallel import gradients_shared, in_pieces, like, spread, whole
 from training.settings import OptimisationSettings
 
@@ -84,7 +84,7 @@ class Learner:
         self.batch_size, self.parts, self.max_bad_steps = batch_size, parts, max_bad_steps
         self.model = spread(network, device, fsdp)
         # Previews call the network as it is: their batch is another.
-        self.forward = torch.compile(self.model, dynamic=False) if settings.compile else self.model
+        self.forward: Model = torch.compile(self.model, dynamic=False) if settings.compile else self.model
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained,
@@ -162,7 +162,8 @@ def train_step(learner: Learner, batch: Batch, lr: float, asked: Tensor) -> Tens
     # After too many bad steps none is taken any more: a host that reads late finds the weights of the last good.
     taken = finite & (learner.counters.bad_in_row < learner.max_bad_steps)
     if learner.optimizer.defaults["fused"]:
-        learner.optimizer.found_inf = (~taken).float()  # read by the kernel, as GradScaler would have it
+        # Read by the kernel, as GradScaler would have it.
+        learner.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # which torch sets, too
         learner.optimizer.step()
     elif taken:
         learner.optimizer.step()
@@ -184,7 +185,7 @@ def backward(learner: Learner, batch: Batch, asked: Tensor) -> tuple[dict[str, T
     """
     losses: dict[str, Tensor] = {}
     for k in range(learner.parts):
-        rows = Batch(*(None if tensor is None else tensor.tensor_split(learner.parts)[k] for tensor in batch))
+        rows = batch.part(k, learner.parts)
         share = learner.batch_size / len(rows.t)  # so many of this size make a batch
         with gradients_shared(learner.model, now=k == learner.parts - 1):
             with torch.autocast(learner.device.type, learner.amp_dtype, enabled=learner.settings.use_amp):

@@ -16,10 +16,11 @@ from common.settings import add_options, flat, from_flags, given_of
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from models.loading import Network
 
-M = TypeVar("M")
+M = TypeVar("M", bound="nn.Module")
 SETTINGS: dict[str, type[BenchmarkSettings]] = {
     "sample": SamplingBenchmark,
     "early-exit": ExitBenchmark,
@@ -126,7 +127,8 @@ def prepare_training(settings: TrainingBenchmark, device: torch.device) -> tuple
     return measure, training_table
 
 
-COMMANDS = {"sample": prepare_sampling, "early-exit": prepare_early_exit, "train": prepare_training}
+Prepare = Callable[[Any, "torch.device"], tuple[Measurement, ToText]]  # each takes settings of its own kind
+COMMANDS: dict[str, Prepare] = {"sample": prepare_sampling, "early-exit": prepare_early_exit, "train": prepare_training}
 
 
 def open_network(path: Path, kind: type[M], settings: BenchmarkSettings | None = None) -> Network[M]:
@@ -138,7 +140,7 @@ def open_network(path: Path, kind: type[M], settings: BenchmarkSettings | None =
     from common.config import build_config
     from models.loading import Network, build_network, load_network, name_of, stated_settings
 
-    flags, config_path = (settings.described or {}, settings.config_path) if settings else ({}, None)
+    flags, config_path = (settings.described, settings.config_path) if settings else ({}, None)
     if path.suffix not in (".yaml", ".yml"):
         return load_network(path, stated_settings(config_path, flags), kind)
     if config_path:

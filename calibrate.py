@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evaluation.settings import ScoringSettings
     from generation.settings import SamplerSettings
     from models.loading import Network
+    from models.uvit import UViT
 
 BESIDE = (".json", ".png")  # the file of stages
 
@@ -87,7 +88,7 @@ def check_output(settings: CalibrateSettings) -> None:
         )
 
 
-def check_verifying(settings: CalibrateSettings, full: Network, device: torch.device) -> None:
+def check_verifying(settings: CalibrateSettings, full: Network[UViT], device: torch.device) -> None:
     """Raises InputError where samples could not be scored, before they are made."""
     from evaluation.features import load_extractor
 
@@ -139,7 +140,7 @@ def sampling_of(
     from generation.stages import read_stages
 
     verifying, measured = settings.verifying, calibration.settings
-    described = settings.described or {}
+    described = settings.described
     if read_stages(stages).stages[0].checkpoint_path.resolve() != settings.checkpoint_path[0].resolve():
         described = {key: value for key, value in described.items() if key != "model_params"}  # of the first network
     return SamplerSettings(

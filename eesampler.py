@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.errors import command
 from generation.settings import EarlyExitSettings
-from generation.stages import one_stage
+from generation.stages import Plan, one_stage
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from models.early_exit import EarlyExitUViT
     from models.loading import Network
 
 
-def parse_settings(argv: Sequence[str] | None) -> EarlyExitSettings:
+def parse_settings(argv: Sequence[str] | EarlyExitSettings | None) -> EarlyExitSettings:
     return Parser(description=__doc__).settings(EarlyExitSettings, argv)
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
     settings = parse_settings(argv)
     plan = one_stage(settings)
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with joined_processes(settings.machine.device) as device:
         settings = settled_speed(settings, device)
-        network = load(settings, device)
+        network = load(settings, plan, device)
         config, model = network.config, network.module
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         solver, timesteps = solver_of(settings.solver, config)
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trace = EarlyExitTracer(
             model,
             timesteps,
-            DTYPES[settings.speed.precision],
+            DTYPES[settings.speed.chosen_precision],
             device,
             threshold=settings.threshold,
             min_group=settings.min_group,
@@ -81,22 +82,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(write_report(folder, settings, batches, [work], work["flops_per_image"]))
 
 
-def load(settings: EarlyExitSettings, device: torch.device) -> Network:
+def load(settings: EarlyExitSettings, plan: Plan, device: torch.device) -> Network[EarlyExitUViT]:
     from models.early_exit import EarlyExitUViT
     from models.loading import described_by, load_network, stated_settings
 
+    ((path, config_path),) = plan.files
     return load_network(
-        settings.checkpoint_path,
-        stated_settings(settings.config_path, settings.stated),
+        path,
+        stated_settings(config_path, settings.stated),
         EarlyExitUViT,
-        described=described_by(settings.config_path),
+        described=described_by(config_path),
         weights=settings.weights,
         device=device,
     )
 
 
 def describe_work(
-    network: Network, exits: Mapping[str, np.ndarray], batches: int, settings: EarlyExitSettings
+    network: Network[EarlyExitUViT], exits: Mapping[str, np.ndarray], batches: int, settings: EarlyExitSettings
 ) -> dict[str, Any]:
     """Where the images left the network, and what that saved, for the report. exits: of `save_exits`."""
     import numpy as np

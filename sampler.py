@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     from diffusion.sampling import Stage
     from models.inference import BackboneDenoiser, MiddleCache
     from models.loading import Network
+    from models.uvit import UViT
 
 log = logging.getLogger(__name__)
 
 
-def parse_settings(argv: Sequence[str] | None) -> SamplerSettings:
+def parse_settings(argv: Sequence[str] | SamplerSettings | None) -> SamplerSettings:
     return Parser(description=__doc__).settings(SamplerSettings, argv)
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     settings = parse_settings(argv)
     plan = plan_of(settings)
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(summary)
 
 
-def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network]:
+def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[UViT]]:
     """The networks, which fit each other and the timesteps of their stages."""
     from models.loading import load_together
 
@@ -95,7 +96,7 @@ def idle_place(settings: SamplerSettings, device: torch.device) -> torch.device 
     return "cpu" if settings.offload else device
 
 
-def shared_config(networks: Sequence[Network]) -> Config:
+def shared_config(networks: Sequence[Network[UViT]]) -> Config:
     """The first network's description, with the autoencoder that any of them names."""
     config = networks[0].config
     named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
@@ -103,7 +104,7 @@ def shared_config(networks: Sequence[Network]) -> Config:
 
 
 def settled_plan(
-    settings: SamplerSettings, plan: Plan, networks: Sequence[Network], device: torch.device
+    settings: SamplerSettings, plan: Plan, networks: Sequence[Network[UViT]], device: torch.device
 ) -> tuple[Plan, Calibration | None]:
     """The plan with a timestep for --t_switch auto: that of the run that goes on, or the best by measurement.
 
@@ -129,7 +130,7 @@ def settled_plan(
         measurement = Measurement(
             choice=settings.calibration,
             solver=settings.solver,
-            precision=settings.speed.precision,
+            precision=settings.speed.chosen_precision,
             batch_size=settings.batch_size,
             seed=settings.seed,
             guidance_scale=settings.guidance_scale,
@@ -154,7 +155,11 @@ def save_calibration(settings: SamplerSettings, plan: Plan, calibration: Calibra
 
 
 def make_stages(
-    settings: SamplerSettings, plan: Plan, networks: Sequence[Network], timesteps: Sequence[int], device: torch.device
+    settings: SamplerSettings,
+    plan: Plan,
+    networks: Sequence[Network[UViT]],
+    timesteps: Sequence[int],
+    device: torch.device,
 ) -> tuple[list[Stage], list[BackboneDenoiser]]:
     """The stages, and the networks in them. Raises InputError where a network does not suit its stage."""
     from common.devices import DTYPES
@@ -168,7 +173,7 @@ def make_stages(
         for stage, visited in zip(plan.stages, own, strict=True):
             advice = f"let another network run there ({plan.source}), or give --allow_outside_range"
             check_range(networks[stage.network], visited, advice)
-    dtype = DTYPES[settings.speed.precision]
+    dtype = DTYPES[settings.speed.chosen_precision]
     backbones = [
         BackboneDenoiser(network.module, timesteps, dtype, device, compiled=settings.speed.compile, cache=cache)
         for network, cache in zip(networks, make_caches(settings, plan, networks, own), strict=True)
@@ -184,7 +189,7 @@ def make_stages(
 
 
 def make_caches(
-    settings: SamplerSettings, plan: Plan, networks: Sequence[Network], own: Sequence[Sequence[int]]
+    settings: SamplerSettings, plan: Plan, networks: Sequence[Network[UViT]], own: Sequence[Sequence[int]]
 ) -> list[MiddleCache | None]:
     """Of each network the cache that --cache_interval asks for; None where it has no middle, or all is to be run.
 
@@ -208,7 +213,7 @@ def make_caches(
     return caches
 
 
-def name_idle(plan: Plan, networks: Sequence[Network], stages: Sequence[Stage]) -> None:
+def name_idle(plan: Plan, networks: Sequence[Network[UViT]], stages: Sequence[Stage]) -> None:
     """Say which stages have none of the run's timesteps."""
     visited = [t for stage in stages for t in stage.timesteps]
     for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
@@ -230,7 +235,7 @@ def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
 
 def describe_work(
     plan: Plan,
-    networks: Sequence[Network],
+    networks: Sequence[Network[UViT]],
     backbones: Sequence[BackboneDenoiser],
     stages: Sequence[Stage],
     batches: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,15 +34,16 @@ class ForcedProbes(nn.Module):
 
     def forward(self, tokens: Tensor, layer: int, timesteps: Tensor) -> Tensor:
         leaves = layer >= self.exit_at[timesteps]
-        return self.probes(tokens, layer, T) + torch.where(leaves, -1e6, 1e6)
+        uncertainty: Tensor = self.probes(tokens, layer, T) + torch.where(leaves, -1e6, 1e6)
+        return uncertainty
 
 
 @torch.inference_mode()
 def measure_early_exit(
-    settings: ExitBenchmark, network: Network, precision: str, device: torch.device
+    settings: ExitBenchmark, network: Network[EarlyExitUViT], precision: str, device: torch.device
 ) -> dict[str, Any]:
     """Times with exits forced, beside the ideal: the sum of the parts that ran, each measured by itself."""
-    model: EarlyExitUViT = network.module
+    model = network.module
     depth, size = model.num_layers, settings.batch_size
     x = torch.randn(size, *model.uvit.config.image_shape, device=device)
     classes = network.config.classes
@@ -59,7 +61,7 @@ def measure_early_exit(
             model.probes = probes
         assert torch.equal(trace.exit_layer, exit_at), "images left elsewhere"
 
-    tasks = {"full network": partial(model.uvit.denoise, x, time, y)}
+    tasks: dict[str, Callable[[], object]] = {"full network": partial(model.uvit.denoise, x, time, y)}
     tasks |= part_tasks(model, x, time, y)
     layers = torch.arange(depth + 1, device=device)
     tasks |= {f"exit at {k}": partial(leave, k.expand(size)) for k in layers}
@@ -100,11 +102,14 @@ def measure_early_exit(
     }
 
 
-def part_tasks(model: EarlyExitUViT, x: Tensor, time: Tensor, y: Tensor | None) -> dict[str, Any]:
+def part_tasks(model: EarlyExitUViT, x: Tensor, time: Tensor, y: Tensor | None) -> dict[str, Callable[[], object]]:
     """Every part of the model by itself, on the whole batch."""
     uvit = model.uvit
     tokens = uvit.embed(x, time, y)
-    tasks = {"embed": partial(uvit.embed, x, time, y), "decode": partial(uvit.decode, tokens)}
+    tasks: dict[str, Callable[[], object]] = {
+        "embed": partial(uvit.embed, x, time, y),
+        "decode": partial(uvit.decode, tokens),
+    }
     for k, (block, head) in enumerate(zip(uvit.blocks, model.exit_heads, strict=True)):
         inputs = [tokens] if block.skip_linear is None else [tokens, tokens]
         tasks |= {f"probe {k}": partial(model.probes, tokens, k, T), f"head {k}": partial(head, tokens)}

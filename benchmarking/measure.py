@@ -74,6 +74,7 @@ class CallTimer:
     def take_seconds(self) -> float:
         """Of all calls since it was last asked."""
         synchronize(self.device)
+        seconds: float
         if self.device.type == "cuda":
             seconds = sum(before.elapsed_time(after) for before, after in self._marks) / 1000
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from diffusion.solvers import make_solver, spaced_timesteps
 from models.flops import uvit_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network
+from models.uvit import UViT
 
 
 @torch.inference_mode()
 def measure_sampling(
-    settings: SamplingBenchmark, full: Network, shallow: Network, precision: str, device: torch.device
+    settings: SamplingBenchmark, full: Network[UViT], shallow: Network[UViT], precision: str, device: torch.device
 ) -> dict[str, Any]:
     """Times and rates of both networks alone, and of sampling with each solver at each t_switch."""
     config, size = full.config, settings.batch_size
@@ -60,7 +61,7 @@ def measure_sampling(
         Run(solver, t_switch, timed, timesteps) for solver in settings.solver for t_switch in (None, *settings.t_switch)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        tasks = {"matrix product": product}
+        tasks: dict[str, Callable[[], object]] = {"matrix product": product}
         tasks |= {f"{name} call": partial(backbone, x, timesteps[0], y) for name, backbone in backbones.items()}
         tasks |= {run.name: partial(generate, run, Path(folder)) for run in runs}
         seconds = in_turns(tasks, settings.rounds, device, settings.machine.quiet)

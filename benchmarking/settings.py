@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.config import PRECISIONS, SOLVERS
 from common.options import MOST_BATCH, MachineSettings
@@ -22,7 +24,7 @@ class BenchmarkSettings(Checked):
     compile: bool = option(False, "compile the networks first (torch.compile)")
     output_folder: Path = option(Path("out/benchmark"), "JSON and a picture go here")
     config_path: Path | None = option(None, "YAML file of a checkpoint without a description", exists="file")
-    described: dict = option(None, flag=False)  # the network's own flags, nested
+    described: Mapping[str, Any] = option({}, flag=False)  # the network's own flags, nested
     machine: MachineSettings = section("machine", MachineSettings())
 
 

@@ -16,6 +16,7 @@ from data.dataset import InMemoryDataset, training_batches
 from models.early_exit import EarlyExitUViT
 from models.flops import early_exit_training_flops, uvit_flops
 from models.loading import Network
+from models.uvit import UViT
 from training.batches import BatchMaker
 from training.losses import Objective, backbone_objective, early_exit_objective
 from training.settings import OptimisationSettings
@@ -34,7 +35,7 @@ class RandomImages(InMemoryDataset):
 
 
 def measure_training(
-    settings: TrainingBenchmark, network: Network, precision: str, device: torch.device
+    settings: TrainingBenchmark, network: Network[nn.Module], precision: str, device: torch.device
 ) -> dict[str, Any]:
     """Times of whole optimiser steps: batch, forward, backward, optimiser, averaged weights."""
     module, size = network.module.requires_grad_(True), settings.batch_size
@@ -89,4 +90,5 @@ def task_of(module: nn.Module, freeze_backbone: bool) -> tuple[Objective, int]:
     if isinstance(module, EarlyExitUViT):
         module.uvit.requires_grad_(not freeze_backbone)
         return early_exit_objective(freeze_backbone, False), early_exit_training_flops(module, freeze_backbone)
+    assert isinstance(module, UViT)
     return backbone_objective, 3 * uvit_flops(module)

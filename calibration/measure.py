@@ -85,6 +85,7 @@ def measure_predictions(
                     solver.eps(denoiser(x_t, t, y), x_t, t) if t in able else None
                     for denoiser, able in zip(denoisers, known, strict=True)
                 ]
+                of_last = predicted[-1]
                 for k, of_network in enumerate(predicted):
                     if of_network is not None:
                         error[k, s, rows] = mean_square(of_network - eps)
@@ -92,7 +93,8 @@ def measure_predictions(
                             raise InputError(
                                 f"network {k + 1} predicts noise that is not finite at t = {t}; try --precision fp32"
                             )
-                        distance[k, s, rows] = mean_square(of_network - predicted[-1])
+                        assert of_last is not None, f"the last network may not be asked about t = {t}"
+                        distance[k, s, rows] = mean_square(of_network - of_last)
                 bar.update()
     say_left_out({dataset.name_of(index): why for index, why in broken.items()}, "calibration")
     whole = [row for row, index in enumerate(indices) if index not in broken]

@@ -18,6 +18,7 @@ from common.settings import record
 from common.tables import table
 from generation.stages import StageEntry, StageFile, write_stages
 from models.loading import Network
+from models.uvit import UViT
 
 ROWS = 14  # of the table, beside the chosen one
 WIDE = 0.05  # of all timesteps: how far the choice may wander over resampled images before that is said
@@ -72,7 +73,7 @@ def name_of(calibration: Calibration, option: Option) -> str:
     return " + ".join(map(str, counts(calibration, option))) + " timesteps"
 
 
-def blocks_of(network: Network) -> str:
+def blocks_of(network: Network[UViT]) -> str:
     number = network.config.model_params.num_blocks
     return f"{number} block" + "s" * (number > 1)
 
@@ -102,7 +103,7 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
     rows = []
     for i in sorted(shown):
         option = options[i]
-        row = ["->" if i == number else ""]
+        row: list[object] = ["->" if i == number else ""]
         row += [option.t_switch(calibration.steps.timesteps)] if calibration.of_switches else []
         row += [*counts(calibration, option), f"{option.speed_up:.2f}x"]
         row += [
@@ -133,7 +134,10 @@ def with_error(mean: float, error: float) -> str:
 
 
 def mean_and_se_of(scores: Sequence[float]) -> tuple[float, float]:
-    return mean_and_se(np.array(scores)) if len(scores) > 1 else (scores[0], 0.0)
+    if len(scores) == 1:
+        return scores[0], 0.0
+    mean, error = mean_and_se(np.array(scores))
+    return float(mean), float(error)
 
 
 def stages_of(

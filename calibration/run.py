@@ -30,6 +30,7 @@ from generation.run import guide, solver_of
 from models.flops import uvit_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network, check_range
+from models.uvit import UViT
 
 KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by their option
 
@@ -42,7 +43,7 @@ class Calibration(NamedTuple):
     """
 
     settings: Measurement
-    networks: Sequence[Network]
+    networks: Sequence[Network[UViT]]
     of_switches: bool  # there are two, and the full one takes over once: an option is a switch
     predictions: Predictions
     steps: Steps
@@ -56,7 +57,7 @@ class Calibration(NamedTuple):
     images_there: int  # in the dataset
 
 
-def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.device) -> Calibration:
+def calibrate(settings: Measurement, networks: Sequence[Network[UViT]], device: torch.device) -> Calibration:
     """Measure, and choose. Puts the networks into their working precision.
 
     Raises InputError where they do not fit, or cannot do what is asked.
@@ -70,6 +71,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.
         known = [network.config.trained_timesteps for network in networks]
         check_range(full, timesteps, "what the others are held against must be known everywhere")
     params = config.model_params
+    assert choice.dataset is not None, "a calibration without images"
     dataset = open_dataset(
         choice.dataset,
         choice.data_path,
@@ -101,7 +103,8 @@ def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.
 
     if choice.speedup is not None:  # what is out of reach is known before the predictions are
         able = np.array([[0.0 if t in of_one else np.nan for t in timesteps] for of_one in known])
-        blank = Predictions(*[np.stack([able, able], axis=-1)] * 2, dimensions=1)
+        both = np.stack([able, able], axis=-1)
+        blank = Predictions(both, both, dimensions=1)
         check_reachable(options_of(weighed(blank, solver, timesteps, costs)[0]), choice.speedup)
     predictions = measure_predictions(
         *(denoisers, known, solver, timesteps, dataset, indices),
@@ -163,7 +166,7 @@ def rule_of(choice: CalibrationSettings) -> str:
     return KNEE if choice.budget is None else f"--budget {choice.budget:g}"
 
 
-def check_growing(networks: Sequence[Network]) -> None:
+def check_growing(networks: Sequence[Network[UViT]]) -> None:
     """Raises InputError unless each network calculates at least as much as the one before it, so that it is slower."""
     for one, other in itertools.pairwise(networks):
         if uvit_flops(one.module) > uvit_flops(other.module):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from common.config import PRECISIONS
 from common.errors import InputError
@@ -58,7 +59,7 @@ class CalibrateSettings(Checked):
     overwrite: bool = option(
         False, "replace an --output that is no calibration, and samples that --verify made with other settings"
     )
-    described: dict = option(None, flag=False)  # the networks' own flags, nested
+    described: Mapping[str, Any] = option({}, flag=False)  # the networks' own flags, nested
     choice: CalibrationSettings = section("images, and the rule of the choice")
     solver: SolverSettings = section("solver", SolverSettings())
     verifying: VerifySettings = section("scores of samples beside it", VerifySettings())

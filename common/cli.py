@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from common.config import Config
@@ -20,11 +20,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        for text in sys.argv[1:] if args is None else args:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for text in words:
             if text.startswith("--") and text.endswith("=--"):  # argparse takes it for a list of no values
                 self.error(f"{text}: '--' is no value")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         fail(self.prog, f"{message} (see {self.prog} --help)")
@@ -38,6 +39,7 @@ class Parser(argparse.ArgumentParser):
         """
         if isinstance(argv, cls):
             return argv
+        assert argv is None or isinstance(argv, Sequence), f"{type(argv).__name__} in the place of {cls.__name__}"
         add_options(self, cls)
         if network:
             add_options(self, Config, partial=True)

@@ -236,7 +236,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 AMBIGUOUS_NUMBER = re.compile(r".*:.*|[-+]?0[\d_]+")
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no types
     """Plain values, each written out: aliases of aliases of aliases could fill the memory from a few lines.
 
     A key that is given twice is an error, and numbers that YAML 1.1 reads in an unexpected way are text.
@@ -255,15 +255,16 @@ class _PlainLoader(yaml.SafeLoader):
                 problem = f"the key {shown(key.value)} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     def construct_yaml_int(self, node: yaml.Node) -> int | str:
-        text = self.construct_scalar(node)
-        return text if AMBIGUOUS_NUMBER.fullmatch(text) else super().construct_yaml_int(node)
+        text: str = self.construct_scalar(node)
+        return text if AMBIGUOUS_NUMBER.fullmatch(text) else int(super().construct_yaml_int(node))
 
     def construct_yaml_float(self, node: yaml.Node) -> float | str:
-        text = self.construct_scalar(node)
-        return text if AMBIGUOUS_NUMBER.fullmatch(text) else super().construct_yaml_float(node)
+        text: str = self.construct_scalar(node)
+        return text if AMBIGUOUS_NUMBER.fullmatch(text) else float(super().construct_yaml_float(node))
 
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
@@ -324,7 +325,7 @@ def build_config(settings: Mapping[str, Any], where: str) -> Config:
 
 def carried_settings(config: Config) -> dict[str, Any]:
     """The settings that go into a checkpoint: those that are the same on every machine."""
-    settings = plain(config)
+    settings: dict[str, Any] = plain(config)
     if config.autoencoder is not None:
         del settings["autoencoder"]["checkpoint_path"]
     return settings

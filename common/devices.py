@@ -67,7 +67,7 @@ def in_hardware(precision: str, device: torch.device) -> bool:
         return precision == "fp16"  # which chips have bf16, torch does not tell
     if platform.machine() in ("aarch64", "arm64"):
         # False also where torch was built without the library that would use them.
-        return getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")()
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")())
     # Asked of torch by names that differ between its releases; an answer it does not know is no.
     names = {"bf16": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), "fp16": ("_is_amx_fp16_supported",)}
     return any(getattr(torch.cpu, name, lambda: False)() for name in names[precision])

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.errors import InputError
 
@@ -100,7 +100,7 @@ def gather(item: T) -> list[T] | None:
         return [item]
     from torch import distributed
 
-    gathered = [None] * world_size() if is_main() else None
+    gathered: list[Any] | None = [None] * world_size() if is_main() else None
     distributed.gather_object(item, gathered)
     return gathered
 
@@ -123,7 +123,7 @@ def on_main(work: Callable[[], T]) -> T:
         return work()
     from torch import distributed
 
-    outcome: list = [None, False]
+    outcome: list[Any] = [None, False]
     failure = None
     if is_main():
         try:
@@ -133,7 +133,8 @@ def on_main(work: Callable[[], T]) -> T:
     distributed.broadcast_object_list(outcome)
     if outcome[1]:
         raise failure or SystemExit(2)
-    return outcome[0]
+    result: T = outcome[0]
+    return result
 
 
 @contextmanager

@@ -9,15 +9,16 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, ParamSpec
 
 from common.signals import ASKING_TO_END, Stopped, ignore, interrupting, on_signals, status_of
 from common.streams import lasting_streams
 
+P = ParamSpec("P")
 NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 ENDING = (*ASKING_TO_END, signal.SIGINT)
 
@@ -74,7 +75,7 @@ def at_end_of_command(work: Callable[[], object]) -> None:
         running.callback(work)
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
+def command(main: Callable[P, None]) -> Callable[P, None]:
     """Decorate a script's `main`: what a user can cause ends in one line on stderr and status 2.
 
     So do, with a status of 128 + its number, Ctrl-C and the signals that ask a process to end. Output that cannot be
@@ -85,13 +86,13 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     ends_process = main.__module__ == "__main__"  # nothing may disturb its last steps
 
     @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> None:
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
         with lasting_streams():
             try:
                 with on_signals(ENDING, interrupting()), ExitStack() as stack:
                     token = _running.set(stack)
                     stack.callback(_running.reset, token)
-                    _guarded(main, argv, script)
+                    _guarded(functools.partial(main, *args, **kwargs), script)
             except SystemExit:
                 if ends_process:
                     ignore(ENDING)
@@ -108,10 +109,10 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     return run
 
 
-def _guarded(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None, script: str) -> None:
+def _guarded(main: Callable[[], None], script: str) -> None:
     """Call main; what a user can cause ends by `fail`."""
     try:
-        main(argv)
+        main()
     except WriteError as error:
         fail(script, f"{error}; what was there before is as it was: {error.remedy}, then give the same command again")
     except InputError as error:

@@ -60,7 +60,7 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def lock(path: Path, busy: str) -> AbstractContextManager:
+def lock(path: Path, busy: str) -> AbstractContextManager[object]:
     """Keeps two processes from the same work until the block ends; without one, until the command ends or the process.
 
     path: a file for the lock, which stays; the lock itself goes with the process, however that ends. Raises InputError

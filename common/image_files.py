@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from common.files import check_regular
 
@@ -83,7 +84,7 @@ def decoding() -> Iterator[None]:
         raise BrokenImage(f"the image is broken ({why:.200})") from None
 
 
-def _with_opened(file: Path | BinaryIO, work: Callable[[Image.Image], T]) -> T:
+def _with_opened(file: Path | BinaryIO, work: Callable[[ImageFile.ImageFile], T]) -> T:
     """What `work` makes of the image in a file, none of whose pixels are decoded yet."""
     if isinstance(file, Path):
         with decoding():
@@ -98,7 +99,7 @@ def _with_opened(file: Path | BinaryIO, work: Callable[[Image.Image], T]) -> T:
     return _attempt(bare, work)
 
 
-def _attempt(stream: BinaryIO, work: Callable[[Image.Image], T]) -> T:
+def _attempt(stream: BinaryIO, work: Callable[[ImageFile.ImageFile], T]) -> T:
     stream.seek(0)
     with decoding(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of damaged metadata, which name no file
@@ -128,24 +129,27 @@ def _bare_png(stream: BinaryIO) -> BinaryIO | None:
     return bare
 
 
-def _as_looked_at(image: Image.Image) -> Image.Image:
+def _as_looked_at(image: ImageFile.ImageFile) -> Image.Image:
     mode = "RGB" if _has_colour(image) else "L"
     flat = _opaque(image).convert(mode)
-    turn = None if image.format == "TIFF" else TURNS.get(_orientation(image))  # Pillow turns TIFFs as it loads them
+    # Pillow turns TIFFs as it loads them.
+    turn = None if isinstance(image, TiffImageFile) else TURNS.get(_orientation(image))
     return flat if turn is None else flat.transpose(turn)
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """The one tag, so that damage to others does not matter; None where it cannot be read."""
+def _orientation(image: Image.Image) -> int:
+    """The one tag, so that damage to others does not matter; 1, upright, where it cannot be read."""
     try:
         value = image.getexif().get(ORIENTATION)
     except Exception:  # EXIF may be any bytes
-        return None
-    return value if isinstance(value, int) else None
+        return 1
+    return value if isinstance(value, int) else 1
 
 
-def _has_colour(image: Image.Image) -> bool:
+def _has_colour(image: ImageFile.ImageFile) -> bool:
     if image.mode in ("P", "PA"):
+        if image.palette is None:
+            raise BrokenImage("its pixels are numbers of colours in a palette, and it has no palette")
         one = Image.new("P", (1, 1))
         one.putpalette(image.palette)
         colours = np.array(one.getpalette("RGB")).reshape(-1, 3)
@@ -154,7 +158,7 @@ def _has_colour(image: Image.Image) -> bool:
     return not grey and _layout(image) != "LA;16B"
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: ImageFile.ImageFile) -> Image.Image:
     """8 bits, on white, in any colour space."""
     key = None if image.mode in ("P", "PA") else image.info.get("transparency")  # one transparent colour
     deep = _pixels_of_16_bits(image)
@@ -168,12 +172,13 @@ def _opaque(image: Image.Image) -> Image.Image:
         pixels[_equal(pixels, key * 255 // most if most else key)] = 255
         return Image.fromarray(pixels)
     image.load()
+    straight: Image.Image = image
     if image.mode in ("La", "RGBa"):  # multiplied by alpha
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        straight = image.convert("LA" if image.mode == "La" else "RGBA")
+    if straight.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        rgba = straight.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image
+    return straight
 
 
 def _opaque_of_16_bits(pixels: np.ndarray, mode: str, key: int | tuple[int, ...] | None) -> Image.Image:
@@ -190,27 +195,30 @@ def _opaque_of_16_bits(pixels: np.ndarray, mode: str, key: int | tuple[int, ...]
         if key is not None:
             pixels[_equal(pixels, key)] = most
     content = ((pixels * 255 + most // 2) // most).astype(np.uint8).tobytes()
-    size = pixels.shape[1::-1]
-    return Image.frombytes("CMYK" if mode == "CMYK" else "L" if pixels[0, 0].size == 1 else "RGB", size, content)
+    height, width = pixels.shape[:2]
+    return Image.frombytes(
+        "CMYK" if mode == "CMYK" else "L" if pixels[0, 0].size == 1 else "RGB", (width, height), content
+    )
 
 
 def _equal(pixels: np.ndarray, colour: int | tuple[int, ...]) -> np.ndarray:
     """(H, W) bool."""
-    return (pixels == np.asarray(colour)).reshape(*pixels.shape[:2], -1).all(axis=-1)
+    equal: np.ndarray = (pixels == np.asarray(colour)).reshape(*pixels.shape[:2], -1).all(axis=-1)
+    return equal
 
 
-def _pixels_of_16_bits(image: Image.Image) -> np.ndarray | None:
+def _pixels_of_16_bits(image: ImageFile.ImageFile) -> np.ndarray | None:
     """(H, W) or (H, W, C) in 0..65535 of an image of more than 8 bits; None of 8 bits or of no known range.
 
     Pillow keeps 16 bits of grey alone. Of colours it keeps the high bytes: the low ones come from a second reading,
     as if the file had its bytes in the other order.
     """
     layout, stream = _layout(image), image.fp
-    if image.format == "TIFF" and len(layout) == 1 and max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8:
+    if isinstance(image, TiffImageFile) and len(layout) == 1 and max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8:
         raise BrokenImage("its colours of 16 bits lie in separate planes; wanted them pixel by pixel")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.uint64)
-        if image.format == "TIFF":
+        if isinstance(image, TiffImageFile):
             most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # there are 12 bits too
             grey = (grey * MOST_OF_16_BITS + most // 2) // most
             if image.tag_v2.get(PHOTOMETRIC) == 0:  # 0 is white
@@ -218,26 +226,30 @@ def _pixels_of_16_bits(image: Image.Image) -> np.ndarray | None:
         return grey
     if layout == "LA;16B":  # four bytes, as many as RGBA has
         both = np.asarray(_laid_out(image, "RGBA")).astype(np.uint32)
-        return both[..., 0::2] * 256 + both[..., 1::2]
-    if deep := DEEP_COLOUR.fullmatch(layout):
-        order = deep[2] if deep[2] != "N" else sys.byteorder[0].upper()
+        deep: np.ndarray = both[..., 0::2] * 256 + both[..., 1::2]
+        return deep
+    if found := DEEP_COLOUR.fullmatch(layout):
+        order = found[2] if found[2] != "N" else sys.byteorder[0].upper()
         high = np.asarray(image).astype(np.uint32)
+        assert stream is not None, "the file was closed before its low bytes were read"
         stream.seek(0)
         with Image.open(stream, formats=FORMATS) as again:
-            return high * 256 + np.asarray(_laid_out(again, deep[1] + {"B": "L", "L": "B"}[order]))
+            deep = high * 256 + np.asarray(_laid_out(again, found[1] + {"B": "L", "L": "B"}[order]))
+            return deep
     return None
 
 
-def _layout(image: Image.Image) -> str:
+def _layout(image: ImageFile.ImageFile) -> str:
     """How the pixels lie in the file, in Pillow's words ("rawmode")."""
     about = image.tile[0][3] if image.tile else ""
     return str(about[0] if isinstance(about, tuple) else about)
 
 
-def _laid_out(image: Image.Image, layout: str) -> Image.Image:
+def _laid_out(image: ImageFile.ImageFile, layout: str) -> ImageFile.ImageFile:
     """The image with its pixels taken to lie otherwise in the file."""
     image.tile = [
-        (decoder, extents, offset, (layout, *about[1:]) if isinstance(about, tuple) else layout)
+        # Pillow names the four since version 11.
+        (decoder, extents, offset, (layout, *about[1:]) if isinstance(about, tuple) else layout)  # type: ignore[misc]
         for decoder, extents, offset, about in image.tile
     ]
     return image

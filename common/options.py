@@ -48,6 +48,12 @@ class SpeedSettings(Checked):
         why="compiled networks differ in rounding alone",
     )
 
+    @property
+    def chosen_precision(self) -> str:
+        """The precision, of settings in which it is chosen, see `generation.run.settled_speed`."""
+        assert self.precision is not None, "the precision is not chosen yet"
+        return self.precision
+
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings(Checked):

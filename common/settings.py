@@ -48,23 +48,27 @@ class About:
     aliases: tuple[str, ...] = ()  # other names of the flag, which --help leaves out
 
 
-def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (RESULT,), why: str = "", **about: Any):
+def option(
+    default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (RESULT,), why: str = "", **about: Any
+) -> Any:
     """A field of settings.
 
-    default: none makes it required. help: for --help, which adds the default. least, most: the range, both
-    included, or without `least` where `above` is given; of the items where the field is a tuple. choices: the
-    strings that are allowed. exists: "file", "folder" or "path", which a path must name already. decides: RESULT,
-    CONDITIONS (how long a run takes, where its data lie, how often it logs), both or neither. why: the reason, where
-    the result does not depend on the field. flag: False for a field that is not on the command line. group, metavar:
-    of --help. parse: makes a value of the text on the command line, for types that are not plain. positional: the
-    values stand on the command line without the name. aliases: other names of the flag, such as "--old", which work
-    like it and are left out of --help; not of required fields.
+    default: none makes it required; of a dict each instance has a copy. help: for --help, which adds the default.
+    least, most: the range, both included, or without `least` where `above` is given; of the items where the field is
+    a tuple. choices: the strings that are allowed. exists: "file", "folder" or "path", which a path must name
+    already. decides: RESULT, CONDITIONS (how long a run takes, where its data lie, how often it logs), both or
+    neither. why: the reason, where the result does not depend on the field. flag: False for a field that is not on
+    the command line. group, metavar: of --help. parse: makes a value of the text on the command line, for types that
+    are not plain. positional: the values stand on the command line without the name. aliases: other names of the
+    flag, such as "--old", which work like it and are left out of --help; not of required fields.
     """
     if RESULT not in decides and not why:
         raise TypeError(f"a field without influence on the result must say why ({help!r})")
     metadata = {"about": About(help, decides=tuple(decides), why=why, **about)}
-    if isinstance(default, list | dict):
+    if isinstance(default, list):
         raise TypeError("defaults are shared: give a tuple or None")
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -90,9 +94,14 @@ class Field:
     about: About
 
     @property
-    def section(self) -> type | None:
+    def nested(self) -> type[Any] | None:
+        """The dataclass of the value; of the items, for a tuple."""
+        return next((kind for kind in self.kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+
+    @property
+    def section(self) -> type[Any] | None:
         """The dataclass, of a field that holds nested settings."""
-        return next(filter(dataclasses.is_dataclass, self.kinds), None) if not self.many else None
+        return None if self.many else self.nested
 
 
 def leaves(cls: type, decides: str) -> Iterator[Field]:
@@ -102,9 +111,13 @@ def leaves(cls: type, decides: str) -> Iterator[Field]:
             yield from leaves(f.section, decides) if f.section else (f,)
 
 
-@functools.cache
 def fields_of(cls: type) -> tuple[Field, ...]:
     """The fields of a dataclass of settings; one that was not made by `option` has no help and no range."""
+    return _fields_of(cls)
+
+
+@functools.cache
+def _fields_of(cls: type) -> tuple[Field, ...]:
     hints, found = get_type_hints(cls), []
     for f in dataclasses.fields(cls):
         kinds = _options_of(hints[f.name])
@@ -207,16 +220,16 @@ def _typed(f: Field, value: Any, where: str) -> Any:
 
 
 def _typed_item(f: Field, value: Any, where: str) -> Any:
+    if f.nested and isinstance(value, Mapping):
+        return check_types(f.nested, value, where)
     for kind in f.kinds:
-        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-            return check_types(kind, value, where)
         if get_origin(kind) is Literal and value in get_args(kind):
             return value
         if kind is Path and isinstance(value, str | Path):
             return Path(value)
         if kind is float and type(value) in (int, float) and abs(value) < 1e300:
             return float(value)
-        if type(value) is kind and not (kind is int and abs(value) >= 2**63):
+        if type(value) is (get_origin(kind) or kind) and not (kind is int and abs(value) >= 2**63):
             return value
         if kind is float and isinstance(value, str) and EXPONENT.fullmatch(value):
             return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
@@ -243,12 +256,11 @@ def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
 
 
 def _built(f: Field, value: Any, where: str) -> Any:
-    nested = next(filter(dataclasses.is_dataclass, f.kinds), None)
-    if nested is None or value is None:
+    if f.nested is None or value is None:
         return value
     if f.many:
-        return tuple(build(nested, item, f"{where} {n}") for n, item in enumerate(value, 1))
-    return build(nested, value, where)
+        return tuple(build(f.nested, item, f"{where} {n}") for n, item in enumerate(value, 1))
+    return build(f.nested, value, where)
 
 
 # From the command line

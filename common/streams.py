@@ -13,7 +13,7 @@ from typing import Any, TextIO
 class _Lasting(io.FileIO):
     """A descriptor that leads nowhere once it cannot be written any more."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError:  # the reader went away, or the terminal; or a log's disk is full

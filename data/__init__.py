@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.config import check_choice
 from common.errors import InputError
@@ -85,7 +85,7 @@ def open_dataset(
     missing or does not fit.
     """
     crop = crop_of(name, crop)
-    wanted = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, "crop": crop}
+    wanted: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, "crop": crop}
     packed = importlib.import_module("data.packing.packed").find_packed(name, data_path, **wanted)
     return open_source(name, data_path, **wanted, download=download) if packed is None else packed
 
@@ -110,7 +110,8 @@ def open_source(
     if download:
         module.download(data_path or DEFAULT_PATH)
     opener = getattr(module, entry.opener)
-    return opener(data_path, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)
+    dataset: ImageDataset = opener(data_path, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)
+    return dataset
 
 
 def missing(name: str, root: Path) -> InputError:

@@ -76,8 +76,8 @@ class CIFAR10(InMemoryDataset):
         check_labels(int(self.labels.max()), num_classes, path)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.images.numpy())
-        digest.update(self.labels.numpy())
+        digest = hashlib.sha256(self.images.numpy().data)
+        digest.update(self.labels.numpy().data)
         return {
             "dataset": "cifar10",
             "source": str(self.path.resolve()),
@@ -94,19 +94,19 @@ class CIFAR10Pictures(ImageFiles):
 
     def __init__(self, folder: Path, num_classes: int = -1):
         source = FolderSource(folder)
-        labels = [_CLASS_OF_FOLDER.get(name.split("/")[0]) for name in source.names]
+        classes = [_CLASS_OF_FOLDER.get(name.split("/")[0]) for name in source.names]
+        labels = [label for label in classes if label is not None]
         if not source.names:
             raise InputError(f"{folder}: no images in it")
-        if None in labels:
-            if num_classes > 0 or any(label is not None for label in labels):
+        if len(labels) < len(classes):
+            if num_classes > 0 or labels:
                 raise InputError(
-                    f"{folder}: {source.names[labels.index(None)]} lies in no folder of a class "
+                    f"{folder}: {source.names[classes.index(None)]} lies in no folder of a class "
                     f"({', '.join(CLASSES)}, or 0 to 9)"
                 )
-            labels = None
         else:
             check_labels(max(labels), num_classes, folder)
-        super().__init__("cifar10", source, source.names, labels, crop="none", img_size=32, in_chans=3)
+        super().__init__("cifar10", source, source.names, labels or None, crop="none", img_size=32, in_chans=3)
 
 
 _CLASS_OF_FOLDER = {name: k for k, name in enumerate(CLASSES)} | {str(k): k for k in range(10)}
@@ -133,7 +133,9 @@ def _read_archive(path: Path) -> Iterator[bytes]:
         file.seek(0)
         with tarfile.open(fileobj=file) as archive:
             for name in BATCHES:
-                yield archive.extractfile(f"{FOLDER}/{name}").read()
+                member = archive.extractfile(f"{FOLDER}/{name}")
+                assert member is not None, f"the official archive has no {name}"
+                yield member.read()
 
 
 def _read_folder(path: Path) -> Iterator[bytes]:

@@ -27,13 +27,15 @@ from data.workers import check_open_files
 log = logging.getLogger(__name__)
 
 
-class ImageDataset(Dataset, ABC):
+class ImageDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """Images as uint8 tensors, with labels 0..K-1 (0 where it has none)."""
 
     random_flip = True  # whether training mirrors images unless told otherwise
     needs_decoding = False  # whether its images are files that take time
-    kind, dtype = "pixels", np.uint8  # of its rows in a packed dataset, see data.packing.packed
-    labels: Sequence[int] | None = None  # of all images, 0..K-1; None: it has none
+    kind: str = "pixels"  # of its rows in a packed dataset, see data.packing.packed
+    dtype: type[np.generic] = np.uint8  # of them
+    names: Sequence[str] | None = None  # of the images' files; None: images are no files of their own
+    labels: Sequence[int] | np.ndarray | Tensor | None = None  # of all images, 0..K-1; None: it has none
     left_out: Mapping[str, str] = MappingProxyType({})  # files that are no images, and why
 
     @abstractmethod
@@ -89,8 +91,7 @@ class ImageDataset(Dataset, ABC):
 
     def name_of(self, index: int) -> str:
         """The file of an image, or its number where images are no files of their own."""
-        names = getattr(self, "names", None)
-        return names[index] if names else str(index)
+        return self.names[index] if self.names else str(index)
 
 
 class InMemoryDataset(ImageDataset):
@@ -215,8 +216,8 @@ class _Joined(Sampler[list[int]]):
             yield list(itertools.chain.from_iterable(itertools.islice(batches, self.count)))
 
 
-def _as_message(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, np.ndarray]:
-    images, labels = batch
+def _as_message(batch: Any) -> tuple[Tensor, np.ndarray]:
+    images, labels = batch  # of `ImageDataset.__getitems__`, which the loader takes for a list of items
     return images, labels.numpy()
 
 

@@ -11,7 +11,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Source(ABC):
     names: list[str]  # of everything named like an image, sorted, with / between folders
 
     @abstractmethod
-    def open(self, name: str) -> io.BufferedIOBase:
+    def open(self, name: str) -> BinaryIO:
         """Raises BrokenImage where an archive's member is damaged, OSError where the disk or the permissions fail."""
 
     @abstractmethod
@@ -90,7 +90,7 @@ class FolderSource(Source):
         self.path = path
         self.names = sorted(image_names(path))
 
-    def open(self, name: str) -> io.BufferedIOBase:
+    def open(self, name: str) -> BinaryIO:
         with decoding():  # a pipe or device is no image
             check_regular(self.path / name)
         return (self.path / name).open("rb")
@@ -134,7 +134,7 @@ class ZipSource(Source):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_archive": None}
 
-    def open(self, name: str) -> io.BufferedIOBase:
+    def open(self, name: str) -> BinaryIO:
         if self.infos[name].file_size > MOST_FILE_BYTES:
             raise BrokenImage(f"the image is broken ({self.infos[name].file_size:,} bytes when unpacked)")
         with decoding():  # all of it at once, so that the checksum is checked
@@ -154,7 +154,7 @@ class ImageFiles(ImageDataset):
     """
 
     needs_decoding = True
-
+    names: list[str]
     num_workers = min(8, os.cpu_count() or 1)  # decoding is work
 
     def __init__(

@@ -48,6 +48,8 @@ class Downsampled(ImageDataset):
     Batches that are stored are read in place. Compressed ones are loaded when they are needed, and kept.
     """
 
+    labels: Tensor
+
     def __init__(self, folder: Path, num_classes: int, crop: str):
         self.folder, self.crop = folder, crop
         if lacking := [name for name in BATCHES if not (folder / name).is_file()]:
@@ -95,7 +97,8 @@ class _Batch:
     """One file: labels (N,) int64 in 0..999, and the images where they lie. Raises InputError where it does not fit."""
 
     def __init__(self, path: Path):
-        self.path, self.loaded = path, None
+        self.path = path
+        self.loaded: np.ndarray | None = None
         try:
             with zipfile.ZipFile(path) as archive:
                 info = archive.getinfo("data.npy")
@@ -135,5 +138,6 @@ class _Batch:
             return self.stored.read(indices).reshape(-1, 3, 64, 64)
         if self.loaded is None:
             with np.load(self.path, allow_pickle=False) as arrays:
-                self.loaded = arrays["data"]
-        return self.loaded[indices].reshape(-1, 3, 64, 64)
+                self.loaded = np.asarray(arrays["data"])
+        images: np.ndarray = self.loaded[indices].reshape(-1, 3, 64, 64)
+        return images

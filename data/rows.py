@@ -6,7 +6,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import InputError
 from common.files import check_regular
 
-_READ_HEADER = {
+_READ_HEADER: dict[tuple[int, int], Callable[..., Any]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
@@ -31,7 +31,7 @@ class RowsFile:
     path: the file. offset: where the first row begins, in bytes. shape: (N, ...) of the array.
     """
 
-    def __init__(self, path: Path, offset: int, shape: Sequence[int], dtype: np.dtype | type = np.uint8):
+    def __init__(self, path: Path, offset: int, shape: Sequence[int], dtype: np.dtype[Any] | type = np.uint8):
         self.path, self.offset, self.shape, self.dtype = path, offset, tuple(shape), np.dtype(dtype)
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         self._file: FileIO | None = None
@@ -81,7 +81,7 @@ class RowsFile:
         if self._file is None or self._process != os.getpid():  # processes must not share a position
             self._file, self._process = FileIO(self.path), os.getpid()
         self._file.seek(self.offset + index * self.row_bytes)
-        if self._file.readinto(buffer) != len(buffer):
+        if self._file.readinto(buffer.data) != len(buffer):
             raise InputError(f"{self.path}: the file ends before row {index}; was it changed?")
 
 
@@ -139,9 +139,10 @@ class RowsInZip:
             raise InputError(f"{self.path}: {self.name} is damaged ({error!s:.120})") from None
 
 
-def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether it is in Fortran order, and dtype, from the beginning of an .npy."""
-    return _READ_HEADER[np.lib.format.read_magic(member)](member)
+    header: tuple[tuple[int, ...], bool, np.dtype[Any]] = _READ_HEADER[np.lib.format.read_magic(member)](member)
+    return header
 
 
 def content_offset(path: Path, info: zipfile.ZipInfo) -> int:
@@ -149,11 +150,11 @@ def content_offset(path: Path, info: zipfile.ZipInfo) -> int:
     with path.open("rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
-    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-    return info.header_offset + 30 + name_bytes + extra_bytes
+    lengths: tuple[int, int] = struct.unpack("<HH", header[26:30])
+    return info.header_offset + 30 + sum(lengths)
 
 
-def _take(member: IO[bytes], count: int, keep: bool = True) -> bytes:
+def _take(member: IO[bytes], count: int, keep: bool = True) -> bytearray:
     """The next bytes. Raises EOFError where there are fewer."""
     taken = bytearray()
     while count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,10 +15,8 @@ from multiprocessing.connection import wait
 from common.errors import InputError
 from common.signals import ASKING_TO_END
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None
 
 SPARE_FILES = 16  # that this process opens meanwhile for other ends
 ENDING = {signal.SIGINT, *ASKING_TO_END}
@@ -32,7 +31,7 @@ def check_open_files(num_workers: int, per_worker: int) -> None:
     if num_workers == 0 or _can_open(wanted) == wanted:
         return
     limit = ""
-    if resource is not None:
+    if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = soft + wanted if hard == resource.RLIM_INFINITY else min(soft + wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -88,5 +87,7 @@ def end_with_parent() -> None:
 
 
 def _wait_for_parent() -> None:
-    wait([parent_process().sentinel])
+    parent = parent_process()
+    assert parent is not None, "a process that nobody started as one of a pool"
+    wait([parent.sentinel])
     os._exit(1)

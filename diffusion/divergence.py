@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from diffusion.solvers import Solver
 
@@ -26,16 +27,16 @@ from diffusion.solvers import Solver
 class StepWeights(NamedTuple):
     """Of each step, (S,) float64."""
 
-    shift: np.ndarray  # c: how far x_s moves with eps
-    std: np.ndarray  # of the noise that is added; 0 where the step is deterministic
+    shift: NDArray[np.float64]  # c: how far x_s moves with eps
+    std: NDArray[np.float64]  # of the noise that is added; 0 where the step is deterministic
 
     @property
-    def random(self) -> np.ndarray:
+    def random(self) -> NDArray[np.bool_]:
         """(S,) bool. Of a random solver the last step is none: it adds no noise."""
         return self.std > 0
 
     @property
-    def kl(self) -> np.ndarray:
+    def kl(self) -> NDArray[np.float64]:
         """Nats per squared distance of eps; infinite where a step is deterministic."""
         with np.errstate(divide="ignore"):
             return self.shift**2 / (2 * self.std**2)
@@ -53,8 +54,7 @@ def step_weights(solver: Solver, timesteps: Sequence[int]) -> StepWeights:
     solver.begin(timesteps)
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
         of_eps, of_noise = (
-            float(copy.deepcopy(solver).step(eps, zero, t, s, lambda noise=noise: noise))
-            for eps, noise in ((one, zero), (zero, one))
+            float(copy.deepcopy(solver).step(eps, zero, t, s, noise.clone)) for eps, noise in ((one, zero), (zero, one))
         )
         factors.append((of_eps, of_noise))
         solver.step(zero, zero, t, s, lambda: zero)  # now in the midst of the run, with a memory of zeros

@@ -31,7 +31,7 @@ class Stage:
 
     denoiser: Denoiser
     timesteps: Sequence[int]
-    session: Callable[[], AbstractContextManager] = nullcontext
+    session: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def split_timesteps(timesteps: Sequence[int], lowest: Sequence[int]) -> list[list[int]]:
@@ -50,7 +50,8 @@ def guided(denoiser: Denoiser, scale: float, no_class: int) -> Denoiser:
     scale: 0 is no guidance. no_class: the class that stands for none.
     """
 
-    def both(x_t: Tensor, t: int, y: Tensor) -> Tensor:
+    def both(x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        assert y is not None, "guidance without classes"
         classes = torch.cat([y, torch.full_like(y, no_class)])
         cond, uncond = denoiser(torch.cat([x_t, x_t]), t, classes).chunk(2)
         return cond + scale * (cond - uncond)
@@ -115,7 +116,7 @@ class SeededNoise:
 def random_classes(choices: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:
     """A class for each sample, uniform over the choices; it depends on the seed and the index alone. (B,)."""
     picks = [np.random.default_rng([seed, index]).integers(len(choices)) for index in indices]
-    return torch.tensor([choices[pick] for pick in picks])
+    return torch.tensor([choices[int(pick)] for pick in picks])
 
 
 @torch.inference_mode()

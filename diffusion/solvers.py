@@ -97,7 +97,9 @@ class MultistepSolver(Solver):
     """
 
     def __post_init__(self) -> None:
-        from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # slow to import
+        # Slow to import. By their own modules: what diffusers itself names may be placeholders, which have no methods.
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
         cls = DPMSolverMultistepScheduler if self.name == "dpmsolver++" else UniPCMultistepScheduler
         self.scheduler = cls(

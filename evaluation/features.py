@@ -56,7 +56,8 @@ class Inception(FeatureExtractor):
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        return self.network(images.to(self.device))
+        found: tuple[Tensor, Tensor] = self.network(images.to(self.device))
+        return found
 
     def describe(self) -> dict[str, Any]:
         return {"extractor": "inception-v3-compat (torch-fidelity), 2048 features"}
@@ -85,8 +86,8 @@ class TorchScript(FeatureExtractor):
             shape = tuple(images.shape)
             raise InputError(f"{self.path} cannot take uint8 images of shape {shape} ({reason:.120})") from None
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise InputError(f"{self.path} gives {shape} for {len(images)} images, wanted ({len(images)}, D)")
+            given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"{self.path} gives {given} for {len(images)} images, wanted ({len(images)}, D)")
         return features.float(), None
 
     def describe(self) -> dict[str, Any]:
@@ -116,10 +117,10 @@ def extract_all(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> tuple
     if parts is None:
         return None, None
     rounds = itertools.zip_longest(*parts)  # each process had every world_size()-th batch
-    batches = [batch for batch in itertools.chain.from_iterable(rounds) if batch]
-    if not batches:
+    found = [batch for batch in itertools.chain.from_iterable(rounds) if batch]
+    if not found:
         raise InputError("no image can be read, so there is nothing to score")
-    features, logits = zip(*batches, strict=True)
+    features, logits = zip(*found, strict=True)
     return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -96,10 +97,10 @@ class ImageArray:
         shape = self.rows.shape
         if self.rows.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)):
             raise InputError(f"{path}: {ARRAY} is {shape} {self.rows.dtype}, wanted (N, H, W, 3) or (N, H, W) uint8")
-        if min(shape) < 1 or shape[1] * shape[2] > Image.MAX_IMAGE_PIXELS:
+        if min(shape) < 1 or shape[1] * shape[2] > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise InputError(f"{path}: {ARRAY} is {shape}; its images are none, or too large")
         self.size, self.in_chans = (shape[2], shape[1]), 3 if shape[3:] == (3,) else 1
-        self.chosen = range(shape[0])
+        self.chosen: Sequence[int] = range(shape[0])
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -123,7 +124,8 @@ def open_images(path: Path) -> ManyImages:
 
 def evenly_spaced(total: int, n: int) -> list[int]:
     """n of 0..total - 1, the first and the last among them."""
-    return np.linspace(0, total - 1, n).round().astype(int).tolist()
+    indices: list[int] = np.linspace(0, total - 1, n).round().astype(int).tolist()
+    return indices
 
 
 def _read(read: Callable[[Path], T], path: Path) -> T:

@@ -18,7 +18,7 @@ from common.files import array_names, writable_folder
 from data import open_dataset
 from data.dataset import ImageDataset, say_left_out
 from evaluation.features import FeatureExtractor, extract
-from evaluation.images import ARRAY, ImageArray, ManyImages, evenly_spaced, open_images
+from evaluation.images import ARRAY, ManyImages, evenly_spaced, open_images
 from evaluation.samples import Samples
 from evaluation.settings import ReferenceSettings
 from evaluation.statistics import Statistics, load_left_out, load_statistics, save_statistics, statistics_of
@@ -66,17 +66,18 @@ class FinishedReference(Reference):
 class StatisticsFile(Reference):
     """mu and sigma of an .npz; the images beside them, if there are any, serve the scores that need images."""
 
-    def __init__(self, path: Path, images: ImageArray | None):
+    def __init__(self, path: Path, images: ManyImages | None):
         self.content = load_statistics(path)
-        self.beside = images and FinishedReference(images, None)
+        self.beside = None if images is None else FinishedReference(images, None)
         super().__init__({"reference": str(path), "n_reference": self.content.n})
-        if images:
+        if images is not None:
             self.about["n_images"] = len(images)
 
     def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
         return self.content
 
     def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
+        assert self.beside is not None, "scores that need images against statistics alone"
         return self.beside.batches(batch_size, quiet)
 
 
@@ -176,7 +177,9 @@ def open_reference(real: ReferenceSettings, scored: Samples, metrics: Sequence[s
             crop=crop,
             download=real.download,
         )
+        assert real.cache_dir is not None, "a dataset without a folder for its statistics"
         return DatasetReference(dataset, real.n_reference, real.cache_dir)
+    assert real.reference is not None, "neither a dataset nor a reference"
     names = [] if real.reference.is_dir() else array_names(real.reference)
     statistics = {"mu", "sigma"} <= set(names)
     if names and not statistics and ARRAY not in names:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from common.distributed import share
@@ -36,15 +38,17 @@ class Samples:
                 f"remove {about} if that is what you want to score"
             )
 
-    def batches(self, batch_size: int, quiet: bool) -> tqdm:
+    def batches(self, batch_size: int, quiet: bool) -> Iterable[Tensor]:
+        """This process's share, uint8 (B, C, H, W)."""
         total = len(share(range(0, len(self.images), batch_size)))
-        return tqdm(
+        batches: Iterable[Tensor] = tqdm(
             self.images.batches(batch_size),
             total=total,
             desc="samples",
             unit="batch",
             disable=True if quiet else None,
         )
+        return batches
 
     def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
         """On process 0; None on the others."""

@@ -39,6 +39,7 @@ def score(
     Raises InputError where there are too few images for one of them.
     """
     chosen = set(metrics)
+    features = logits = real_features = None  # on process 0, as far as the metrics need them
     for metric in metrics:
         check_enough(metric, len(samples.images), reference.about.get("n_reference"))
     if chosen == {"fid"}:  # needs no features in memory
@@ -54,16 +55,20 @@ def score(
 
     scores: dict[str, float] = {}
     if "fid" in metrics:
-        if chosen != {"fid"}:
+        if features is not None:
             mine = sums_of(features.split(batch_size)).finish()
+        assert mine is not None and real is not None, "process 0 has no statistics"
         warn_if_few(mine, real)
         scores["fid"] = frechet_distance(mine, real)
     if "is" in metrics:
+        assert logits is not None, "an Inception score without the logits of Inception"
         scores |= inception_score(logits)
-    if "kid" in metrics:
-        scores |= kernel_distance(features, real_features)
-    if "prc" in metrics:
-        scores |= precision_recall(features, real_features)
+    if chosen & {"kid", "prc"}:
+        assert features is not None and real_features is not None, "process 0 has no features"
+        if "kid" in metrics:
+            scores |= kernel_distance(features, real_features)
+        if "prc" in metrics:
+            scores |= precision_recall(features, real_features)
     return scores
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.distributed import gather
@@ -20,8 +21,8 @@ ROUNDING = 1e-4  # of covariances that others computed, to the largest eigenvalu
 
 
 class Statistics(NamedTuple):
-    mu: np.ndarray  # (D,) float64
-    sigma: np.ndarray  # (D, D) float64
+    mu: NDArray[np.float64]  # (D,) float64
+    sigma: NDArray[np.float64]  # (D, D) float64
     n: int | None  # images behind them, where known
 
 
@@ -101,15 +102,17 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 def save_statistics(path: Path, statistics: Statistics, left_out: Mapping[str, str] | None = None) -> None:
     """left_out: broken images that are not among those behind the statistics, by name, and why; see `load_left_out`."""
-    more = {} if left_out is None else {"left_out": np.asarray(json.dumps(dict(left_out)))}
+    arrays: dict[str, Any] = {"mu": statistics.mu, "sigma": statistics.sigma, "n": np.asarray(statistics.n or 0)}
+    if left_out is not None:
+        arrays["left_out"] = np.asarray(json.dumps(dict(left_out)))
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=statistics.mu, sigma=statistics.sigma, n=np.asarray(statistics.n or 0), **more)
+        np.savez(file, **arrays)
 
 
 def load_left_out(path: Path) -> dict[str, str]:
     """Raises InputError where `save_statistics` was not told."""
     try:
-        left_out = json.loads(str(read_arrays(path, ["left_out"])["left_out"]))
+        left_out: dict[str, str] = json.loads(str(read_arrays(path, ["left_out"])["left_out"]))
         if not all(isinstance(why, str) for why in left_out.values()):
             raise ValueError("reasons that are no text")
     except (KeyError, ValueError, AttributeError, RecursionError) as error:

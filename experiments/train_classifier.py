@@ -20,6 +20,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,14 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> (N, 64)."""
-        return self.features(images.float() / 127.5 - 1)
+        features: Tensor = self.features(images.float() / 127.5 - 1)
+        return features
 
     @torch.jit.export
     def classify(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> logits (N, num_classes)."""
-        return self.head(F.relu(self.forward(images)))
+        logits: Tensor = self.head(F.relu(self.forward(images)))
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,11 @@ def parse_settings(argv: Sequence[str] | ClassifierSettings | None) -> Classifie
 def main(argv: Sequence[str] | ClassifierSettings | None = None) -> None:
     settings = parse_settings(argv)
     torch.manual_seed(settings.seed)
-    shape = {"img_size": settings.img_size, "in_chans": settings.in_chans, "num_classes": settings.num_classes}
+    shape: dict[str, Any] = {
+        "img_size": settings.img_size,
+        "in_chans": settings.in_chans,
+        "num_classes": settings.num_classes,
+    }
     dataset = open_dataset(settings.dataset, settings.data_path, **shape)
     if len(dataset) < 2 * HELD_OUT:
         raise InputError(f"{len(dataset)} images are too few, {2 * HELD_OUT} are needed: {HELD_OUT} are held out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def save_exits(
     batches: what `ExitRecorder.end_batch` returned, in the order of their images.
     """
     layers = np.concatenate([batch["exit_layer"] for batch in batches], axis=2)
-    sums, counts = (sum(batch[f"uncertainty_{name}"] for batch in batches) for name in ("sum", "count"))
+    sums, counts = (reduce(np.add, (batch[f"uncertainty_{name}"] for batch in batches)) for name in ("sum", "count"))
     with np.errstate(invalid="ignore"):
         mean = sums / counts
     exits = {

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config import carried_settings
@@ -67,7 +67,9 @@ class Batch(NamedTuple):
     arrays: dict[str, np.ndarray]  # what else is known of its images
 
 
-def fingerprint(settings: RunSettings, networks: Sequence[Network], plan: Plan, device: torch.device) -> dict[str, Any]:
+def fingerprint(
+    settings: RunSettings, networks: Sequence[Network[nn.Module]], plan: Plan, device: torch.device
+) -> dict[str, Any]:
     """Everything the images depend on, as plain values: the content of run.json. All processes call it together."""
 
     def settled() -> dict[str, Any]:
@@ -196,7 +198,8 @@ class SampleFolder:
         for batch in self.finished():
             follows = (kept[-1].indices.stop if kept else 0) <= batch.indices.start
             fits = follows and batch.indices.stop <= self.n_samples
-            if fits and np.array_equal(batch.checksums, self._checksums(batch.indices)):
+            there = self._checksums(batch.indices) if fits else None
+            if there is not None and np.array_equal(batch.checksums, there):
                 kept.append(batch)
         # A shorter run cut its last batch short; a longer one makes it whole, as if it had been so from the start.
         last = kept[-1] if kept else None
@@ -348,14 +351,15 @@ class BatchUnderWay:
                 [save_png(path, image) for path, image in zip(paths, pixels.cpu(), strict=True)]
                 for pixels, paths in rows
             ]
-        content = {
+        content: dict[str, Any] = {
             "checksums": np.array(checksums, np.uint32),
             "seconds": np.array([watch.seconds for watch in self.watches]),
             "conditions": json.dumps(folder.conditions),
+            **(arrays or {}),
         }
         path = folder.batches / f"{indices.start:06d}-{indices.stop - 1:06d}.npz"
         with replacing(path, durable=False) as temporary:
-            np.savez_compressed(temporary, **content, **(arrays or {}))
+            np.savez_compressed(temporary, **content)
 
 
 def _indices_of(path: Path) -> range | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -56,7 +58,7 @@ def timing_of(folder: SampleFolder, batches: Sequence[Batch]) -> dict[str, Any]:
     made_now = [batch for batch in batches if batch.conditions == folder.conditions]
     conditions = folder.conditions if made_now else batches[-1].conditions
     timed = [batch for batch in batches if batch.conditions == conditions]
-    sampling, decoding, saving = (float(seconds) for seconds in sum(batch.seconds for batch in timed))
+    sampling, decoding, saving = (float(seconds) for seconds in reduce(np.add, (batch.seconds for batch in timed)))
     images_timed = sum(len(batch.indices) for batch in timed)
     return {
         "n_samples": folder.n_samples,

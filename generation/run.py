@@ -12,11 +12,12 @@ from torch import Tensor
 from common.config import Config
 from common.devices import check_compiler, pick_precision
 from common.errors import InputError
+from common.options import SolverSettings
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, Stage, guided, random_classes
 from diffusion.solvers import Solver, make_solver, spaced_timesteps
-from generation.settings import RunSettings, SolverSettings
+from generation.settings import RunSettings
 
 Settings = TypeVar("Settings", bound=RunSettings)
 Labels = Callable[[Sequence[int]], Tensor | None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ class RunSettings(Checked):
         decides=(),
         why="recorded by its SHA-256",
     )
-    described: dict = option(None, flag=False, decides=(), why=AS_NETWORKS)  # the network's own flags, nested
+    described: Mapping[str, Any] = option({}, flag=False, decides=(), why=AS_NETWORKS)  # the network's flags, nested
     output_folder: Path = of_samples(
         help="the images go here, all else to its report/", decides=(), why="where the images go"
     )
@@ -98,7 +99,7 @@ class RunSettings(Checked):
         """The flags that describe the network, nested as a YAML file would have them."""
         path = self.autoencoder_checkpoint_path
         autoencoder = {"autoencoder": {"checkpoint_path": str(path)}} if path else {}
-        return {**(self.described or {}), **autoencoder}
+        return {**self.described, **autoencoder}
 
     def __post_init__(self) -> None:
         if self.n_samples is None:

@@ -54,7 +54,7 @@ class StageFile:
 
     stages: tuple[StageEntry, ...]
     t_switch: int | None = None
-    calibration: dict | None = None  # plain values
+    calibration: dict[str, Any] | None = None  # plain values
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -94,7 +94,7 @@ class Plan:
     files: Sequence[tuple[Path, Path | None]]  # weights and description of each network
     stages: Sequence[PlannedStage]
     num_timesteps: int | None = None  # T, where a file of stages says it
-    calibration: dict | None = None  # how a file of stages was found
+    calibration: dict[str, Any] | None = None  # how a file of stages was found
     source: str = "--t_switch"  # for messages
 
     @property
@@ -136,6 +136,7 @@ class Plan:
 
 def one_stage(settings: RunSettings) -> Plan:
     """One network at all timesteps."""
+    assert settings.checkpoint_path is not None, "neither a network nor stages"
     files = [(settings.checkpoint_path, settings.config_path)]
     return Plan(files, [PlannedStage(0, 0, settings.guidance_scale, "--guidance_scale")])
 
@@ -149,6 +150,7 @@ def plan_of(settings: SamplerSettings) -> Plan:
         return _plan_of_file(settings.stages, settings)
     if settings.t_switch is None:
         return one_stage(settings)
+    assert settings.checkpoint_path is not None and settings.checkpoint_path_late is not None, "--t_switch of no two"
     early = settings.checkpoint_path, settings.config_path
     late = settings.checkpoint_path_late, settings.config_path_late
     lowest = 0 if settings.t_switch == "auto" else settings.t_switch + 1
@@ -231,7 +233,7 @@ def _stated(value: Any) -> Any:
     return [_stated(item) for item in value] if isinstance(value, list) else value
 
 
-class _PlainDumper(yaml.SafeDumper):
+class _PlainDumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml ships no types
     """Writes a value that occurs twice twice: the reader takes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,11 @@ from common.errors import InputError
 from common.files import check_regular
 from models.weights import check_numbers, read_pth
 
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
 # f8-ft-mse and autoencoder_kl.pth: the architecture is not in the file.
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -33,15 +37,19 @@ class Autoencoder(nn.Module):
     scale_factor: latents are multiplied by it, so that their standard deviation is about 1.
     """
 
-    def __init__(self, network: nn.Module, scale_factor: float):
+    def __init__(self, network: AutoencoderKL, scale_factor: float):
         super().__init__()
         self.network = network.float().eval().requires_grad_(False)
         self.scale_factor = scale_factor
 
     @property
+    def latent_channels(self) -> int:
+        return self.network.config["latent_channels"]
+
+    @property
     def downsampling(self) -> int:
         """Pixels along a side of a latent cell."""
-        return 2 ** (len(self.network.config.block_out_channels) - 1)
+        return 2 ** (len(self.network.config["block_out_channels"]) - 1)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,18 +79,18 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
         )
     if autoencoder.checkpoint_path is None:
         raise InputError("the network makes latents: give the autoencoder with --autoencoder_checkpoint_path")
-    network = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale_factor, device)
-    if network.network.config.latent_channels != params.in_chans:
+    decoder = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale_factor, device)
+    if decoder.latent_channels != params.in_chans:
         raise InputError(
-            f"{autoencoder.checkpoint_path} has {network.network.config.latent_channels} latent channels, the "
+            f"{autoencoder.checkpoint_path} has {decoder.latent_channels} latent channels, the "
             f"network in_chans={params.in_chans}: they do not belong together"
         )
-    return network.decode
+    return decoder.decode
 
 
 def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str = "cpu") -> Autoencoder:
     """path: the public autoencoder_kl.pth, or a folder as diffusers saves it. Raises InputError for others."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if not path.exists():
         raise InputError(f"{path}: no such autoencoder; get autoencoder_kl.pth, or give --autoencoder_checkpoint_path")
@@ -95,8 +103,8 @@ def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str
     return Autoencoder(network, scale_factor).to(device)
 
 
-def _from_folder(path: Path) -> nn.Module:
-    from diffusers import AutoencoderKL
+def _from_folder(path: Path) -> AutoencoderKL:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: no config.json in it, so it is no autoencoder as diffusers saves it")
@@ -115,7 +123,7 @@ def _from_folder(path: Path) -> nn.Module:
     return network
 
 
-def _fill_from_ldm(network: nn.Module, path: Path) -> None:
+def _fill_from_ldm(network: AutoencoderKL, path: Path) -> None:
     """Weights under the names of the latent diffusion code, which diffusers knows how to translate."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 

@@ -7,6 +7,7 @@ Attribute names are those of the public DiT and SiT state dicts, so that those f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -42,7 +43,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        return self.mlp(timestep_embedding(t, NUM_FREQUENCIES).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, NUM_FREQUENCIES).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -103,7 +104,9 @@ class DiT(nn.Module):
     "no class", and who makes the batch puts that class (`config.no_class`) in the place of some.
     """
 
-    def __init__(self, **model_params):
+    pos_embed: Tensor
+
+    def __init__(self, **model_params: Any):
         super().__init__()
         self.config = config = DiTConfig(**model_params)
         dim = config.hidden_size
@@ -126,9 +129,11 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # patches are projected by a linear layer too
-                nn.init.zeros_(module.bias)
-        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.t_embedder.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
         if self.config.num_labels:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for module in (*self.blocks, self.final_layer):

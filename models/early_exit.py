@@ -78,8 +78,8 @@ class MlpProbes(nn.Module):
             t = int(timesteps) if num_timesteps > 1 else 0
             scores = F.linear(tokens, self.weight[layer, t, None], self.bias[layer, t, None])[..., 0]
         else:
-            t = timesteps.long()
-            weight, bias = self.weight[layer, t], self.bias[layer, t]  # (B, D), (B,)
+            at = timesteps.long()
+            weight, bias = self.weight[layer, at], self.bias[layer, at]  # (B, D), (B,)
             scores = torch.einsum("bnd,bd->bn", tokens, weight.to(tokens.dtype)) + bias[:, None]
         return scores.float().sigmoid().mean(dim=1)  # the mean of many small numbers: not in half precision
 
@@ -145,7 +145,8 @@ class EarlyExitUViT(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None) -> ExitOutputs:
         """Run everything. x: (B, C, H, W). timesteps: (B,) integers in 0..T-1, or one for all. y: (B,)."""
         timesteps = per_image(timesteps, x)
-        uncertainties, exit_outputs, skips = [], [], []
+        uncertainties, exit_outputs = [], []
+        skips: list[Tensor] = []
         tokens = self.uvit.embed(x, self.uvit.time_tokens(timesteps), y)
         for layer, head in enumerate(self.exit_heads):
             uncertainties.append(self.probes(tokens, layer, timesteps))
@@ -185,7 +186,8 @@ class EarlyExitUViT(nn.Module):
         rows = torch.arange(len(x), device=x.device)  # the images in the batch, rising
         left, num_left = torch.zeros_like(rows, dtype=torch.bool), 0  # those of them that left and wait
         tokens = self.uvit.embed(x, self.uvit.time_tokens(per_image(timesteps, x)) if time is None else time, y)
-        skips, rows_of_skips = [], []
+        skips: list[Tensor] = []
+        rows_of_skips: list[Tensor] = []
         for layer, head in enumerate(self.exit_heads):
             uncertainty = self.probes(tokens, layer, timesteps)
             leaves = uncertainty <= threshold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -51,7 +54,7 @@ def early_exit_training_flops(model: EarlyExitUViT, freeze_backbone: bool) -> in
     return backbone + 3 * (whole - backbone) if freeze_backbone else 3 * whole
 
 
-def _shapes_only(module: nn.Module) -> nn.Module:
+def _shapes_only(module: M) -> M:
     return copy.deepcopy(module).to("meta").float()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,8 @@ class BackboneDenoiser:
     ):
         self.uvit, self.cache = uvit, cache
         self.time_tokens = to_working_precision(uvit, uvit, timesteps, dtype, device)
-        self.eager, self.compiled = uvit.denoise_around if cache else uvit.denoise, None
+        self.eager: Callable[..., Any] = uvit.denoise_around if cache else uvit.denoise  # gives a residual too, or not
+        self.compiled: Callable[..., Any] | None = None
         if compiled:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
             self.compiled = torch.compile(self.eager, dynamic=False, mode=mode)

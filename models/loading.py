@@ -38,7 +38,7 @@ class Network(Generic[M]):
 
     def describe(self) -> dict[str, Any]:
         """Provenance, as plain values."""
-        about = {"checkpoint": str(self.path), "weights": self.weights, "step": self.step}
+        about: dict[str, Any] = {"checkpoint": str(self.path), "weights": self.weights, "step": self.step}
         return about | plain(self.config)
 
 
@@ -179,7 +179,7 @@ def _loaded(
     return Network(network, config, read.kind, read.step, path)
 
 
-def check_pair(early: Network, late: Network) -> None:
+def check_pair(early: Network[UViT], late: Network[UViT]) -> None:
     """Raises InputError unless the two can run on one image, stage by stage."""
     if different := task_differences(early.config, late.config):
         raise InputError(f"{early.path} and {late.path} cannot run on one image: they differ in {', '.join(different)}")
@@ -206,7 +206,7 @@ def _scale(config: Config) -> float | None:
     return None if config.autoencoder is None else config.autoencoder.scale_factor
 
 
-def check_range(network: Network, timesteps: Sequence[int], advice: str) -> None:
+def check_range(network: Network[nn.Module], timesteps: Sequence[int], advice: str) -> None:
     """Raises InputError, which ends in the advice, unless the network was trained on all these timesteps."""
     trained = network.config.trained_timesteps
     if outside := [t for t in timesteps if t not in trained]:

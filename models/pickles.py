@@ -10,7 +10,7 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from common.files import check_regular
 
@@ -55,7 +55,7 @@ def check_sums(path: Path) -> None:
                 raise ValueError(f"damaged: {damaged} is not what was written")
 
 
-def _check(file: BinaryIO) -> None:
+def _check(file: IO[bytes]) -> None:
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST") and not ADMITTED.fullmatch(argument):
-            raise ValueError(f"it asks for {argument.replace(' ', '.')}")
+        if opcode.name in ("GLOBAL", "INST") and not ADMITTED.fullmatch(name := str(argument)):
+            raise ValueError(f"it asks for {name.replace(' ', '.')}")

@@ -6,6 +6,7 @@ Attribute names are those of the public U-ViT state dicts, so that those files l
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -75,6 +76,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x, skip: (B, N, D)."""
         if self.skip_linear is not None:
+            assert skip is not None, "a block of the second half takes in a long skip"
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -104,7 +106,7 @@ class UViT(nn.Module):
     model_params: the fields of `UViTConfig`; anything else raises TypeError, a value out of range InputError.
     """
 
-    def __init__(self, **model_params):
+    def __init__(self, **model_params: Any):
         super().__init__()
         self.config = config = UViTConfig(**model_params)
         dim, half = config.embed_dim, config.depth // 2
@@ -112,7 +114,7 @@ class UViT(nn.Module):
         self.time_scale, self.time_shift = 1.0, 0.0  # of the time input, see DiffusionConfig
 
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
-        self.time_embed = nn.Identity()
+        self.time_embed: nn.Module = nn.Identity()
         if config.mlp_time_embed:
             self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
         if config.num_classes > 0:
@@ -210,7 +212,8 @@ class UViT(nn.Module):
         residual: (B, E + P, D), what the middle's blocks add to the tokens that enter the first of them; None to run
         them. Returns the output (B, C, H, W) and the residual.
         """
-        middle, skips = self.middle(outer), []
+        middle = self.middle(outer)
+        skips: list[Tensor] = []
         assert middle, f"no middle between {outer} blocks on either side of {self.config.num_blocks}"
         before = self.run_blocks(range(middle.start), self.embed(x, time, y), skips)
         if residual is None:

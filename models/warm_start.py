@@ -41,4 +41,5 @@ def warm_start(uvit: UViT, source: UViT, path: Path) -> None:
 
 def _all_but_depth(uvit: UViT) -> dict[str, Any]:
     times = {"time_scale": uvit.time_scale, "time_shift": uvit.time_shift}
-    return plain(uvit.config) | times | {"depth": None}
+    config: dict[str, Any] = plain(uvit.config)
+    return config | times | {"depth": None}

@@ -79,7 +79,7 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
 def _tensors_by_name(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of nested mappings under dotted names. Raises InputError for more than any network has."""
     found: dict[str, Tensor] = {}
-    waiting: list[tuple[str, Mapping, int]] = [("", content, 0)]
+    waiting: list[tuple[str, Mapping[Any, Any], int]] = [("", content, 0)]
     met = 0  # names, of those too that lead to no tensor: mappings may hold one another many times
     while waiting:
         prefix, mapping, depth = waiting.pop()

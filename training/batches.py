@@ -22,6 +22,11 @@ class Batch(NamedTuple):
     y: Tensor | None  # (B,) int64
     target: Tensor  # (B, C, H, W)
 
+    def part(self, k: int, parts: int) -> Batch:
+        """The k-th of so many parts of about equal size."""
+        x_t, t, target = (rows.tensor_split(parts)[k] for rows in (self.x_t, self.t, self.target))
+        return Batch(x_t, t, None if self.y is None else self.y.tensor_split(parts)[k], target)
+
 
 class Draws:
     """Random numbers for some rows of a batch. Drawn for all of them, so that they depend on the step alone."""
@@ -78,5 +83,7 @@ class BatchMaker:
         x_t = self.schedule.q_sample(x0, t, eps)
         y = labels.to(self.device, non_blocking=True) if self.config.classes else None
         if self.label_dropout:
-            y = torch.where(draws.uniform() < self.label_dropout, self.config.no_class, y)
+            no_class = self.config.no_class
+            assert y is not None and no_class is not None, "label dropout without a class for none"
+            y = torch.where(draws.uniform() < self.label_dropout, no_class, y)
         return Batch(x_t, t, y, training_target(self.schedule, x0, x_t, t, eps, self.config.parametrization))

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from models.early_exit import ExitOutputs
 
-# Called with (model, x_t, t, y, target), the model being the network, perhaps wrapped; x_t and target (B, C, H, W), t
-# and y (B,). Returns 0-d tensors to log, means over the images, of which "loss" is minimised.
-Objective = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Tensor], dict[str, Tensor]]
+Model = Callable[..., Any]  # the network, perhaps wrapped or compiled: called with (x_t, t, y)
+# Called with (model, x_t, t, y, target), x_t and target (B, C, H, W), t and y (B,). Returns 0-d tensors to log, means
+# over the images, of which "loss" is minimised.
+Objective = Callable[[Model, Tensor, Tensor, Tensor | None, Tensor], dict[str, Tensor]]
 
 
-def backbone_objective(model: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
+def backbone_objective(model: Model, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
     """Mean squared error. DDPM (Ho et al. 2020), Eq. 14."""
     return {"loss": F.mse_loss(model(x_t, t, y).float(), target)}
 
 
-def distillation_objective(teacher: nn.Module, weight: float) -> Objective:
+def distillation_objective(teacher: Model, weight: float) -> Objective:
     """Mean squared error against the target, and `weight` times that against the teacher's prediction."""
 
-    def objective(model: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
+    def objective(model: Model, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
         predicted = model(x_t, t, y).float()
         with torch.no_grad():
             taught = teacher(x_t, t, y).float()
@@ -36,7 +38,7 @@ def distillation_objective(teacher: nn.Module, weight: float) -> Objective:
 def early_exit_objective(freeze_backbone: bool, use_unweighted_loss: bool) -> Objective:
     """The sum of the terms of `early_exit_losses` that are asked for, see `total_early_exit_loss`."""
 
-    def objective(model: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
+    def objective(model: Model, x_t: Tensor, t: Tensor, y: Tensor | None, target: Tensor) -> dict[str, Tensor]:
         exits = ExitOutputs(*(part.float() for part in model(x_t, t, y)))
         losses = early_exit_losses(exits, target)
         return {"loss": total_early_exit_loss(losses, freeze_backbone, use_unweighted_loss), **losses}

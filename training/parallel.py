@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import is_main, world_size
 from models.uvit import Block
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def spread(network: nn.Module, device: torch.device, fsdp: bool) -> nn.Module:
@@ -53,12 +56,12 @@ def gradients_shared(model: nn.Module, now: bool) -> Iterator[None]:
         with model.no_sync():
             yield
         return
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP's
-        model.set_requires_gradient_sync(now)
+    if (set_sync := getattr(model, "set_requires_gradient_sync", None)) is not None:  # FSDP's
+        set_sync(now)
     yield
 
 
-def in_pieces(tensor: Any) -> bool:
+def in_pieces(tensor: Any) -> TypeGuard[DTensor]:
     """Whether it is a DTensor. Told by a method of theirs: their module takes a second to import."""
     return hasattr(tensor, "full_tensor")
 
@@ -92,11 +95,15 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
 
 
+Reading = tuple[int, Tensor, torch.cuda.Event | None]  # the step, its values, and what says that they are there
+
+
 class ReadLate:
     """Numbers from the device, read without making it wait for the host: on CUDA one step late, elsewhere at once."""
 
     def __init__(self, size: int):
-        self._before = self._now = (0, torch.zeros(size), None)
+        self._now: Reading = (0, torch.zeros(size), None)
+        self._before: Reading = self._now
 
     def put(self, step: int, values: Tensor) -> None:
         """values: float (size,), of this step."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.cli import Parser
 from common.config import MODELS
@@ -228,7 +229,7 @@ class TrainingSettings(Checked):
     sample_width: int | None = option(
         None, "width of the images; checked against the network", least=1, most=4096, decides=(), why=DESCRIBED
     )
-    described: dict = option(None, flag=False, decides=(), why=DESCRIBED)  # the network's own flags, nested
+    described: Mapping[str, Any] = option({}, flag=False, decides=(), why=DESCRIBED)  # the network's own flags, nested
     command: tuple[str, ...] = option((), flag=False, decides=(), why=ONE_START)  # the words that were typed
     data: DataSettings = section("data")
     optimisation: OptimisationSettings = section("optimisation", OptimisationSettings())

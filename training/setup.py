@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from common.config import AutoencoderConfig, Config, build_config, carried_settings, contradictions
 from common.devices import check_compiler
@@ -39,7 +38,7 @@ from models.weights import FORMAT, read_pth
 from training.batches import BatchMaker
 from training.checkpoint import CheckpointFolder, check_state, read_checkpoint
 from training.loop import Training
-from training.losses import Objective, backbone_objective, distillation_objective, early_exit_objective
+from training.losses import Model, Objective, backbone_objective, distillation_objective, early_exit_objective
 from training.previews import preview_maker
 from training.settings import TrainingSettings
 from training.step import MISFITS, Learner
@@ -59,9 +58,9 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
     name = settings.exp_name or f"{settings.data.dataset}_{config.model}_{config.model_params.num_blocks}"
     checkpoints = CheckpointFolder(settings.log_path / name, f"{settings.data.dataset}_{config.model}")
     start = on_main(functools.partial(find_start, settings, checkpoints))
-    content = None if start is None else read_start(start, settings.resume)
+    content = {} if start is None else read_start(start, settings.resume)
     on_main(functools.partial(make_folder, checkpoints))
-    if content is not None and content.get("format") != FORMAT:
+    if start is not None and content.get("format") != FORMAT:
         load_described(network, config, start, described_by(settings.config_path))
 
     backbone_of(network).grad_checkpointing = settings.optimisation.grad_checkpointing
@@ -96,7 +95,7 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
         identity=on_main(dataset.identity),
         teacher_sha256=on_main(functools.partial(sha256_of, teacher)) if teacher else None,
     )
-    if content is not None and content.get("format") == FORMAT:
+    if start is not None and content.get("format") == FORMAT:
         go_on(run, start, content)
     warm_up = settings.optimisation.num_warmup_steps
     if settings.n_steps < warm_up and learner.step < settings.n_steps:
@@ -107,7 +106,7 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
     return run
 
 
-Task = tuple[Config, nn.Module, Objective, Denoiser]  # the denoiser makes previews
+Task = tuple[Config, UViT | EarlyExitUViT, Objective, Denoiser]  # the denoiser makes previews
 
 
 def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
@@ -115,12 +114,15 @@ def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
     config = build_config(stated(settings) | {"model": "uvit"}, described_by(settings.config_path))
     torch.manual_seed(settings.seed)
     network = build_network(config)
+    assert isinstance(network, UViT)
     teacher = settings.teacher
     if teacher.init_from:
         warm_start(network, load_relative(teacher.init_from, config).module, teacher.init_from)
     objective: Objective = backbone_objective
     if teacher.distill_from:
-        objective = distillation_objective(load_teacher(settings, config, device), teacher.distill_weight)
+        assert teacher.distill_weight is not None, "TeacherSettings fills it in"
+        model = load_teacher(teacher.distill_from, config, device, compiled=settings.optimisation.compile)
+        objective = distillation_objective(model, teacher.distill_weight)
     return config, network, objective, network
 
 
@@ -137,6 +139,7 @@ def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
     config = build_config(given | own_type, described_by(settings.config_path))
     torch.manual_seed(settings.seed)
     network = build_network(config)
+    assert isinstance(network, EarlyExitUViT)
     if exits.load_backbone:
         network.uvit.load_state_dict(backbone.module.state_dict())
     if exits.freeze_backbone:
@@ -150,30 +153,30 @@ def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
     return config, network, early_exit_objective(exits.freeze_backbone, exits.use_unweighted_loss), preview
 
 
-def backbone_of(network: nn.Module) -> nn.Module:
+def backbone_of(network: UViT | EarlyExitUViT) -> UViT:
     return network.uvit if isinstance(network, EarlyExitUViT) else network
 
 
-def load_teacher(settings: TrainingSettings, config: Config, device: torch.device) -> nn.Module:
+def load_teacher(path: Path, config: Config, device: torch.device, *, compiled: bool) -> Model:
     """The network of --distill_from, frozen, all of it on this process.
 
     config: of the network that learns. Raises InputError unless the two do the same task at the same timesteps.
     """
-    teacher = load_relative(settings.teacher.distill_from, config, device)
+    teacher = load_relative(path, config, device)
     if different := task_differences(config, teacher.config):
-        raise InputError(f"--distill_from {teacher.path} is no teacher here: it differs in {', '.join(different)}")
+        raise InputError(f"--distill_from {path} is no teacher here: it differs in {', '.join(different)}")
     check_range(teacher, config.trained_timesteps, "it can teach nothing there; give --t_min and --t_max")
-    return torch.compile(teacher.module, dynamic=False) if settings.optimisation.compile else teacher.module
+    return torch.compile(teacher.module, dynamic=False) if compiled else teacher.module
 
 
 def stated(settings: TrainingSettings) -> dict[str, Any]:
     """The description of the network by the flags and the YAML file."""
-    given = {"dataset": settings.data.dataset}
+    given: dict[str, Any] = {"dataset": settings.data.dataset}
     if settings.data.crop:
         given["crop"] = settings.data.crop
     if path := settings.logs.autoencoder_checkpoint_path:
         given["autoencoder"] = {"checkpoint_path": str(path)}
-    return stated_settings(settings.config_path, (settings.described or {}) | given)
+    return stated_settings(settings.config_path, {**settings.described, **given})
 
 
 def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, ImageDataset]:
@@ -221,6 +224,7 @@ def count_real_classes(config: Config, dataset: ImageDataset, given: Mapping[str
     num_classes = config.model_params.num_classes
     if num_classes <= 0 or given.get("real_classes") is not None:
         return config
+    assert config.dataset is not None, "the flags name the dataset"
     real = DATASETS[config.dataset].num_classes or (num_classes if dataset.labels is None else max(dataset.labels) + 1)
     return replace(config, real_classes=min(int(real), num_classes))
 
@@ -293,7 +297,8 @@ def go_on(run: Training, path: Path, content: Mapping[str, Any]) -> None:
 def data_differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     """Between two of `ImageDataset.identity`. Files that were copied have other times, but the same contents."""
     hashes = {"files_sha256", "contents_sha256"}
-    found = differences(*({k: v for k, v in about.items() if k not in hashes} for about in (recorded, present)))
+    ours, theirs = ({k: v for k, v in about.items() if k not in hashes} for about in (recorded, present))
+    found = differences(ours, theirs)
     common = hashes & recorded.keys() & present.keys()
     if common and not any(recorded[name] == present[name] for name in common):
         found.append("the files of the dataset")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.distributed import total, world_size
 from training.batches import Batch
 from training.ema import Ema
-from training.losses import Objective
+from training.losses import Model, Objective
 from training.parallel import gradients_shared, in_pieces, like, spread, whole
 from training.settings import OptimisationSettings
 
@@ -86,7 +86,7 @@ class Learner:
         self.batch_size, self.parts, self.max_bad_steps = batch_size, parts, max_bad_steps
         self.model = spread(network, device, fsdp)
         # Previews call the network as it is: their batch is another.
-        self.forward = torch.compile(self.model, dynamic=False) if settings.compile else self.model
+        self.forward: Model = torch.compile(self.model, dynamic=False) if settings.compile else self.model
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained,
@@ -109,7 +109,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = (~taken).float()  # read by the kernel, as GradScaler would have it
+            # Read by the kernel, as GradScaler would have it.
+            self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # which torch sets, too
             self.optimizer.step()
         elif taken:
             self.optimizer.step()
@@ -175,7 +176,7 @@ def train_step(learner: Learner, batch: Batch, lr: float, asked: Tensor) -> Tens
     """
     losses: dict[str, Tensor] = {}
     for k in range(learner.parts):
-        rows = Batch(*(None if tensor is None else tensor.tensor_split(learner.parts)[k] for tensor in batch))
+        rows = batch.part(k, learner.parts)
         share = learner.batch_size / len(rows.t)  # so many of this size make a batch
         with gradients_shared(learner.model, now=k == learner.parts - 1):
             with torch.autocast(learner.device.type, learner.amp_dtype, enabled=learner.settings.use_amp):

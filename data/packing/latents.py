@@ -18,7 +18,6 @@ from common.errors import InputError
 from common.files import sha256_of
 from common.images import from_uint8
 from data.dataset import ImageDataset
-from data.files import ImageFiles
 from data.packing.packed import Manifest, PackedDataset
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class LatentSource(ImageDataset):
 
     kind, dtype = "latents", np.float16
 
-    def __init__(self, images: ImageFiles, autoencoder: Autoencoder, checkpoint: Path, device: torch.device):
+    def __init__(self, images: ImageDataset, autoencoder: Autoencoder, checkpoint: Path, device: torch.device):
         about = images.describe()
         if about["in_chans"] != 3 or about["img_size"] % autoencoder.downsampling:
             raise InputError(
@@ -46,7 +45,7 @@ class LatentSource(ImageDataset):
             )
         self.images, self.autoencoder, self.device = images, autoencoder, device
         self.names, self.labels, self.left_out = images.names, images.labels, images.left_out
-        channels, side = autoencoder.network.config.latent_channels, about["img_size"] // autoencoder.downsampling
+        channels, side = autoencoder.latent_channels, about["img_size"] // autoencoder.downsampling
         self.about = about | {
             "img_size": side,
             "in_chans": channels,
@@ -99,11 +98,12 @@ class PackedLatents(PackedDataset):
 
     def __init__(self, folder: Path, manifest: Manifest, num_classes: int = -1):
         super().__init__(folder, manifest, num_classes)
-        self.scale_factor = manifest.source.get("scale_factor")
-        if type(self.scale_factor) is not float:
+        scale_factor = manifest.source.get("scale_factor")
+        if not isinstance(scale_factor, float):
             raise InputError(
                 f"{folder}: the manifest names no scale_factor, so the latents cannot be scaled; pack again"
             )
+        self.scale_factor = scale_factor
         some = self.images.read(np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int))
         check_scale(some, self.scale_factor, folder)
 

@@ -42,14 +42,14 @@ class Manifest:
 
     format: int  # FORMAT
     kind: str  # of KINDS
-    source: dict  # what the source's `describe()` said: its files, their hash, and the transform
-    source_state: dict | None  # see `state_of`; None: the source was not where it said
-    shape: list  # of images.npy
+    source: dict[str, Any]  # what the source's `describe()` said: its files, their hash, and the transform
+    source_state: dict[str, int] | None  # see `state_of`; None: the source was not where it said
+    shape: tuple[int, ...]  # of images.npy
     random_flip: bool  # whether the dataset is mirrored in training unless told otherwise
-    left_out: dict  # broken images by name, and why
+    left_out: dict[str, str]  # broken images by name, and why
     images_sha256: str
     labels_sha256: str | None  # None: no labels
-    blocks_crc32: list  # of NUM_BLOCKS blocks of images.npy, see `block_checksums`
+    blocks_crc32: tuple[int, ...]  # of NUM_BLOCKS blocks of images.npy, see `block_checksums`
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -62,14 +62,15 @@ class PackedDataset(ImageDataset):
     Raises InputError where manifest and files disagree, or labels do not fit num_classes.
     """
 
+    labels: np.ndarray | None = None
+
     def __init__(self, folder: Path, manifest: Manifest, num_classes: int = -1):
         self.folder, self.manifest = folder, manifest
         self.random_flip, self.left_out = manifest.random_flip, manifest.left_out
-        self.row_shape = tuple(manifest.shape[1:])
+        self.row_shape = manifest.shape[1:]
         self.images = RowsFile.of_npy(folder / IMAGES)
-        if self.images.shape != tuple(manifest.shape) or self.images.dtype != self.dtype:
-            wanted = tuple(manifest.shape)
-            raise _disagree(folder / IMAGES, f"it holds {self.images.shape} {self.images.dtype}, not {wanted}")
+        if self.images.shape != manifest.shape or self.images.dtype != self.dtype:
+            raise _disagree(folder / IMAGES, f"it holds {self.images.shape} {self.images.dtype}, not {manifest.shape}")
         if block_checksums(folder / IMAGES) != manifest.blocks_crc32:
             raise _disagree(folder / IMAGES, "its bytes were changed")
         if manifest.labels_sha256 is not None:
@@ -80,9 +81,9 @@ class PackedDataset(ImageDataset):
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        indices = np.asarray(indices, dtype=np.int64)
-        labels = np.zeros(len(indices), np.int64) if self.labels is None else self.labels[indices]
-        return torch.from_numpy(self.images.read(indices)), torch.from_numpy(labels)
+        rows = np.asarray(indices, dtype=np.int64)
+        labels = np.zeros(len(rows), np.int64) if self.labels is None else self.labels[rows]
+        return torch.from_numpy(self.images.read(rows)), torch.from_numpy(labels)
 
     def describe(self) -> dict[str, Any]:
         """That of the source, so that what was computed from it holds; fewer images where some were broken."""
@@ -107,9 +108,9 @@ def find_packed(
 
     Raises InputError for one whose files are damaged, or that was asked for by data_path and does not fit.
     """
-    given = data_path is not None and (data_path / MANIFEST).is_file()
-    wanted = {"img_size": img_size, "in_chans": in_chans, "crop": crop}
-    folder = data_path if given else default_folder(name, data_path, **wanted)
+    given = data_path if data_path is not None and (data_path / MANIFEST).is_file() else None
+    wanted: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "crop": crop}
+    folder = given or default_folder(name, data_path, **wanted)
     if not (folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(folder)
@@ -121,7 +122,8 @@ def find_packed(
     log.warning("using the packed dataset %s", folder)
     say_left_out(manifest.left_out, folder)
     module, cls = KINDS[manifest.kind]
-    return getattr(importlib.import_module(module), cls)(folder, manifest, num_classes)
+    packed: PackedDataset = getattr(importlib.import_module(module), cls)(folder, manifest, num_classes)
+    return packed
 
 
 def _misfit(manifest: Manifest, wanted: dict[str, Any], num_classes: int, look_at_source: bool) -> str | None:
@@ -158,7 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(**given)
 
 
-def block_checksums(path: Path) -> list[int]:
+def block_checksums(path: Path) -> tuple[int, ...]:
     """CRC-32 of blocks spread evenly over a file, its first and last bytes among them."""
     size = path.stat().st_size
     offsets = np.linspace(0, max(0, size - BLOCK_BYTES), NUM_BLOCKS).astype(np.int64)
@@ -167,18 +169,18 @@ def block_checksums(path: Path) -> list[int]:
         for offset in offsets.tolist():
             file.seek(offset)
             checksums.append(zlib.crc32(file.read(BLOCK_BYTES)))
-    return checksums
+    return tuple(checksums)
 
 
 def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
     check_regular(path)
     try:
-        labels = np.load(path, allow_pickle=False)
+        labels: np.ndarray = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy meets any bytes there are, and fails in any way there is
         raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
-    if labels.shape != tuple(manifest.shape[:1]) or labels.dtype != np.int64:
+    if labels.shape != manifest.shape[:1] or labels.dtype != np.int64:
         raise _disagree(path, f"it holds {labels.shape} {labels.dtype}, not a label for each image")
-    if hashlib.sha256(labels).hexdigest() != manifest.labels_sha256:
+    if hashlib.sha256(labels.data).hexdigest() != manifest.labels_sha256:
         raise _disagree(path, "its bytes were changed")
     return labels
 

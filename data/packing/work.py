@@ -147,7 +147,10 @@ class _Work:
         (partial / JOURNAL).write_bytes(b"")
         shape = (len(dataset), *dataset.row_shape)
         np.lib.format.open_memmap(partial / IMAGES, mode="w+", dtype=dataset.dtype, shape=shape)
-        plan = {"source": source, "chunk_images": max(1, min(CHUNK_IMAGES, CHUNK_BYTES // dataset.row_bytes))}
+        plan: dict[str, Any] = {
+            "source": source,
+            "chunk_images": max(1, min(CHUNK_IMAGES, CHUNK_BYTES // dataset.row_bytes)),
+        }
         write_json(partial / PLAN, plan)
         return cls(partial, len(dataset), plan["chunk_images"])
 
@@ -164,7 +167,7 @@ class _Work:
                 whole = chunk.number in range(self.num_chunks) and all(int(i) < self.num_images for i in chunk.broken)
             except (ValueError, TypeError, RecursionError):
                 continue
-            if whole and zlib.crc32(self.rows.read(self.range_of(chunk.number))) == chunk.crc32:
+            if whole and zlib.crc32(self.rows.read(self.range_of(chunk.number)).data) == chunk.crc32:
                 yield chunk
 
     def decode(self, dataset: ImageDataset, num_workers: int, quiet: bool) -> None:
@@ -209,7 +212,7 @@ class _Work:
         labels_sha256 = None
         if dataset.labels is not None:
             labels = np.asarray(dataset.labels, dtype=np.int64)[keep]
-            labels_sha256 = hashlib.sha256(labels).hexdigest()
+            labels_sha256 = hashlib.sha256(labels.data).hexdigest()
             with replacing(self.partial / LABELS) as temporary:
                 np.save(temporary, labels, allow_pickle=False)
         manifest = Manifest(
@@ -217,7 +220,7 @@ class _Work:
             kind=dataset.kind,
             source=source,
             source_state=state_of(source),
-            shape=[int(keep.sum()), *self.rows.shape[1:]],
+            shape=(int(keep.sum()), *self.rows.shape[1:]),
             random_flip=dataset.random_flip,
             left_out={**dataset.left_out, **{dataset.name_of(i): why for i, why in broken.items()}},
             images_sha256=_sha256(path, quiet),
@@ -234,7 +237,7 @@ class _Work:
             header = {"descr": np.lib.format.dtype_to_descr(self.rows.dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(kept), self.chunk_images):
-                file.write(self.rows.read(kept[start : start + self.chunk_images]))
+                file.write(self.rows.read(kept[start : start + self.chunk_images]).data)
 
 
 def _read_plan(path: Path) -> tuple[dict[str, Any], int]:
@@ -325,7 +328,7 @@ def _run(dataset: ImageDataset, rows: RowsFile, to_do: list[tuple[int, range]], 
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, to_do: Sequence[tuple[int, range]]) -> list[Future]:
+def _submit(pool: ProcessPoolExecutor, to_do: Sequence[tuple[int, range]]) -> list[Future[Chunk]]:
     """Starts the processes too. Where that fails half-way none is left, for the interpreter would wait for its end."""
     before = set(active_children())
     try:
@@ -354,6 +357,6 @@ def _decode(number: int, images: range) -> Chunk:
     content = np.ascontiguousarray(pixels.numpy())
     with rows.path.open("rb+", buffering=0) as file:
         file.seek(rows.offset + images.start * rows.row_bytes)
-        if file.write(content) != content.nbytes:
+        if file.write(content.data) != content.nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(rows.path))
-    return Chunk(number, zlib.crc32(content), {str(i): why for i, why in broken.items()})
+    return Chunk(number, zlib.crc32(content.data), {str(i): why for i, why in broken.items()})

@@ -251,6 +251,14 @@ def test_ranges_that_are_not_known_are_refused_by_name(mode, tmp_path, caplog):
     assert dataset.__getitems__([0])[0].unique().tolist() == [7] and "a.tif" in caplog.text
 
 
+def test_numbers_of_colours_without_the_colours_are_refused():
+    indices = np.zeros((SIDE, SIDE, 1), np.uint8)
+    black = chunk(b"PLTE", bytes(3))
+    assert np.array_equal(read(png(indices, colour_type=3, bits=8, before=black)), np.zeros((SIDE, SIDE)))
+    with pytest.raises(BrokenImage, match="has no palette"):
+        read(png(indices, colour_type=3, bits=8))
+
+
 def test_16_bits_in_planes_are_refused():
     """Pillow would take bytes of one pixel for those of others."""
     samples = np.random.default_rng(0).integers(0, 65536, (4, 4, 3)).astype(np.uint16)

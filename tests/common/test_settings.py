@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +56,16 @@ def test_flags_become_nested_settings():
     assert parsed("--rate", "0.5") == Outer(rate=0.5)
     given = parsed("--rate", "1e-1", "--width", 7, "--names", "a", "b", "--fast", "--path", FILE)
     assert given == Outer(rate=0.1, path=FILE, fast=True, inner=Inner(width=7, names=("a", "b")))
+
+
+def test_no_two_settings_share_a_default_that_can_be_changed():
+    @dataclass(frozen=True, kw_only=True)
+    class Described(Checked):
+        given: Mapping[str, Any] = option({"depth": 3}, flag=False)
+
+    one, other = Described(), Described()
+    one.given["depth"] = 5
+    assert other.given == Described().given == {"depth": 3}
 
 
 @pytest.mark.parametrize(

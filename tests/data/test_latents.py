@@ -17,8 +17,11 @@ import sampler
 import train as train_script
 from common.images import from_uint8
 from data import open_dataset, open_source
+from data.dataset import InMemoryDataset
 from data.packing import work as packing
-from data.packing.latents import LatentSource
+from data.packing.latents import LatentSource, PackedLatents
+from data.packing.packed import read_manifest
+from models.autoencoder import load_autoencoder
 
 SIZE = 32  # of the images; 4 x 4 latents
 
@@ -69,6 +72,28 @@ def test_rows_are_mean_and_standard_deviation_of_image_and_mirror_image(packed, 
             torch.testing.assert_close(rows[:, view, 0].float(), want.mean, rtol=2e-3, atol=2e-3)
             torch.testing.assert_close(rows[:, view, 1].float(), want.std, rtol=2e-3, atol=2e-3)
     assert latents.scale_factor == pytest.approx(scale)
+
+
+class Held(InMemoryDataset):
+    """Images that are no files, as those of CIFAR-10."""
+
+    images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(3)
+
+    def describe(self):
+        return {"dataset": "held", "source": "memory", "img_size": SIZE, "in_chans": 3, "crop": "none"}
+
+
+def test_images_without_files_become_latents_too(place, tmp_path):
+    root, network, scale = place
+    source = LatentSource(Held(), load_autoencoder(root / "vae", scale), root / "vae", torch.device("cpu"))
+    packing.pack(source, tmp_path / "packed")
+    latents = PackedLatents(tmp_path / "packed", read_manifest(tmp_path / "packed"))
+    rows, labels = latents.__getitems__([2, 0])
+    assert labels.tolist() == [2, 0] and source.name_of(1) == "1"
+    with torch.no_grad():
+        want = network.encode(from_uint8(Held.images[[2, 0]])).latent_dist.mean
+    torch.testing.assert_close(rows[:, 0, 0].float(), want, rtol=2e-3, atol=2e-3)
 
 
 def test_training_draws_fresh_scaled_latents(packed, place):

@@ -119,9 +119,9 @@ def state(output: Path) -> int:
 
 
 def content(output: Path) -> dict[str, object]:
-    """All files, without what tells the time."""
+    """All files without the times in them; not the lock, which holds the process."""
     files: dict[str, object] = {}
-    for path in sorted(path for path in output.rglob("*") if path.is_file()):
+    for path in sorted(path for path in output.rglob("*") if path.is_file() and path.name != ".lock"):
         name = str(path.relative_to(output))
         if path.parent.name == "batches" and path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:

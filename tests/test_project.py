@@ -53,6 +53,7 @@ except SystemExit as ended:
     assert said in (done.stderr if status else done.stdout)
 
 
+@pytest.mark.slow
 def test_importing_prints_nothing_and_touches_no_randomness():
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("[a-z]*/*.py")]
     modules += [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("[a-z]*/*/*.py")]

@@ -220,11 +220,13 @@ def test_a_variable_that_no_block_sets_is_found(tmp_path):
         recorded('export samples=out\npython compare.py "a=${samples}" "full=${full_samples}"', tmp_path)
 
 
+@pytest.mark.slow
 def test_every_script_has_its_place(walk):
     called = {word for call in walk for word in call.words}
     assert called >= set(SCRIPTS) | {"scripts/demo.sh", "scripts/test.sh"}
 
 
+@pytest.mark.slow
 def test_the_walk(walk):
     said = printed_by(walk, "sampler.py", "out/duodiff")
     assert "shallow ran 3 timesteps, full ran 1 timesteps" in said  # 999, 749, 499; 249
@@ -239,6 +241,7 @@ def test_the_walk(walk):
     assert Path("comparison.png").exists()
 
 
+@pytest.mark.slow
 def test_a_queue_is_given_the_job_until_it_is_done(walk, tmp_path):
     """The job asks for itself again unless the last step is logged; bash reads it, and what it calls does nothing."""
     submitted = [call.words for call in walk if call.words[0] in ("sbatch", "srun", "scontrol")]
@@ -256,6 +259,7 @@ def test_a_queue_is_given_the_job_until_it_is_done(walk, tmp_path):
         assert ends in calls[-1] and "--resume" in calls[2], calls
 
 
+@pytest.mark.slow
 def test_from_the_public_weights_to_duodiff(walk):
     said = printed_by(walk, "sampler.py", "out/public_duodiff")
     assert "shallow ran 2 timesteps, full ran 2 timesteps" in said  # 999, 749; 499, 249
@@ -263,18 +267,21 @@ def test_from_the_public_weights_to_duodiff(walk):
     assert carried["crop"] == "uvit128" and carried["diffusion_params"]["beta_schedule"] == "continuous_vp"
 
 
+@pytest.mark.slow
 def test_where_to_switch(walk):
     assert "chosen: t_switch" in printed_by(walk, "calibrate.py")
     assert "chosen: t_switch" in printed_by(walk, "sampler.py", "auto")
     assert Path("logs/calibration.yaml").exists() and Path("out/switch_auto/report/calibration.png").exists()
 
 
+@pytest.mark.slow
 def test_networks_for_their_part(walk):
     for name, expected in (("celeba_uvit_13", (0, 999)), ("full_499", (0, 499)), ("shallow_500", (500, 999))):
         config = torch.load(f"logs/{name}/celeba_uvit_last.pth", weights_only=True)["config"]
         assert (config["t_min"], config["t_max"]) == expected
 
 
+@pytest.mark.slow
 def test_cascades_and_caching(walk):
     said = printed_by(walk, "sampler.py", "cascade.yaml")
     assert "network 1 ran 2 timesteps, network 2 ran 1 timesteps, network 3 ran 1 timesteps" in said
@@ -282,6 +289,7 @@ def test_cascades_and_caching(walk):
     assert backbone["timesteps_reusing"] == 2  # of 999, 749, 499, 249 the middle two
 
 
+@pytest.mark.slow
 def test_benchmarks(walk):
     """Of the networks that they take if none are named; tests/test_benchmark.py runs them on small ones."""
     parsed = [benchmark.parse_settings(call.words[2:]) for call in walk if "benchmark.py" in call.words]
@@ -312,26 +320,3 @@ def test_what_the_demo_prints_can_be_pasted(tmp_path):
     pasted = [line.removeprefix("$ ") for line in printed.splitlines() if line.startswith("$ ")]
     assert len(pasted) == 14 and b"DuoDiff t_switch=300=a demo $1/samples_duo_300" in by_the_demo
     assert called("-c", "\n".join(pasted))[1] == by_the_demo
-
-
-OF_THE_PAPER = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.endswith("_public"))
-
-
-@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda path: path.stem)
-def test_configs_describe_networks(path):
-    """Those of public weights: tests/test_public_weights.py."""
-    settings = read_yaml(path)
-    model = "deediff_uvit" if path.stem.startswith("deediff") else "uvit"
-    config = build_config(settings | {"model": model}, str(path))
-    params = config.model_params
-    name, _, blocks = path.stem.partition("_")[2].partition("_")
-    full = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21, "digits": 7, "emoji16": 7}[name]
-    assert params.num_blocks == int(blocks or full)
-    assert (params.mlp_ratio, params.qkv_bias) == (4, False)
-    if name not in ("digits", "emoji16"):
-        width, heads = {"imagenet64": (768, 12), "imagenet256": (1024, 16)}.get(name, (512, 8))
-        assert (params.embed_dim, params.num_heads, params.mlp_time_embed) == (width, heads, False)
-        assert params.normalize_timesteps == (name in ("celeba", "cifar10"))
-        assert params.num_classes == {"imagenet64": 1000, "imagenet256": 1001}.get(name, -1)
-        shapes = {"celeba": (64, 4, 3), "cifar10": (32, 2, 3), "imagenet64": (64, 4, 3), "imagenet256": (32, 2, 4)}
-        assert (params.img_size, params.patch_size, params.in_chans) == shapes[name]

@@ -23,9 +23,9 @@ import compare
 import eesampler
 import fid
 import main as main_script
+import pack
 import sampler
 import train
-from data import pack
 
 GIB = 2**30
 pytestmark = pytest.mark.usefixtures("modest_memory")

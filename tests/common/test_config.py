@@ -13,6 +13,7 @@ from common.errors import InputError
 from common.settings import build, check_types, differences, in_words
 from generation.stages import StageFile
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 LEAST = "model_params:\n  img_size: 8\n  patch_size: 4\n"
 
 
@@ -201,3 +202,26 @@ def test_an_even_depth_is_the_odd_one_above():
         depth: 2 * (depth // 2) + 1 for depth in depths
     }
     assert depths[12] == depths[13]
+
+
+OF_THE_PAPER = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.endswith("_public"))
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda path: path.stem)
+def test_configs_describe_networks(path):
+    """Those of public weights: tests/models/test_public_weights.py."""
+    settings = read_yaml(path)
+    model = "deediff_uvit" if path.stem.startswith("deediff") else "uvit"
+    config = build_config(settings | {"model": model}, str(path))
+    params = config.model_params
+    name, _, blocks = path.stem.partition("_")[2].partition("_")
+    full = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21, "digits": 7, "emoji16": 7}[name]
+    assert params.num_blocks == int(blocks or full)
+    assert (params.mlp_ratio, params.qkv_bias) == (4, False)
+    if name not in ("digits", "emoji16"):
+        width, heads = {"imagenet64": (768, 12), "imagenet256": (1024, 16)}.get(name, (512, 8))
+        assert (params.embed_dim, params.num_heads, params.mlp_time_embed) == (width, heads, False)
+        assert params.normalize_timesteps == (name in ("celeba", "cifar10"))
+        assert params.num_classes == {"imagenet64": 1000, "imagenet256": 1001}.get(name, -1)
+        shapes = {"celeba": (64, 4, 3), "cifar10": (32, 2, 3), "imagenet64": (64, 4, 3), "imagenet256": (32, 2, 4)}
+        assert (params.img_size, params.patch_size, params.in_chans) == shapes[name]

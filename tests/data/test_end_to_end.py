@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fid
+import pack
 import sampler
 import train as train_script
-from data import open_dataset, open_source, pack
+from data import open_dataset, open_source
 
 
 @pytest.fixture(scope="module")

@@ -280,6 +280,7 @@ def many(tmp_path, picture_of):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.slow
 def test_what_was_killed_goes_on(many, tmp_path, monkeypatch):
     """The result is that of an unbroken run, bit for bit, and what was done is not done again."""
     journal, output = tmp_path / "killed.partial" / "journal.jsonl", tmp_path / "killed"

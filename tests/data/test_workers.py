@@ -46,6 +46,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.mark.slow
 def test_packing_with_too_few_open_files_ends_in_one_line(limited, pictures, tmp_path):
     argv = ["--dataset=folder", f"--data_path={pictures}", "--img_size=8", "--num_workers=8", f"--output={tmp_path}/p"]
     code = f"from data.packing import work; work.CHUNK_IMAGES = 8; from pack import main; main({argv})"
@@ -92,6 +93,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_training_with_too_few_open_files_ends_in_one_line(limited, pictures):
     about = {"pictures": str(pictures), "all_taken": False}
     status, _, said = limited(40, 40, TRAINING.format(num_workers=8, **about))

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import fid
+import pack
 from common.errors import InputError, WriteError
 from data import open_dataset
 from data.files import ImageFiles
@@ -132,8 +133,6 @@ class TestBrokenFiles:
         assert len(list((tmp_path / "cache").iterdir())) == 3
 
     def test_a_packed_copy_is_the_same_reference(self, broken, tmp_path, flags, run_quietly, caplog):
-        from data import pack
-
         folder, whole = broken
         samples = saved(tmp_path / "samples", whole)
         argv = [*flags, "--cache_dir", tmp_path / "cache", "--samples_path", samples]
@@ -170,6 +169,7 @@ class TestBrokenFiles:
             fails(fid.main, [*argv, chosen], "no image can be read", "00.png")
 
     @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+    @pytest.mark.slow
     def test_several_processes_say_it_once(self, broken, tmp_path, flags, run_quietly, torchrun):
         folder, whole = broken
         samples = saved(tmp_path / "samples", whole // 2)

@@ -375,6 +375,7 @@ class TestAsSamplersRunIt:
         assert 0 < (got - want).abs().max() < 0.1 * want.abs().max()
 
     @torch.inference_mode()
+    @pytest.mark.slow
     def test_compiled_and_with_a_cache(self, batch):
         x, _, y = batch
         dit = make()

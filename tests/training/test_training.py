@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 import main as main_script
+import pack
 import train as train_script
-from data import pack
 from models import UViT
 from tests import processes
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS

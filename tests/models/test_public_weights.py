@@ -15,7 +15,7 @@ from diffusion.sampling import SeededNoise, Stage, guided, sample
 from diffusion.solvers import Solver, make_solver, spaced_timesteps
 from models.loading import build_network
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {"img_size": 4, "patch_size": 2, "embed_dim": 32, "num_heads": 4, "depth": 1}
 
 # img_size, patch_size, in_chans, embed_dim, blocks, num_heads, num_classes, conv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import tarfile
@@ -11,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common.cli import Parser
 from common.errors import command
 from common.files import read_json, sha256_of
 from experiments import measure, page, results, runner, sets, train_classifier
+from training.settings import BackboneSettings, TrainingSettings
 
 
 def option(t_switch, n_shallow, divergence, excess, excess_se=0.1, steps=5):
@@ -267,6 +270,54 @@ def test_trainings_go_on_where_they_were_cut_off(tmp_path, monkeypatch, run_quie
         "another command",
         f"remove {tmp_path}",
     )
+
+
+class Parsed(runner.Runner):
+    """Lets each script read its flags, and writes what the measurement reads of its work, but does none."""
+
+    def __call__(self, module, *given, going_on=None, **flags):
+        words = runner.words_of(given, flags)
+        if (line := runner.line_of(module, words)) in self.seconds:
+            return
+        self.seconds[line] = 1.0
+        if module in ("train", "main"):
+            cls = BackboneSettings if module == "train" else TrainingSettings
+            settings = Parser(prog=module).settings(cls, words)
+            folder = settings.log_path / settings.exp_name
+            folder.mkdir()
+            (folder / f"{settings.data.dataset}_{settings.model}_last.pth").touch()
+            rate = 2.0 if settings.teacher.distill_from else 5.0
+            lines = [json.dumps({"step": n, "steps_per_second": rate}) for n in range(2)]
+            (folder / "metrics.jsonl").write_text("\n".join(lines))
+            return
+        settings = importlib.import_module(module).parse_settings(words)
+        if module == "calibrate":
+            numbers = {"options": OPTIONS, "networks": [{"blocks": 1}, {"blocks": 7}]}
+            settings.output.with_suffix(".json").write_text(json.dumps(numbers))
+        elif module == "compare":
+            names = dict.fromkeys(name for name, _ in settings.runs)
+            settings.json.write_text(json.dumps({"labels": [label(name, 9, 0.1, 0.0) for name in names]}))
+        elif module in ("sampler", "eesampler"):
+            settings.output_folder.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8)).save(settings.output_folder / "000000.png")
+
+
+def test_scripts_can_read_all_that_they_are_told(tmp_path):
+    run = Parsed(tmp_path)
+    result = measure.Experiment(sets.digits(), tmp_path / "digits", run, (0, 1)).measure()
+    assert result["training"]["shallow"] == {
+        **dict.fromkeys(("all timesteps", "own range", "warm start"), 2000),
+        **dict.fromkeys(("distilled", "all three"), 800),
+    }
+    names = [of["label"] for of in result["table"]["labels"]]
+    assert names[:2] == ["full", "DuoDiff"] and len(names) == 11 and set(result["levels"].values()) == {0.0}
+    assert [of["label"] for of in result["scores"]["labels"]] == ["full"] + [
+        f"t_switch {t}" for t in (799, 599, 399, 199)
+    ]
+    switches = [line for line in run.seconds if "sampler.py" in line and "--t_switch 399" in line]
+    assert len(switches) == 2 * 6, "five trainings and caching, of each seed, each once"
+    own = [line for line in run.seconds if "--t_min" in line]
+    assert len(own) == 4 and all("--t_min 400" in line for line in own)
 
 
 def test_times_that_cannot_be_compared_end_it(tmp_path, fails):

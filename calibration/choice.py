@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import InputError
 
-DEARER = 1.5  # how many times dearer than all time saved up to it the last time saved may be
+KNEE_RATIO = 1.5  # the knee: the last switch whose divergence per second saved is at most this times the average so far
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def check_reachable(options: Sequence[Option], speed_up: float) -> None:
 
 
 def knee(options: Sequence[Option]) -> Option:
-    """The last option at which time is not yet DEARER times as dear as on the way there.
+    """The last option whose divergence per second saved is at most KNEE_RATIO times the average so far.
 
     The price of time is the divergence that the step to an option adds, over the time that this step saves; it is
     held against the mean price of all time saved up to there. The ratio is the slope of the curve in logarithms: 1
@@ -178,7 +178,7 @@ def knee(options: Sequence[Option]) -> Option:
             continue
         price = (option.divergence - slowest.divergence) / saved
         price_here = (option.divergence - before.divergence) / saved_here
-        if price_here <= DEARER * price:
+        if price_here <= KNEE_RATIO * price:
             chosen = option
         before = option
     return chosen

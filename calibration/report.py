@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calibration.choice import DEARER, Option, mean_and_se
+from calibration.choice import KNEE_RATIO, Option, mean_and_se
 from calibration.run import KNEE, KNEE_OF_DDPM, Calibration
 from common import plots
 from common.files import write_json
@@ -58,12 +58,14 @@ def why(calibration: Calibration) -> str:
     if rule not in (KNEE, KNEE_OF_DDPM):
         return f"{rule}; nothing faster keeps to it" if chosen is options[0] and "--budget" in rule else rule
     curve = "" if rule == KNEE else " of the divergence that ddpm has at these steps"
-    dearer = f"more than {DEARER:g} times as dear as on the way there"
+    ratio = f"{KNEE_RATIO:g} times the average so far"
     if chosen is options[0]:
         return "no other choice is predicted to be faster"
     if chosen is calibration.last_judged:
-        return f"the curve{curve} has no knee: at its end time saved is not {dearer}; --speedup and --budget choose"
-    return f"the knee{curve}: beyond, time saved is {dearer}"
+        return (
+            f"the curve{curve} has no knee: to its end a second saved costs at most {ratio}; --speedup, --budget choose"
+        )
+    return f"the knee{curve}: beyond it a second saved costs more than {ratio}"
 
 
 def name_of(calibration: Calibration, option: Option) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.errors import command
@@ -25,8 +26,9 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
         from benchmarking.packing import run
 
         return run(settings.output, max(1, settings.num_workers))
+    assert settings.dataset is not None, "PackSettings asks for it"
     crop = crop_of(settings.dataset, settings.crop)
-    shape = {"img_size": settings.img_size, "in_chans": settings.in_chans, "crop": crop}
+    shape: dict[str, Any] = {"img_size": settings.img_size, "in_chans": settings.in_chans, "crop": crop}
     dataset = open_source(
         settings.dataset, settings.data_path, **shape, num_classes=settings.num_classes, download=settings.download
     )
@@ -35,8 +37,8 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
     from data.packing.packed import IMAGES, MANIFEST, default_folder
     from data.packing.work import in_bytes, pack
 
-    if settings.autoencoder_checkpoint_path:
-        dataset = encoded(dataset, settings)
+    if checkpoint := settings.autoencoder_checkpoint_path:
+        dataset = encoded(dataset, checkpoint, settings)
         shape |= {name: dataset.describe()[name] for name in ("img_size", "in_chans")}
     output = settings.output or default_folder(settings.dataset, settings.data_path, **shape)
     manifest = pack(dataset, output, settings.num_workers, settings.machine.quiet)
@@ -45,15 +47,15 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
         print(f"{some_of(manifest.left_out)}; all are named in {output / MANIFEST}")
 
 
-def encoded(images: ImageDataset, settings: PackSettings) -> ImageDataset:
-    """The images as latents."""
+def encoded(images: ImageDataset, checkpoint: Path, settings: PackSettings) -> ImageDataset:
+    """The images as latents of the autoencoder in that checkpoint."""
     from common.devices import pick_device
     from data.packing.latents import LatentSource
     from models.autoencoder import load_autoencoder
 
     device = pick_device(settings.machine.device)
-    autoencoder = load_autoencoder(settings.autoencoder_checkpoint_path, settings.scale_factor, device)
-    return LatentSource(images, autoencoder, settings.autoencoder_checkpoint_path, device)
+    autoencoder = load_autoencoder(checkpoint, settings.scale_factor, device)
+    return LatentSource(images, autoencoder, checkpoint, device)
 
 
 if __name__ == "__main__":

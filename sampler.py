@@ -197,18 +197,19 @@ def make_caches(
     """
     from models.inference import MiddleCache, refreshing
 
-    if settings.cache_interval == 1:
+    outer = settings.cache_outer
+    if outer is None:  # --cache_interval 1
         return [None] * len(networks)
     caches: list[MiddleCache | None] = []
     for k, network in enumerate(networks):
         of_network = [visited for stage, visited in zip(plan.stages, own, strict=True) if stage.network == k]
-        cache = MiddleCache(settings.cache_outer, refreshing(of_network, settings.cache_interval))
-        caches.append(cache if network.module.middle(settings.cache_outer) else None)
+        cache = MiddleCache(outer, refreshing(of_network, settings.cache_interval))
+        caches.append(cache if network.module.middle(outer) else None)
     if not any(cache and cache.refresh for cache in caches):
         most = max(network.config.model_params.num_blocks for network in networks)
         raise InputError(
             f"--cache_interval {settings.cache_interval}: no network that runs has blocks between the "
-            f"{settings.cache_outer} outermost on either side (--cache_outer); the deepest has {most}"
+            f"{outer} outermost on either side (--cache_outer); the deepest has {most}"
         )
     return caches
 

@@ -20,13 +20,14 @@ from calibration.choice import (
     switches,
 )
 from calibration.measure import Predictions, choose_images, measure_predictions, seconds_per_call
-from calibration.settings import CalibrationSettings, Measurement
+from calibration.settings import Measurement
 from common.devices import DTYPES
 from common.errors import InputError
 from data import open_dataset
 from diffusion.divergence import step_weights
 from diffusion.solvers import Solver, make_solver
 from generation.run import guide, solver_of
+from generation.settings import CalibrationSettings
 from models.flops import uvit_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network, check_range

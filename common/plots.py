@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.lines import Line2D
 
 from common.files import replacing
 from common.tables import escaped
@@ -26,10 +25,11 @@ def drawable(label: str) -> str:
     return label if len(label) <= LONGEST else f"{label[: LONGEST // 2]}…{label[1 - LONGEST // 2 :]}"
 
 
-def add_legend(
-    owner: Axes | SubFigure, handles: Sequence[ErrorbarContainer | Line2D], labels: Sequence[str], **where: object
-) -> None:
-    """Labels to the letter: matplotlib itself leaves out those that begin with _, and takes $ for mathematics."""
+def add_legend(owner: Axes | SubFigure, handles: Sequence[Any], labels: Sequence[str], **where: Any) -> None:
+    """Labels to the letter: matplotlib itself leaves out those that begin with _, and takes $ for mathematics.
+
+    handles: lines, or containers of error bars, which the types of a figure's legend leave out.
+    """
     legend = owner.legend(handles, ["label"] * len(labels), **where)
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set(text=drawable(label), parse_math=False)

@@ -88,7 +88,8 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
             **dict.fromkeys(OF_MACHINE, "unknown"),
         }
         conditions = {name: statistics.get(name, default) for name, default in conditions.items()}
-        return Run(label, folder, *values, seed, basis, shared, conditions)
+        score, seconds, flops = values
+        return Run(label, folder, score, seconds, flops, seed, basis, shared, conditions)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -156,10 +157,10 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
     if not unlike:
         return []
     lines = [f"times are compared only under the conditions of {runs[0].label}"]
-    for (label, different), seeds in unlike.items():
+    for (label, named), seeds in unlike.items():
         all_seeds = len(seeds) == sum(run.label == label for run in runs)
         some = "" if all_seeds else f" (seed {', '.join(map(str, seeds))})"
-        lines.append(f"{label}{some}: {different}")
+        lines.append(f"{label}{some}: {named}")
     if any(run.conditions["precision"] != runs[0].conditions["precision"] for run in runs):
         lines.append("scores of unlike precision: samples of one seed differ; sample with --precision fp32 to compare")
     return lines
@@ -186,7 +187,7 @@ def bars(summaries: Sequence[Summary]) -> list[Estimate]:
     """The scores with, where the seeds are paired, the intervals of their differences: those tell labels apart."""
     if not paired(summaries):
         return [summary.score for summary in summaries]
-    return [Estimate(summary.score.mean, summary.difference.half_width) for summary in summaries]
+    return [Estimate(of.score.mean, of.difference and of.difference.half_width) for of in summaries]
 
 
 def about_bars(standard: str) -> str:
@@ -249,9 +250,10 @@ def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
 
 def speed_up(summary: Summary, standard: Summary) -> float | None:
     """Of the measured times; None where their conditions are unlike."""
-    if not timed_alike(summary, standard):
+    of_standard, own = standard.seconds_per_image, summary.seconds_per_image
+    if of_standard is None or own is None or not timed_alike(summary, standard):
         return None
-    return standard.seconds_per_image.mean / summary.seconds_per_image.mean
+    return of_standard.mean / own.mean
 
 
 def flops_unit(largest: float) -> tuple[float, str]:

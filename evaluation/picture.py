@@ -27,7 +27,7 @@ def draw(path: Path, summaries: Sequence[Summary], metric: str) -> None:
     """
     rows, labels = len(summaries), [plots.drawable(summary.label) for summary in summaries]
     figure = Figure(figsize=(13, max(4.5, 0.8 * rows + 0.6)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1))[0]
     times = [summary.seconds_per_image if timed_alike(summary, summaries[0]) else None for summary in summaries]
     timed = [seconds for seconds in times if seconds is not None]
     widths = [share for share, some in ((5, timed), (1, len(timed) < rows)) if some]
@@ -73,7 +73,7 @@ def first_samples(folder: Path) -> np.ndarray:
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
         image = FinishedImages.open(path).convert("RGB")
         larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
-        images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.BICUBIC)))
+        images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.Resampling.BICUBIC)))
     if not images:
         raise InputError(f"{folder}: the samples are gone")
     return np.concatenate(images, axis=1)

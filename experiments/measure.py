@@ -126,8 +126,8 @@ class Experiment:
         """The images as the networks see them, what scores them, the full networks and their exits."""
         images = self.images
         if "data_path" in images.data:
-            shape = {"img_size": images.img_size, "in_chans": images.in_chans}
-            shape["num_classes"] = len(classes_of(images.data["data_path"]))
+            num_classes = len(classes_of(images.data["data_path"]))
+            shape: Flags = {"img_size": images.img_size, "in_chans": images.in_chans, "num_classes": num_classes}
             self.data = {**images.data, "data_path": self.work / "packed"}
             self.run("pack", **images.data, **shape, output=self.data["data_path"])
             if steps := images.classifier_steps:
@@ -136,7 +136,7 @@ class Experiment:
         full, _, exits = images.configs
         for seed in self.seeds:
             self.train("train", f"full_{seed}", full, images.full_steps, seed)
-            heads = {"model": "deediff_uvit", "load_backbone": self.full(seed), "freeze_backbone": True}
+            heads: Flags = {"model": "deediff_uvit", "load_backbone": self.full(seed), "freeze_backbone": True}
             self.train("main", f"exits_{seed}", exits, images.exit_steps, seed, **heads)
 
     def full(self, seed: int) -> Path:
@@ -149,7 +149,7 @@ class Experiment:
         return self.work / name / f"{self.data['dataset']}_{model}_last.pth"
 
     def train(
-        self, script: str, name: str, config: str, n_steps: int, seed: int, log_every: int = 500, **flags: object
+        self, script: str, name: str, config: str, n_steps: int, seed: int, log_every: int = 500, **flags: Any
     ) -> None:
         """Go on where it was cut off. A training that was begun with others' weights goes on with its own."""
         flags |= {"config_path": f"configs/{config}.yaml", "exp_name": name, "n_steps": n_steps, **self.data}
@@ -172,7 +172,7 @@ class Experiment:
         self.run(script, going_on=going_on, **flags)
 
     def train_shallow(self, variant: str, seed: int, n_steps: int, t_min: int) -> None:
-        flags: dict[str, object] = {flag: self.full(seed) for flag in VARIANTS[variant]}
+        flags: dict[str, Any] = {flag: self.full(seed) for flag in VARIANTS[variant]}
         if variant in ON_OWN_RANGE:
             flags["t_min"] = t_min
         name = shallow_name(variant, seed, t_min)
@@ -181,9 +181,10 @@ class Experiment:
     def step_rates(self) -> dict[str, list[float]]:
         """Steps per second of plain training and of distillation, in turns: the other kinds cost as much as plain."""
         path = self.work / "step_rates.json"
-        if path.exists():  # the same numbers of steps when a run goes on
-            return read_json(path)
         rates: dict[str, list[float]] = {"plain": [], "distilled": []}
+        if path.exists():  # the same numbers of steps when a run goes on
+            rates = read_json(path)
+            return rates
         n, teacher = self.images.timed_steps, {"distill_from": self.full(self.seeds[0])}
         for number in range(TIMED_ROUNDS):
             for kind, measured in rates.items():
@@ -204,7 +205,8 @@ class Experiment:
         output, networks = self.work / f"calibration_{seed}.yaml", (self.shallow(PLAIN, seed), self.full(seed))
         measuring = {**self.data, **self.sampling, "n_images": self.images.n_calibration, "output": output}
         self.run("calibrate", checkpoint_path=networks, **measuring)
-        return read_json(output.with_suffix(".json"))
+        calibration: dict[str, Any] = read_json(output.with_suffix(".json"))
+        return calibration
 
     def sampled(self, seed: int, how: Flags) -> Path:
         """The folder of scored samples that a sampler makes with these flags."""
@@ -212,10 +214,10 @@ class Experiment:
         name = "".join(c if c.isalnum() or c == "." else "_" for c in "_".join(words))
         folder = self.work / "samples" / name
         n = self.images.n_samples
-        some = {"n_samples": n, "batch_size": min(250, n), "seed": seed, "output_folder": folder}
+        some: Flags = {"n_samples": n, "batch_size": min(250, n), "seed": seed, "output_folder": folder}
         script = "eesampler" if "threshold" in how else "sampler"
         self.run(script, **{**self.sampling, **how}, **some)
-        scoring = {"feature_extractor": self.images.extractor, "cache_dir": self.work / "cache"}
+        scoring: Flags = {"feature_extractor": self.images.extractor, "cache_dir": self.work / "cache"}
         self.run("fid", samples_path=folder, **self.data, **scoring)
         return folder
 
@@ -224,7 +226,7 @@ class Experiment:
         picture = self.work / f"{name}_{'_'.join(map(str, self.seeds))}.png"
         numbers = picture.with_suffix(".json")
         self.run("compare", *(f"{label}={folder}" for label, folder in runs), output=picture, json=numbers)
-        compared = read_json(numbers)
+        compared: dict[str, Any] = read_json(numbers)
         if notes := compared.get("notes"):
             raise InputError(f"{'; '.join(notes)}. Remove {self.run.path.parent} and measure all on one machine")
         return compared | {"picture": str(picture)}
@@ -295,4 +297,5 @@ def chosen_by_rules(options: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
 
 def knee_of(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What calibrate.py chooses by default."""
-    return vars(knee([SimpleNamespace(**option) for option in options]))
+    rows: list[Any] = [SimpleNamespace(**option) for option in options]  # the numbers of an Option, not its networks
+    return vars(knee(rows))

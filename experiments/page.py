@@ -46,7 +46,7 @@ def write_page(
         parts = [f"## {name.capitalize()}", introduction(of_set, f"{how}. Machine: {about}."), methods(of_set)]
         parts += [f"![Score against time, with samples]({pictures[0].name})", training(of_set), switching(of_set)]
         parts += [f"![Score and divergence against t_switch]({pictures[1].name})", rules(of_set), repeating(of_set)]
-        page = filled(page, name, "\n\n".join([*parts, *[repeated] * bool(repeated)]))
+        page = filled(page, name, "\n\n".join([*parts, *([repeated] if repeated else [])]))
         if repeated:
             remarks.append(repeated)
         if any(numbers[name][key] != earlier.get(name, {}).get(key) for key in numbers[name]):
@@ -222,14 +222,17 @@ def held_against(name: str, earlier: Mapping[str, Any] | None, now: Mapping[str,
 
     earlier, now: of `numbers_of`. Where nothing was measured since, it is what the page said already.
     """
-    if earlier is None or all(earlier[key] == now[key] for key in now):
-        return earlier and earlier["repeated"]
+    if earlier is None:
+        return None
+    if all(earlier[key] == now[key] for key in now):
+        repeated: str | None = earlier["repeated"]
+        return repeated
     both = {label: (earlier["rows"][label], row) for label, row in now["rows"].items() if label in earlier["rows"]}
     others = list(both)[1:]
     inside = sum(
         abs(new["score"]["mean"] - old["score"]["mean"]) <= old["score"]["half_width"] for old, new in both.values()
     )
-    ratios = [abs(new["speed_up"] / old["speed_up"] - 1) for old, new in map(both.get, others)]
+    ratios = [abs(new["speed_up"] / old["speed_up"] - 1) for old, new in (both[label] for label in others)]
     seeds = ", ".join(map(str, earlier["seeds"]))
     return (
         f"- {name} (before: seeds {seeds}; {earlier['machine']}): of {len(both)} mean scores {inside} lie in the "
@@ -277,11 +280,11 @@ def beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def score_of(row: Mapping[str, Any]) -> float:
-    return row["score"]["mean"]
+    return float(row["score"]["mean"])
 
 
 def seconds_of(row: Mapping[str, Any]) -> float:
-    return row["seconds_per_image"]["mean"]
+    return float(row["seconds_per_image"]["mean"])
 
 
 def percent(share: float, sign: str = "") -> str:

@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.files import read_json, write_json
 
-Flags = Mapping[str, object]  # by their names; True stands for a flag without a value
+Flags = Mapping[str, Any]  # by their names; True stands for a flag without a value
 
 
 def words_of(given: Sequence[object], flags: Flags) -> list[str]:

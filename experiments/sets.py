@@ -34,7 +34,7 @@ class ImageSet:
     configs: tuple[str, str, str]  # the full network's, the shallow one's and that of early exit
     extractor: Path  # of the features that samples are scored in
     classifier_steps: int = 0  # that it is trained for; 0: it is there
-    data: dict[str, Path | str]  # flags
+    data: dict[str, Any]  # flags
     training_batch: int = 128
     full_steps: int
     shallow_steps: int  # on all timesteps; other kinds of training have the same time
@@ -46,7 +46,7 @@ class ImageSet:
 
     def quick(self) -> ImageSet:
         """The same with little of everything: to see it work, not to believe the numbers."""
-        few = {"n_samples": 40, "sampling_steps": 10, "timed_steps": 6, "n_calibration": 16}
+        few: dict[str, Any] = {"n_samples": 40, "sampling_steps": 10, "timed_steps": 6, "n_calibration": 16}
         for name in ("full_steps", "shallow_steps", "exit_steps", "classifier_steps"):
             few[name] = -(-getattr(self, name) // 50)
         return replace(self, **few)
@@ -146,7 +146,9 @@ def unpack_emoji(archive: Path, images: Path) -> None:
             if category and member.isfile() and member.name.startswith(EMOJI_IMAGES):
                 target = partial / category / Path(member.name).name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(tar.extractfile(member).read())
+                image = tar.extractfile(member)
+                assert image is not None, f"{member.name} is a file"
+                target.write_bytes(image.read())
     partial.rename(images)
 
 

@@ -5,5 +5,6 @@ source "$(dirname "$0")/environment.sh"
 
 venv/bin/ruff check .
 venv/bin/ruff format --check .
-[ -n "${CONSTRAINTS:-}" ] || venv/bin/mypy # the types are those of the newest versions, see pyproject.toml
+# The types are those of the newest versions of the libraries; the lowest, which CONSTRAINTS asks for, have others.
+[ -n "${CONSTRAINTS:-}" ] || venv/bin/python -m mypy
 venv/bin/python -m pytest tests "$@"

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from calibration.run import Calibration
     from common.config import Config
+    from diffusion import NoiseSchedule
     from diffusion.sampling import Stage
+    from diffusion.solvers import Solver
     from models.inference import BackboneDenoiser, MiddleCache
     from models.loading import Network
 
@@ -48,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         networks = load_networks(settings, plan, device)
         config = shared_config(networks)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
-        solver, timesteps = solver_of(settings.solver, config)
+        solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
         settings = settled_run(settings, device, timesteps)
-        settings, calibration = settled_switch(settings, networks, device)
+        settings, calibration = settled_switch(settings, networks, solver.schedule, device)
         plan = plan_of(settings)
-        stages, backbones = make_stages(settings, plan, networks, timesteps, device)
+        stages, backbones = make_stages(settings, plan, networks, solver, timesteps, device)
 
         folder = SampleFolder(settings, fingerprint(settings, networks, plan, device), conditions_of(settings, device))
         folder.open(settings.batch_size, settings.overwrite)
@@ -74,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             batches = folder.finished()
             work = describe_work(plan, networks, backbones, stages, len(batches))
             summary = write_report(folder, settings, batches, work, sum(b["flops_per_image"] for b in work))
+            if 0 <= (t := plan.stages[0].t_min - 1) < solver.schedule.num_timesteps and len(plan.stages) == 2:
+                print(f"t_switch {t}, log-SNR {solver.schedule.log_snr(t):.3f}")
             print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
             print(summary)
 
@@ -84,24 +88,27 @@ def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -
 
     place = "cpu" if settings.offload else device
     networks = load_together(plan.files, settings.stated, weights=settings.weights, device=place)
-    plan.check_length(networks[0].config.diffusion_params.num_timesteps)
+    plan.check_length(networks[-1].config.diffusion_params.num_timesteps)
     return networks
 
 
 def shared_config(networks: Sequence[Network]) -> Config:
-    """The first network's description, with the autoencoder that any of them names."""
-    config = networks[0].config
+    """The last network's description, with the autoencoder that any of them names."""
+    config = networks[-1].config
     named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
     return replace(config, autoencoder=named[0]) if named else config
 
 
 def settled_switch(
-    settings: SamplerSettings, networks: Sequence[Network], device: torch.device
+    settings: SamplerSettings, networks: Sequence[Network], schedule: NoiseSchedule, device: torch.device
 ) -> tuple[SamplerSettings, Calibration | None]:
     """The settings with a timestep for --t_switch auto: that of the run that goes on, or the best by measurement.
 
     Times vary, so a run that goes on must not choose anew. On process 0 also the measurement, if one was made now.
     """
+    if settings.logsnr_switch is not None:
+        clean = [t for t in range(schedule.num_timesteps) if schedule.log_snr(t) >= settings.logsnr_switch]
+        return replace(settings, t_switch=max(clean, default=-1), logsnr_switch=None), None
     if settings.t_switch != "auto":
         return settings, None
 
@@ -146,30 +153,38 @@ def save_calibration(settings: SamplerSettings, plan: Plan, calibration: Calibra
 
 
 def make_stages(
-    settings: SamplerSettings, plan: Plan, networks: Sequence[Network], timesteps: Sequence[int], device: torch.device
+    settings: SamplerSettings,
+    plan: Plan,
+    networks: Sequence[Network],
+    solver: Solver,
+    timesteps: Sequence[int],
+    device: torch.device,
 ) -> tuple[list[Stage], list[BackboneDenoiser]]:
     """The stages, and the networks in them. Raises InputError where a network does not suit its stage."""
     from common.devices import DTYPES
+    from diffusion.matching import own_timesteps
     from diffusion.sampling import Stage, split_timesteps
-    from generation.run import guide
+    from generation.run import denoiser_of, guide
     from models.inference import BackboneDenoiser, Offloader
     from models.loading import check_range
 
     own = split_timesteps(timesteps, plan.lowest)
+    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
     if not settings.allow_outside_range:
         for stage, visited in zip(plan.stages, own, strict=True):
             advice = f"let another network run there ({plan.source}), or give --allow_outside_range"
-            check_range(networks[stage.network], visited, advice)
+            check_range(networks[stage.network], [times[stage.network][t] for t in visited], advice)
     dtype = DTYPES[settings.speed.precision]
     backbones = [
-        BackboneDenoiser(network.module, timesteps, dtype, device, compiled=settings.speed.compile, cache=cache)
-        for network, cache in zip(networks, make_caches(settings, plan, networks, own), strict=True)
+        BackboneDenoiser(network.module, own_times, dtype, device, compiled=settings.speed.compile, cache=cache)
+        for network, own_times, cache in zip(networks, times, make_caches(settings, plan, networks, own), strict=True)
     ]
     offloader = Offloader([network.module for network in networks], device) if settings.offload else None
     stages = []
     for stage, visited in zip(plan.stages, own, strict=True):
         config = networks[stage.network].config
-        denoiser = guide(config, backbones[stage.network], stage.guidance_scale, stage.option)
+        denoiser = denoiser_of(backbones[stage.network], config, solver)
+        denoiser = guide(config, denoiser, stage.guidance_scale, stage.option)
         session = partial(offloader.resident, stage.network) if offloader else nullcontext
         stages.append(Stage(denoiser, visited, session))
     return stages, backbones

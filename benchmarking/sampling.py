@@ -32,10 +32,11 @@ def measure_sampling(
     config, size = full.config, settings.batch_size
     schedule = NoiseSchedule(**config.diffusion_params.schedule)
     timesteps = spaced_timesteps(schedule.num_timesteps, settings.steps)
+    times = {t: t for t in timesteps}
     networks = {"shallow": shallow, "full": full}
     flops = {name: uvit_flops(network.module) for name, network in networks.items()}
     backbones = {
-        name: BackboneDenoiser(network.module, timesteps, DTYPES[precision], device, compiled=settings.compile)
+        name: BackboneDenoiser(network.module, times, DTYPES[precision], device, compiled=settings.compile)
         for name, network in networks.items()
     }
     shape = config.model_params.image_shape

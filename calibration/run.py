@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +25,12 @@ from common.devices import DTYPES
 from common.errors import InputError
 from data import open_dataset
 from diffusion.divergence import step_weights
+from diffusion.matching import own_timesteps
 from diffusion.solvers import Solver, make_solver
-from generation.run import guide, solver_of
+from generation.run import denoiser_of, guide, solver_of
 from models.flops import uvit_flops
 from models.inference import BackboneDenoiser
-from models.loading import Network, check_range
+from models.loading import Network, check_range, knows
 
 KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by their option
 
@@ -63,12 +64,16 @@ def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.
     """
     full, choice = networks[-1], settings.choice
     config = full.config
-    solver, timesteps = solver_of(settings.solver, config)
+    solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
     check_growing(networks)
-    known = [range(solver.schedule.num_timesteps)] * len(networks)
+    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
+    known: list[Collection[int]] = [timesteps] * len(networks)
     if not settings.allow_outside_range:
-        known = [network.config.trained_timesteps for network in networks]
-        check_range(full, timesteps, "what the others are held against must be known everywhere")
+        check_range(full, list(times[-1].values()), "the network that the others are held against must know them all")
+        known = [
+            {t for t, own in of_network.items() if knows(network, own)}
+            for network, of_network in zip(networks, times, strict=True)
+        ]
     params = config.model_params
     dataset = open_dataset(
         choice.dataset,
@@ -82,10 +87,14 @@ def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.
     denoisers = [
         guide(
             network.config,
-            BackboneDenoiser(network.module, timesteps, DTYPES[settings.precision], device),
+            denoiser_of(
+                BackboneDenoiser(network.module, of_network, DTYPES[settings.precision], device),
+                network.config,
+                solver,
+            ),
             settings.guidance_scale,
         )
-        for network in networks
+        for network, of_network in zip(networks, times, strict=True)
     ]
     visited = [[t for t in timesteps if t in able] for able in known]
     if idle := [network for network, own in zip(networks, visited, strict=True) if not own]:
@@ -116,7 +125,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.
     rule, judge = rule_of(choice), steps
     if rule == KNEE and not random:
         # Squared shifts grow too evenly to have a knee where scores begin to suffer.
-        rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", solver.schedule, config.parametrization)
+        rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", solver.schedule, solver.parametrization)
         judge, _ = weighed(predictions, ancestral, timesteps, costs)
     judged = options_of(judge)
     choices = [

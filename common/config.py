@@ -19,12 +19,16 @@ from common.files import check_regular
 from common.settings import Checked, build, check_types, differences, option, plain, section, shown
 
 MODELS = ("uvit", "deediff_uvit")
-PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
+PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous", "predict_v", "predict_velocity")
 SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 MOST_YAML_BYTES = 2**20
-BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp")
+BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp", "cosine", "rectified_flow")
+# Of samplers that do not take their network's own; of latent diffusion for scaled_linear, of DDPM for the others.
+SAMPLING_SCHEDULES: dict[str, dict[str, Any]] = {
+    name: {"beta_schedule": name, "beta_start": 1e-4, "beta_end": 0.02} for name in BETA_SCHEDULES
+} | {"scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}}
 CLASSIFIER_TYPES = (
     "attention_probe",
     "mlp_probe_per_layer",
@@ -128,10 +132,13 @@ class DiffusionConfig(Checked):
 
     beta_schedule: betas linear, or linear in their square root (scaled_linear), from beta_start to beta_end; or those
     between T points of the continuous VP process (continuous_vp), whose beta rises from T beta_start to T beta_end in
-    time 0..1.
+    time 0..1; or those of the squared cosine (cosine; Nichol and Dhariwal 2021, Eq. 17, betas of at most 0.999); or
+    those of the variance-preserving process that has, at the times s = (t + 1/2) / T, the signal-to-noise ratio of
+    rectified flow, x_s = (1 - s) x0 + s eps (rectified_flow; Liu et al. 2023). The last two take no other numbers.
 
-    The network's time input is time_scale * (t + time_shift), see `diffusion.time_input`. The public U-ViT weights
-    expect 0.999 (t + 1), which is 999 times the continuous time, or t + 1.
+    The network's time input is time_scale * (t + time_shift), or with toward_data time_scale * (T - t - time_shift),
+    see `diffusion.time_input`. The public U-ViT weights expect 0.999 (t + 1), which is 999 times the continuous time,
+    or t + 1; SiT 1 - (t + 1/2) / 1000. toward_data: the network's time and velocity run from noise to data, as in SiT.
     """
 
     num_timesteps: int = option(1000, "T, of the noise schedule", least=1, most=100_000)
@@ -140,11 +147,19 @@ class DiffusionConfig(Checked):
     beta_end: float = option(0.02, "beta at t = T - 1", least=0, most=1, above=True)
     time_scale: float = option(1.0, "the time input is time_scale (t + time_shift)", least=0, most=1000, above=True)
     time_shift: float = option(0.0, "see --time_scale", least=-1000, most=1000)
+    toward_data: bool = option(False, "the network's time and velocity run from noise to data, as in SiT")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.beta_start <= self.beta_end < 1:
             raise InputError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted start <= end < 1")
+
+    @property
+    def time_line(self) -> tuple[float, float]:
+        """(scale, shift) of the network's time input, scale * (t + shift)."""
+        if self.toward_data:
+            return -self.time_scale, self.time_shift - self.num_timesteps
+        return self.time_scale, self.time_shift
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -218,7 +233,7 @@ class Config(Checked):
     def conventions(self) -> str:
         """For people: the noise schedule, and what the network is told of t."""
         diffusion, normalize = self.diffusion_params, self.model_params.normalize_timesteps
-        scale, shift = diffusion.time_scale, diffusion.time_shift
+        scale, shift = diffusion.time_line
         told = f"t {'-' if shift < 0 else '+'} {abs(shift):g}" if shift else "t"
         if shift and (scale != 1 or normalize):
             told = f"({told})"

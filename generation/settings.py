@@ -127,6 +127,14 @@ class SamplerSettings(RunSettings):
         decides=(),
         why=AS_STAGES,
     )
+    logsnr_switch: float | None = of_stages(
+        None,
+        "--t_switch as a log-SNR, log (alpha bar / (1 - alpha bar)), which is the same point under any noise schedule",
+        least=-100,
+        most=100,
+        decides=(),
+        why=AS_STAGES,
+    )
     guidance_scale_late: float | None = of_samples(
         None, "of the full backbone (default: --guidance_scale)", least=0, most=1000, decides=(), why=AS_STAGES
     )
@@ -165,14 +173,23 @@ class SamplerSettings(RunSettings):
         """End where the flags name no network, or name them twice."""
         of_two = ("config_path_late", "guidance_scale_late")
         if self.stages:
-            for name in ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", *of_two):
+            for name in (
+                "checkpoint_path",
+                "config_path",
+                "checkpoint_path_late",
+                "t_switch",
+                "logsnr_switch",
+                *of_two,
+            ):
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
             return
         if not self.checkpoint_path:
             raise InputError("give --checkpoint_path, or --stages")
-        if (self.checkpoint_path_late is None) != (self.t_switch is None):
-            raise InputError("--checkpoint_path_late and --t_switch go together")
+        if self.t_switch is not None and self.logsnr_switch is not None:
+            raise InputError("--t_switch and --logsnr_switch are two names of one point; give one of them")
+        if (self.checkpoint_path_late is None) != (self.t_switch is None and self.logsnr_switch is None):
+            raise InputError("--checkpoint_path_late and --t_switch (or --logsnr_switch) go together")
         for name in (*of_two, "offload"):
             if getattr(self, name) not in (None, False) and not self.checkpoint_path_late:
                 raise InputError(f"--{name} needs --checkpoint_path_late")

@@ -13,14 +13,16 @@ from models.uvit import UViT
 
 
 def to_working_precision(
-    network: nn.Module, uvit: UViT, timesteps: Sequence[int], dtype: torch.dtype, device: torch.device
+    network: nn.Module, uvit: UViT, timesteps: Mapping[int, float], dtype: torch.dtype, device: torch.device
 ) -> dict[int, Tensor]:
-    """Put a network's weights into dtype. Returns what it is told at each timestep, {t: (1, D)} on the device.
+    """Put a network's weights into dtype. Returns its time tokens, by the sampler's t, {t: (1, D)} on the device.
 
-    uvit: the backbone in the network. Its time tokens are made first, in fp32: half precision cannot tell 997 from 998.
+    uvit: the backbone in the network. timesteps: its own for each of the sampler's, see
+    `diffusion.matching.own_timesteps`. Time tokens are made first, in fp32: half precision cannot tell 997 from 998.
     """
     with torch.no_grad():
-        tokens = uvit.time_tokens(torch.tensor(timesteps, device=uvit.pos_embed.device)).to(device, dtype)
+        own = torch.tensor(list(timesteps.values()), device=uvit.pos_embed.device)
+        tokens = uvit.time_tokens(own).to(device, dtype)
     network.to(dtype)
     return dict(zip(timesteps, tokens.split(1), strict=True))
 
@@ -61,16 +63,16 @@ class MiddleCache:
 class BackboneDenoiser:
     """A U-ViT as a denoiser. What comes and goes is fp32, whatever the network works in.
 
-    timesteps: those it will be called at. device: where the images are; the network may come there later, see
-    `Offloader`. compiled: through torch.compile, on CUDA with its graphs; batches of
-    another size than the first run as they are, since a last batch is not worth a second compilation.
-    cache: None to run all blocks at every timestep.
+    timesteps: those it will be called at, and the network's own for each of them. device: where the images are; the
+    network may come there later, see `Offloader`. compiled: through torch.compile, on CUDA with its graphs; batches of
+    another size than the first run as they are, since a last batch is not worth a second compilation. cache: None to
+    run all blocks at every timestep.
     """
 
     def __init__(
         self,
         uvit: UViT,
-        timesteps: Sequence[int],
+        timesteps: Mapping[int, float],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -110,7 +112,7 @@ class EarlyExitTracer:
     def __init__(
         self,
         model: EarlyExitUViT,
-        timesteps: Sequence[int],
+        timesteps: Mapping[int, float],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -119,6 +121,7 @@ class EarlyExitTracer:
         compiled: bool = False,
     ):
         self.model, self.threshold, self.min_group = model, threshold, min_group
+        self.probed = {t: max(0, round(own)) for t, own in timesteps.items()}  # probes are tables over integers
         self.time_tokens = to_working_precision(model, model.uvit, timesteps, dtype, device)
         if compiled:
             for block in model.uvit.blocks:
@@ -126,7 +129,7 @@ class EarlyExitTracer:
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> ExitTrace:
         return self.model.trace_early_exit(
-            x_t, t, y, threshold=self.threshold, min_group=self.min_group, time=self.time_tokens[t]
+            x_t, self.probed[t], y, threshold=self.threshold, min_group=self.min_group, time=self.time_tokens[t]
         )
 
 

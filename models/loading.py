@@ -14,7 +14,7 @@ from torch import nn
 
 from common.config import Config, build_config, contradictions, read_yaml
 from common.errors import InputError
-from common.settings import merge, plain
+from common.settings import in_words, merge, plain
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
 from models.weights import Weights, check_fit, read_weights
@@ -45,7 +45,7 @@ class Network(Generic[M]):
 def build_network(config: Config) -> UViT | EarlyExitUViT:
     """A network with fresh weights."""
     uvit = UViT(**plain(config.model_params))
-    uvit.time_scale, uvit.time_shift = config.diffusion_params.time_scale, config.diffusion_params.time_shift
+    uvit.time_scale, uvit.time_shift = config.diffusion_params.time_line
     if config.classifier_type is None:
         return uvit
     return EarlyExitUViT(uvit, config.classifier_type, config.diffusion_params.num_timesteps)
@@ -176,37 +176,62 @@ def _loaded(
 
 
 def check_pair(early: Network, late: Network) -> None:
-    """Raises InputError unless the two can run on one image, stage by stage."""
-    if different := task_differences(early.config, late.config):
+    """Raises InputError unless the two can run on one image, stage by stage.
+
+    They may differ in noise schedule and parametrization, see `diffusion.matching`, unless one predicts x_{t-1}, which
+    holds for the steps of its own schedule alone.
+    """
+    if different := image_differences(early.config, late.config):
         raise InputError(f"{early.path} and {late.path} cannot run on one image: they differ in {', '.join(different)}")
 
 
+def image_differences(one: Config, other: Config) -> list[str]:
+    """["num_classes (10 and -1)", ...]: why two networks cannot work on one image."""
+    previous = "predict_previous" in (one.parametrization, other.parametrization)
+    return _differing(
+        ("image shape", one.model_params.image_shape, other.model_params.image_shape),
+        ("num_classes", one.model_params.num_classes, other.model_params.num_classes),
+        ("scale of latents", _scale(one), _scale(other)),
+        ("crop", one.crop or other.crop, other.crop or one.crop),
+        ("real_classes", len(one.classes), len(other.classes)),
+        *(_outputs(one, other) if previous else ()),
+    )
+
+
 def task_differences(one: Config, other: Config) -> list[str]:
-    """["num_classes (10 and -1)", ...]: why the outputs of two networks do not mean the same."""
+    """The same, and why the outputs of two networks do not mean the same."""
+    return image_differences(one, other) + _differing(*_outputs(one, other))
+
+
+def _outputs(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
     return [
-        f"{name} ({a} and {b})"
-        for name, a, b in (
-            ("image shape", one.model_params.image_shape, other.model_params.image_shape),
-            ("num_classes", one.model_params.num_classes, other.model_params.num_classes),
-            ("scale of latents", _scale(one), _scale(other)),
-            ("crop", one.crop or other.crop, other.crop or one.crop),
-            ("parametrization", one.parametrization, other.parametrization),
-            ("noise schedule", one.diffusion_params.schedule, other.diffusion_params.schedule),
-            ("real_classes", len(one.classes), len(other.classes)),
-        )
-        if a != b
+        ("parametrization", one.parametrization, other.parametrization),
+        ("noise schedule", one.diffusion_params.schedule, other.diffusion_params.schedule),
     ]
+
+
+def _differing(*pairs: tuple[str, Any, Any]) -> list[str]:
+    return [f"{name} ({in_words(a)} and {in_words(b)})" for name, a, b in pairs if a != b]
 
 
 def _scale(config: Config) -> float | None:
     return None if config.autoencoder is None else config.autoencoder.scale
 
 
-def check_range(network: Network, timesteps: Sequence[int], advice: str) -> None:
-    """Raises InputError, which ends in the advice, unless the network was trained on all these timesteps."""
+def knows(network: Network, t: float) -> bool:
+    """Whether the network was trained on its own timestep t; one between the integers belongs to the one above."""
     trained = network.config.trained_timesteps
-    if outside := [t for t in timesteps if t not in trained]:
-        shown = ", ".join(map(str, outside[:3])) + (", ..." if len(outside) > 3 else "")
+    return trained[0] - 1 < t <= trained[-1]
+
+
+def check_range(network: Network, timesteps: Sequence[float], advice: str) -> None:
+    """Raises InputError, which ends in the advice, unless the network was trained on all these timesteps.
+
+    timesteps: the network's own, see `knows`.
+    """
+    trained = network.config.trained_timesteps
+    if outside := [t for t in timesteps if not knows(network, t)]:
+        shown = ", ".join(f"{t:g}" for t in outside[:3]) + (", ..." if len(outside) > 3 else "")
         raise InputError(
             f"{network.path} was trained on t = {trained[0]}..{trained[-1]} alone, and would run at t = {shown}; "
             f"{advice}"

@@ -78,7 +78,14 @@ def lock(path: Path, busy: str) -> AbstractContextManager:
             raise
         log.warning("%s cannot be locked: see that nothing else works there", path.parent)
         return nullcontext()
-    at_end_of_command(held.release)
+
+    def release() -> None:
+        if held.is_locked:
+            with suppress(OSError):
+                os.truncate(path, 0)
+            held.release()
+
+    at_end_of_command(release)
     return taken
 
 

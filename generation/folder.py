@@ -16,7 +16,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,7 +236,12 @@ class SampleFolder:
         on_main(begin)
         total = len(self.mine) * num_timesteps
         with going_on_later(), tqdm(total=total, unit="step", disable=True if self.quiet else None) as bar:
-            yield bar
+            try:
+                yield bar
+            except InputError:
+                if world_size() == 1:  # others may be in the midst of a batch
+                    self._forget()
+                raise
             barrier()
 
     def _begin(self) -> None:
@@ -265,6 +270,18 @@ class SampleFolder:
             # Known before the first image is: a run that was stopped is not taken for a whole one.
             (self.report / "metrics.json").unlink(missing_ok=True)
             write_json(self.report / "statistics.json", {"n_samples": self.n_samples})
+
+    def _forget(self) -> None:
+        """Remove the files of `_begin`, if no sample was made: a refused run leaves nothing. A calibration stays."""
+        if any(self.batches.iterdir()):
+            return
+        self._lock.__exit__(None, None, None)  # it cannot be removed everywhere while it is open
+        for name in ("run.json", "statistics.json", ".lock"):
+            (self.report / name).unlink(missing_ok=True)
+        for name in ("batches", "frames"):
+            shutil.rmtree(self.report / name, ignore_errors=True)
+        with suppress(OSError):  # where something is left
+            self.report.rmdir()
 
     def finished(self) -> list[Batch]:
         """The batches whose files can be read, by their first sample."""

@@ -71,6 +71,7 @@ def test_it_ends_with_the_command(tmp_path):
     for _ in range(2):
         with pytest.raises(SystemExit):
             main()
+        assert (tmp_path / ".lock").read_bytes() == b""  # nobody is named who has gone
     with lock(tmp_path / ".lock", "busy"), pytest.raises(InputError, match=rf"process {os.getpid()} "):
         lock(tmp_path / ".lock", "busy")
 

@@ -136,7 +136,7 @@ def settled_switch(
             quiet=settings.machine.quiet,
         )
         # Copies: measuring puts weights into the working precision, which is done once.
-        copies = [network._replace(module=copy.deepcopy(network.module)) for network in networks]
+        copies = [replace(network, module=copy.deepcopy(network.module)) for network in networks]
         calibration = calibrate(measurement, copies, device)
         print(in_words(calibration))
         return calibration.chosen.t_switch(calibration.steps.timesteps)
@@ -243,7 +243,7 @@ def describe_work(
     batches: int,
 ) -> list[dict[str, Any]]:
     """How often each network ran, for the report."""
-    from models.flops import uvit_flops
+    from models.flops import backbone_flops
 
     described = []
     for k, (name, network, backbone) in enumerate(zip(plan.names, networks, backbones, strict=True)):
@@ -253,8 +253,8 @@ def describe_work(
             for t in stage.timesteps
             if planned.network == k
         ]
-        cache, whole = backbone.cache, uvit_flops(network.module)
-        around = uvit_flops(network.module, cache.outer) if cache else whole
+        cache, whole = backbone.cache, backbone_flops(network.module)
+        around = backbone_flops(network.module, cache.outer) if cache else whole
         reused = {t for t, _ in visited if cache and cache.reuses(t)}
         costs = [passes * (around if t in reused else whole) for t, passes in visited]
         work = {

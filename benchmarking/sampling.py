@@ -19,7 +19,7 @@ from common.seeds import nth_seed
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, Stage, random_classes, sample, split_timesteps
 from diffusion.solvers import make_solver, spaced_timesteps
-from models.flops import uvit_flops
+from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network
 
@@ -34,7 +34,7 @@ def measure_sampling(
     timesteps = spaced_timesteps(schedule.num_timesteps, settings.steps)
     times = {t: t for t in timesteps}
     networks = {"shallow": shallow, "full": full}
-    flops = {name: uvit_flops(network.module) for name, network in networks.items()}
+    flops = {name: backbone_flops(network.module) for name, network in networks.items()}
     backbones = {
         name: BackboneDenoiser(network.module, times, DTYPES[precision], device, compiled=settings.compile)
         for name, network in networks.items()

@@ -13,7 +13,7 @@ from benchmarking.measure import MatrixProduct, in_turns, peak_memory, ratio
 from benchmarking.settings import TrainingBenchmark
 from data.dataset import InMemoryDataset, training_batches
 from models.early_exit import EarlyExitUViT
-from models.flops import early_exit_training_flops, uvit_flops
+from models.flops import backbone_flops, early_exit_training_flops
 from models.loading import Network
 from training.batches import BatchMaker
 from training.losses import Objective, backbone_objective, early_exit_objective
@@ -88,4 +88,4 @@ def task_of(module: nn.Module, freeze_backbone: bool) -> tuple[Objective, int]:
     if isinstance(module, EarlyExitUViT):
         module.uvit.requires_grad_(not freeze_backbone)
         return early_exit_objective(freeze_backbone, False), early_exit_training_flops(module, freeze_backbone)
-    return backbone_objective, 3 * uvit_flops(module)
+    return backbone_objective, 3 * backbone_flops(module)

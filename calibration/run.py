@@ -28,7 +28,7 @@ from diffusion.divergence import step_weights
 from diffusion.matching import own_timesteps
 from diffusion.solvers import Solver, make_solver
 from generation.run import denoiser_of, guide, solver_of
-from models.flops import uvit_flops
+from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network, check_range, knows
 
@@ -74,13 +74,13 @@ def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.
             {t for t, own in of_network.items() if knows(network, own)}
             for network, of_network in zip(networks, times, strict=True)
         ]
-    params = config.model_params
+    channels, side, _ = image_shape = config.model_params.image_shape
     dataset = open_dataset(
         choice.dataset,
         choice.data_path,
-        img_size=params.img_size,
-        in_chans=params.in_chans,
-        num_classes=params.num_classes,
+        img_size=side,
+        in_chans=channels,
+        num_classes=config.model_params.num_classes,
         crop=choice.crop or (config.crop if config.dataset == choice.dataset else None),
     )
     indices = choose_images(dataset, choice.n_images, settings.seed)
@@ -100,9 +100,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network], device: torch.
     if idle := [network for network, own in zip(networks, visited, strict=True) if not own]:
         raise InputError(f"{idle[0].path} was trained on none of the timesteps of this sampler")
     classes = len(config.classes)
-    costs = seconds_per_call(
-        denoisers, [own[0] for own in visited], params.image_shape, classes, settings.batch_size, device
-    )
+    costs = seconds_per_call(denoisers, [own[0] for own in visited], image_shape, classes, settings.batch_size, device)
     of_switches = len(networks) == 2 and not settings.free
 
     def options_of(steps: Steps) -> list[Option]:
@@ -175,7 +173,7 @@ def rule_of(choice: CalibrationSettings) -> str:
 def check_growing(networks: Sequence[Network]) -> None:
     """Raises InputError unless each network calculates at least as much as the one before it, so that it is slower."""
     for one, other in itertools.pairwise(networks):
-        if uvit_flops(one.module) > uvit_flops(other.module):
+        if backbone_flops(one.module) > backbone_flops(other.module):
             raise InputError(
                 f"{one.path} is larger than {other.path}: give the networks from small to large, the full one last"
             )

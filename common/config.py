@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -18,7 +18,9 @@ from common.errors import InputError
 from common.files import check_regular
 from common.settings import Checked, build, check_types, differences, option, plain, section, shown
 
-MODELS = ("uvit", "deediff_uvit")
+BACKBONES = ("uvit", "dit")  # that are built and trained here
+TRAINABLE = (*BACKBONES, "deediff_uvit")
+MODELS = (*TRAINABLE, "diffusers")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous", "predict_v", "predict_velocity")
 SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -70,6 +72,16 @@ class UViTConfig(Checked):
     def image_shape(self) -> tuple[int, int, int]:
         return self.in_chans, self.img_size, self.img_size
 
+    @property
+    def no_class(self) -> int | None:
+        """None: any of the classes may be kept for that, see `Config.no_class`."""
+        return None
+
+    @property
+    def num_labels(self) -> int:
+        """The classes that y may be; 0 for an unconditional network."""
+        return max(0, self.num_classes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(Checked):
@@ -85,6 +97,7 @@ class DiTConfig(Checked):
     # More than 0: there is one more class, num_classes, that stands for none.
     class_dropout_prob: float = option(0.1, "how often training drops the class", least=0, most=1)
     num_classes: int = option(1000, 'without "no class"; -1: unconditional', least=-1, most=1_000_000)
+    normalize_timesteps: ClassVar[bool] = False
     # False takes weights of either kind.
     learn_sigma: bool = option(False, "the weights make a variance too, which is dropped")
 
@@ -111,6 +124,33 @@ class DiTConfig(Checked):
     def num_labels(self) -> int:
         """The classes that y may be, "no class" among them; 0 for an unconditional network."""
         return max(0, self.num_classes) + (self.no_class is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersConfig(Checked):
+    """A network in a folder of diffusers, as far as samplers ask. Its architecture stays in that folder."""
+
+    network: str = option(flag=False, help="its class in diffusers", choices=("UNet2DModel", "DiTTransformer2DModel"))
+    sample_size: int = option(flag=False, help="side of the images or latents", least=1, most=4096)
+    in_channels: int = option(flag=False, help="channels", least=1, most=256)
+    num_blocks: int = option(flag=False, help="transformer blocks, or levels of a U-Net", least=1, most=999)
+    num_classes: int = option(-1, 'without "no class"; -1: unconditional', flag=False, least=-1, most=1_000_000)
+    has_no_class: bool = option(False, "there is one more class, num_classes, that stands for none", flag=False)
+    normalize_timesteps: ClassVar[bool] = False
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.sample_size, self.sample_size
+
+    @property
+    def no_class(self) -> int | None:
+        """The class that stands for none, where the network is known to have one."""
+        return self.num_classes if self.has_no_class else None
+
+    @property
+    def num_labels(self) -> int:
+        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
+        return max(0, self.num_classes) + self.has_no_class
 
 
 def check_multiple(name: str, value: int, **divisors: int) -> None:
@@ -187,7 +227,11 @@ class Config(Checked):
     """
 
     model: str = option("uvit", choices=MODELS, flag=False)
-    model_params: UViTConfig = section("architecture of the network (beats --config_path)")
+    model_params: UViTConfig | DiTConfig | DiffusersConfig = section(
+        "architecture of the network (beats --config_path)",
+        kinds={"uvit": UViTConfig, "dit": DiTConfig, "deediff_uvit": UViTConfig, "diffusers": DiffusersConfig},
+        chosen_by="model",
+    )
     classifier_type: str | None = option(None, "probes of an early-exit model", choices=CLASSIFIER_TYPES)
     parametrization: str = option("predict_noise", "output of the network", choices=PARAMETRIZATIONS)
     diffusion_params: DiffusionConfig = section("noise schedule of the network", DiffusionConfig())
@@ -211,6 +255,11 @@ class Config(Checked):
             raise InputError(f"classifier_type={self.classifier_type} needs model deediff_uvit, not {self.model}")
         if not min(1, num_classes) <= self.real_classes <= max(0, num_classes):
             raise InputError(f"real_classes={self.real_classes}: wanted 1..num_classes={num_classes}")
+        if self.diffusion_params.toward_data and self.parametrization != "predict_velocity":
+            raise InputError(
+                f"parametrization={self.parametrization}: a flow network whose time runs toward the data predicts its "
+                "velocity; give predict_velocity, or leave toward_data out"
+            )
         if not self.t_min <= self.t_max <= last:
             raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted 0 <= t_min <= t_max <= {last}")
 
@@ -227,7 +276,10 @@ class Config(Checked):
     @property
     def no_class(self) -> int | None:
         """The class that stands for none, where the network has one."""
-        return len(self.classes) if self.classes and len(self.classes) == self.model_params.num_classes - 1 else None
+        if self.model_params.no_class is not None:
+            return self.model_params.no_class
+        one_more = self.classes and len(self.classes) == self.model_params.num_labels - 1
+        return len(self.classes) if one_more else None
 
     @property
     def conventions(self) -> str:

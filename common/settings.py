@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -45,6 +45,8 @@ class About:
     parse: Callable[[str], Any] | None = None  # a value from the text of the command line, where it is of no plain type
     positional: bool = False
     metavar: str | None = None
+    kinds: Mapping[str, type] | None = None  # of a section: its classes, by the value of the field `chosen_by`
+    chosen_by: str = ""
 
 
 def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (RESULT,), why: str = "", **about: Any):
@@ -66,9 +68,13 @@ def option(default: Any = MISSING, help: str = "", *, decides: Sequence[str] = (
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(title: str, default: Any = MISSING) -> Any:
-    """A field that holds nested settings; title: of their group in --help."""
-    return dataclasses.field(default=default, metadata={"about": About(title)})
+def section(title: str, default: Any = MISSING, *, kinds: Mapping[str, type] | None = None, chosen_by: str = "") -> Any:
+    """A field that holds nested settings.
+
+    title: of their group in --help. kinds, chosen_by: where it may be of several classes, the class by the value of
+    the field `chosen_by`, which stands beside it. Classes may have fields of the same name and type.
+    """
+    return dataclasses.field(default=default, metadata={"about": About(title, kinds=kinds, chosen_by=chosen_by)})
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,35 @@ class Field:
 
     @property
     def section(self) -> type | None:
-        """The dataclass, of a field that holds nested settings."""
-        return next(filter(dataclasses.is_dataclass, self.kinds), None) if not self.many else None
+        """The dataclass, of a field that holds nested settings; the first of several."""
+        return next(iter(self.sections), None)
+
+    @property
+    def sections(self) -> tuple[type, ...]:
+        """The dataclasses, of a field that holds nested settings."""
+        return () if self.many else tuple(filter(dataclasses.is_dataclass, self.kinds))
+
+    def of(self, beside: Mapping[Any, Any], cls: type, where: str) -> Field:
+        """The field with one class, where it may be of several.
+
+        beside: the values of the fields of `cls` that are given. Raises InputError where they choose no class.
+        """
+        if self.about.kinds is None:
+            return self
+        name = self.about.chosen_by
+        value = beside.get(name, next(f.default for f in fields_of(cls) if f.name == name))
+        chosen = self.about.kinds.get(value) if isinstance(value, str) else None
+        if chosen is None:
+            raise InputError(f"{where}: {name}={shown(value)}: choose one of {', '.join(self.about.kinds)}")
+        return dataclasses.replace(self, kinds=(chosen,))
 
 
 def leaves(cls: type) -> Iterator[Field]:
     """The fields of a dataclass of settings and of those in it, without the sections."""
     for f in fields_of(cls):
         if f.section:
-            yield from leaves(f.section)
+            for nested in f.sections:
+                yield from leaves(nested)
         else:
             yield f
 
@@ -185,7 +211,7 @@ def check_types(cls: type, given: Mapping[Any, Any], where: str) -> dict[str, An
 
     where: the file, for messages. Raises InputError.
     """
-    known = {f.name: f for f in fields_of(cls)}
+    known = {f.name: f.of(given, cls, where) for f in fields_of(cls)}
     if unknown := sorted(shown(key).strip("'") for key in given if key not in known):
         raise InputError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return {key: _typed(known[key], value, f"{where}: {key}") for key, value in given.items()}
@@ -204,6 +230,7 @@ def _typed(f: Field, value: Any, where: str) -> Any:
 def _typed_item(f: Field, value: Any, where: str) -> Any:
     for kind in f.kinds:
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            _check_own(f, kind, value, where)
             return check_types(kind, value, where)
         if get_origin(kind) is Literal and value in get_args(kind):
             return value
@@ -219,6 +246,17 @@ def _typed_item(f: Field, value: Any, where: str) -> Any:
     raise InputError(f"{where} is {shown(value)}, wanted {names}")
 
 
+def _check_own(f: Field, kind: type, value: Mapping[Any, Any], where: str) -> None:
+    """Raises InputError for a key that another class of the section has, and this one has not."""
+    own = {nested.name for nested in fields_of(kind)}
+    for name, other in (f.about.kinds or {}).items():
+        if strange := [nested.name for nested in fields_of(other) if nested.name in value and nested.name not in own]:
+            here = [name for name, of in f.about.kinds.items() if of is kind]
+            raise InputError(
+                f"{where}: {', '.join(strange)} belongs to {f.about.chosen_by} {name}, not {' or '.join(here)}"
+            )
+
+
 def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass `cls`, and of those in it, from nested plain values.
 
@@ -228,7 +266,7 @@ def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     values: dict[str, Any] = {}
     for f in fields_of(cls):
         if f.name in given:
-            values[f.name] = _built(f, given[f.name], f"{where}: {f.name}")
+            values[f.name] = _built(f.of(given, cls, where), given[f.name], f"{where}: {f.name}")
     if missing := [f.name for f in fields_of(cls) if f.default is MISSING and f.name not in values]:
         raise InputError(f"{where}: {', '.join(missing)} not given")
     try:
@@ -249,24 +287,44 @@ def _built(f: Field, value: Any, where: str) -> Any:
 # From the command line
 
 
-def add_options(parser: argparse._ActionsContainer, cls: type, *, partial: bool = False) -> None:
+def add_options(
+    parser: argparse._ActionsContainer, cls: type, *, partial: bool = False, apart_from: Collection[str] = ()
+) -> None:
     """A flag for each field; nested settings are a group of --help.
 
     Flags that were not given are left out of what the parser returns, see `from_flags`. partial: another source may
-    give what these flags do not, so none is required, and each bool has a flag for False too.
+    give what these flags do not, so none is required, and each bool has a flag for False too. apart_from: fields that
+    have a flag already, of another class of the section.
     """
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
+
+    def group(title: str) -> argparse._ActionsContainer:
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        return groups[title]
+
     for f in fields_of(cls):
-        name = f.about.help or f.name if f.section else f.about.group
-        if not f.about.flag:
+        if not f.about.flag or f.name in apart_from:
             continue
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        if f.section:
-            add_options(groups[name], f.section, partial=partial)
-        else:
+        there: dict[str, Field] = {}
+        for nested in f.sections:
+            fields = {field.name: field for field in fields_of(nested) if field.about.flag}
+            if fields.keys() - there.keys():
+                add_options(group(_title(f, nested, there)), nested, partial=partial, apart_from=there)
+            there |= fields
+        if not f.sections:
             flag = f.name if f.about.positional else f"--{f.name}"
-            groups[name].add_argument(flag, **_argument(f, partial))
+            group(f.about.group).add_argument(flag, **_argument(f, partial))
+
+
+def _title(f: Field, cls: type, there: Mapping[str, Field]) -> str:
+    """Of a section's group in --help. there: flags of the section's other classes, which hold for this one too."""
+    if not there:
+        return f.about.help or f.name
+    names = [name for name, of in (f.about.kinds or {}).items() if of is cls]
+    shared = [field for field in fields_of(cls) if field.name in there]
+    defaults = ", ".join(f"--{field.name} (default {field.default})" for field in shared)
+    return f"{f.about.chosen_by} {' or '.join(names)}, which takes {defaults} too"
 
 
 def _argument(f: Field, partial: bool) -> dict[str, Any]:
@@ -354,7 +412,8 @@ def given_of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields_of(cls):
         if f.section and f.about.flag:
-            found |= {f.name: nested} if (nested := given_of(f.section, given)) else {}
+            nested = {name: value for cls in f.sections for name, value in given_of(cls, given).items()}
+            found |= {f.name: nested} if nested else {}
         elif f.about.flag and f.name in given:
             found[f.name] = given[f.name]
     return found

@@ -61,21 +61,21 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
 
     Raises InputError where it takes an autoencoder and none is given, or the network's channels fit neither.
     """
-    params, autoencoder = config.model_params, config.autoencoder
+    channels, autoencoder = config.model_params.image_shape[0], config.autoencoder
     if autoencoder is None:
-        if params.in_chans in (1, 3):
+        if channels in (1, 3):
             return lambda x0: x0
         raise InputError(
-            f"in_chans={params.in_chans}: neither grey (1) nor RGB (3), so the network makes latents; give the "
+            f"{channels} channels, neither grey (1) nor RGB (3): the network makes latents; give the "
             "autoencoder they are of with --autoencoder_checkpoint_path"
         )
     if autoencoder.checkpoint_path is None:
         raise InputError("the network makes latents: give the autoencoder with --autoencoder_checkpoint_path")
-    network = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale, device)
-    if network.network.config.latent_channels != params.in_chans:
+    network = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale_factor, device)
+    if network.network.config.latent_channels != channels:
         raise InputError(
             f"{autoencoder.checkpoint_path} has {network.network.config.latent_channels} latent channels, the "
-            f"network in_chans={params.in_chans}: they do not belong together"
+            f"network {channels} channels: they do not belong together"
         )
     return network.decode
 

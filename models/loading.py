@@ -14,7 +14,9 @@ from torch import nn
 
 from common.config import Config, build_config, contradictions, read_yaml
 from common.errors import InputError
-from common.settings import in_words, merge, plain
+from common.settings import check_types, in_words, merge, plain
+from models.backbone import Backbone
+from models.dit import DiT
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
 from models.weights import Weights, check_fit, read_weights
@@ -22,8 +24,8 @@ from models.weights import Weights, check_fit, read_weights
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
-KINDS: dict[str, type[nn.Module]] = {"uvit": UViT, "deediff_uvit": EarlyExitUViT}
-SCRIPTS = {"uvit": "sampler.py", "deediff_uvit": "eesampler.py"}
+KINDS: dict[str, type[nn.Module]] = {"uvit": UViT, "dit": DiT, "deediff_uvit": EarlyExitUViT}
+SAMPLERS = {Backbone: "sampler.py", EarlyExitUViT: "eesampler.py"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ class Network(Generic[M]):
         return about | plain(self.config)
 
 
-def build_network(config: Config) -> UViT | EarlyExitUViT:
+def build_network(config: Config) -> UViT | DiT | EarlyExitUViT:
     """A network with fresh weights."""
-    uvit = UViT(**plain(config.model_params))
-    uvit.time_scale, uvit.time_shift = config.diffusion_params.time_line
+    backbone = (DiT if config.model == "dit" else UViT)(**plain(config.model_params))
+    backbone.time_scale, backbone.time_shift = config.diffusion_params.time_line
     if config.classifier_type is None:
-        return uvit
-    return EarlyExitUViT(uvit, config.classifier_type, config.diffusion_params.num_timesteps)
+        return backbone
+    return EarlyExitUViT(backbone, config.classifier_type, config.diffusion_params.num_timesteps)
 
 
 def stated_settings(config_path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,19 +75,21 @@ def load_network(
     """Build and load the network of a checkpoint, or of bare weights with settings.
 
     stated: settings from `stated_settings`; needed for bare weights only. described: their source. kind: the class
-    that is wanted; nn.Module for any (bare weights are then a UViT's). Raises InputError where the file does not fit,
-    or contradicts the stated settings.
+    that is wanted: Backbone for any that sampler.py runs, nn.Module for any at all (bare weights are then a UViT's,
+    unless another model is stated). Raises InputError where the file does not fit, or contradicts the stated settings.
     """
     read = read_weights(path, weights)
     if read.settings is None:
-        if (stated.get("model_params") or {}).get("img_size") is None:
+        name = next((name for name, of in KINDS.items() if of is kind), "uvit")
+        stated = merge({"model": name}, stated)
+        if not stated.get("model_params") or (stated["model"] != "dit" and not stated["model_params"].get("img_size")):
             raise InputError(
                 f"{path} does not say what network it belongs to; give its --config_path, or its --img_size, "
                 "--patch_size and whatever else differs from the defaults"
             )
-        name = next((name for name, of in KINDS.items() if of is kind), "uvit")
-        config = build_config(merge({"model": name}, stated), described)
+        config = build_config(stated, described)
     else:
+        check_types(Config, {**stated, "model": read.settings["model"]}, described)
         if different := contradictions(read.settings, stated):
             raise InputError(
                 f"{path} differs from --config_path or the flags in {', '.join(different)}; "
@@ -101,8 +105,8 @@ def load_together(
     *,
     weights: str = "ema",
     device: torch.device | str = "cpu",
-) -> list[Network[UViT]]:
-    """U-ViTs that run on one image, stage by stage.
+) -> list[Network[Backbone]]:
+    """Backbones that run on one image, stage by stage.
 
     files: weights and, where they came without a description, the YAML file of each. given: the command line's
     description; its architecture is the first network's alone. Raises InputError unless every one fits the last.
@@ -112,7 +116,7 @@ def load_together(
         load_network(
             path,
             stated_settings(config_path, given if n == 0 else of_all),
-            UViT,
+            Backbone,
             described=described_by(config_path),
             weights=weights,
             device=device,
@@ -124,8 +128,8 @@ def load_together(
     return networks
 
 
-def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network[UViT]:
-    """A U-ViT that another one learns from, with averaged weights where the file has them.
+def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network[Backbone]:
+    """A backbone that another one learns from, with averaged weights where the file has them.
 
     config: of the other one. Weights that came without a description are taken to be like it in all but the depth,
     which is counted.
@@ -133,10 +137,12 @@ def load_relative(path: Path, config: Config, device: torch.device | str = "cpu"
     read = read_weights(path)
     settings = read.settings
     if settings is None:
-        half = len({match[1] for name in read.state_dict if (match := re.search(r"\bin_blocks\.(\d+)\.", name))})
-        settings = merge(plain(config), {"model_params": {"depth": 2 * half + 1}})
+        found = [re.search(r"\b(?:in_)?blocks\.(\d+)\.", name) for name in read.state_dict]
+        count = len({match[1] for match in found if match})
+        depth = count if config.model == "dit" else 2 * count + 1
+        settings = merge(plain(config), {"model_params": {"depth": max(1, depth)}})
     config = build_config(settings, str(path))
-    return _loaded(path, read, config, UViT, "the network that learns from it", "ema", device)
+    return _loaded(path, read, config, Backbone, "the network that learns from it", "ema", device)
 
 
 def load_described(network: nn.Module, config: Config, path: Path, described: str) -> None:
@@ -162,8 +168,9 @@ def _loaded(
     device: torch.device | str,
 ) -> Network[M]:
     if not issubclass(KINDS[config.model], kind):
-        wanted = next(name for name, of in KINDS.items() if of is kind)
-        raise InputError(f"{path} is a {config.model}, wanted a {wanted}; {SCRIPTS[config.model]} samples from it")
+        wanted = [name for name, of in KINDS.items() if issubclass(of, kind)]
+        script = next(script for of, script in SAMPLERS.items() if issubclass(KINDS[config.model], of))
+        raise InputError(f"{path} is a {config.model}, wanted a {' or '.join(wanted)}; {script} samples from it")
     with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
         shapes = build_network(config)
     read = check_fit(shapes, read, path, weights)
@@ -187,10 +194,11 @@ def check_pair(early: Network, late: Network) -> None:
 
 def image_differences(one: Config, other: Config) -> list[str]:
     """["num_classes (10 and -1)", ...]: why two networks cannot work on one image."""
+    labels, other_labels = one.model_params.num_labels, other.model_params.num_labels
     previous = "predict_previous" in (one.parametrization, other.parametrization)
     return _differing(
         ("image shape", one.model_params.image_shape, other.model_params.image_shape),
-        ("num_classes", one.model_params.num_classes, other.model_params.num_classes),
+        ("num_classes", labels or -1, other_labels or -1),  # with "no class", which a DiT's own number leaves out
         ("scale of latents", _scale(one), _scale(other)),
         ("crop", one.crop or other.crop, other.crop or one.crop),
         ("real_classes", len(one.classes), len(other.classes)),
@@ -200,7 +208,8 @@ def image_differences(one: Config, other: Config) -> list[str]:
 
 def task_differences(one: Config, other: Config) -> list[str]:
     """The same, and why the outputs of two networks do not mean the same."""
-    return image_differences(one, other) + _differing(*_outputs(one, other))
+    directions = one.diffusion_params.toward_data, other.diffusion_params.toward_data
+    return image_differences(one, other) + _differing(*_outputs(one, other), ("toward_data", *directions))
 
 
 def _outputs(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
@@ -215,7 +224,7 @@ def _differing(*pairs: tuple[str, Any, Any]) -> list[str]:
 
 
 def _scale(config: Config) -> float | None:
-    return None if config.autoencoder is None else config.autoencoder.scale
+    return None if config.autoencoder is None else config.autoencoder.scale_factor
 
 
 def knows(network: Network, t: float) -> bool:

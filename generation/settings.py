@@ -76,7 +76,8 @@ class RunSettings(Checked):
     )
     guidance_scale: float = of_samples(
         0.0,
-        "s in cond + s (cond - uncond), 0 is off; needs a network with a class for none",
+        "s in cond + s (cond - uncond), 0 is off, and one less than the scale of DiT and SiT, uncond + s (cond - "
+        "uncond); needs a network with a class for none",
         least=0,
         most=1000,
         decides=(),

@@ -25,7 +25,7 @@ class RunSettings(Checked):
     """What both sampling scripts are told."""
 
     checkpoint_path: Path | None = of_network(
-        None, "weights: .pth or .safetensors", exists="file", decides=(), why=AS_NETWORKS
+        None, "weights: .pth, .safetensors, or a folder of diffusers", exists="path", decides=(), why=AS_NETWORKS
     )
     config_path: Path | None = of_network(
         None,
@@ -115,7 +115,7 @@ class SamplerSettings(RunSettings):
     """Settings of sampler.py."""
 
     checkpoint_path_late: Path | None = of_network(
-        None, "the full backbone; --checkpoint_path is then the shallow one", exists="file", decides=(), why=AS_NETWORKS
+        None, "the full backbone; --checkpoint_path is then the shallow one", exists="path", decides=(), why=AS_NETWORKS
     )
     config_path_late: Path | None = of_network(
         None, "YAML file of the full backbone, like --config_path", exists="file", decides=(), why=AS_NETWORKS

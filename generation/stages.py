@@ -184,7 +184,7 @@ def read_stages(path: Path) -> StageFile:
         paths = {name: getattr(stage, name) for name in ("checkpoint_path", "config_path")}
         paths = {name: path.parent / given for name, given in paths.items() if given is not None}
         for name, file in paths.items():
-            if not file.is_file():
+            if not (file.exists() if name == "checkpoint_path" else file.is_file()):
                 fault = "is a folder" if file.is_dir() else "no such file"
                 raise InputError(f"{path}: stages {n}: {name} {file}: {fault}")
         stages.append(replace(stage, **paths))

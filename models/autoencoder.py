@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
-from common.files import check_regular
+from models.diffusers_folder import pretrained
 from models.weights import check_numbers, read_pth
 
 # f8-ft-mse and autoencoder_kl.pth: the architecture is not in the file.
@@ -87,32 +87,12 @@ def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str
     if not path.exists():
         raise InputError(f"{path}: no such autoencoder; get autoencoder_kl.pth, or give --autoencoder_checkpoint_path")
     if path.is_dir():
-        network = _from_folder(path)
+        network = pretrained(AutoencoderKL, path, "an autoencoder")
     else:
         network = AutoencoderKL(**ARCHITECTURE)
         _fill_from_ldm(network, path)
     check_numbers(network.state_dict(), path)
     return Autoencoder(network, scale_factor).to(device)
-
-
-def _from_folder(path: Path) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json in it, so it is no autoencoder as diffusers saves it")
-    for part in path.glob("*.safetensors"):
-        check_regular(part)
-    try:
-        network, report = AutoencoderKL.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not readable as an autoencoder ({str(error).strip().splitlines()[0]:.160})"
-        ) from None
-    if wrong := [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]:
-        raise InputError(f"{path}: {len(wrong)} weights missing or too many ({', '.join(sorted(wrong)[:3])}, ...)")
-    return network
 
 
 def _fill_from_ldm(network: nn.Module, path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from common.config import Config, build_config, contradictions, read_yaml
+from common.config import Config, DiffusersConfig, build_config, contradictions, read_yaml
 from common.errors import InputError
 from common.settings import check_types, in_words, merge, plain
 from models.backbone import Backbone
+from models.diffusers_folder import DiffusersBackbone, load_backbone, read_folder
 from models.dit import DiT
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
@@ -24,7 +25,12 @@ from models.weights import Weights, check_fit, read_weights
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
-KINDS: dict[str, type[nn.Module]] = {"uvit": UViT, "dit": DiT, "deediff_uvit": EarlyExitUViT}
+KINDS: dict[str, type[nn.Module]] = {
+    "uvit": UViT,
+    "dit": DiT,
+    "deediff_uvit": EarlyExitUViT,
+    "diffusers": DiffusersBackbone,
+}
 SAMPLERS = {Backbone: "sampler.py", EarlyExitUViT: "eesampler.py"}
 
 
@@ -45,7 +51,11 @@ class Network(Generic[M]):
 
 
 def build_network(config: Config) -> UViT | DiT | EarlyExitUViT:
-    """A network with fresh weights."""
+    """A network with fresh weights. Raises InputError for one that exists in its folder alone."""
+    if isinstance(config.model_params, DiffusersConfig):
+        raise InputError(
+            "model diffusers: such a network lies in a folder with its weights; give --checkpoint_path DIR"
+        )
     backbone = (DiT if config.model == "dit" else UViT)(**plain(config.model_params))
     backbone.time_scale, backbone.time_shift = config.diffusion_params.time_line
     if config.classifier_type is None:
@@ -78,6 +88,8 @@ def load_network(
     that is wanted: Backbone for any that sampler.py runs, nn.Module for any at all (bare weights are then a UViT's,
     unless another model is stated). Raises InputError where the file does not fit, or contradicts the stated settings.
     """
+    if path.is_dir():
+        return _load_folder(path, stated, kind, described, device)
     read = read_weights(path, weights)
     if read.settings is None:
         name = next((name for name, of in KINDS.items() if of is kind), "uvit")
@@ -89,14 +101,37 @@ def load_network(
             )
         config = build_config(stated, described)
     else:
-        check_types(Config, {**stated, "model": read.settings["model"]}, described)
-        if different := contradictions(read.settings, stated):
-            raise InputError(
-                f"{path} differs from --config_path or the flags in {', '.join(different)}; "
-                "it carries its own settings, so those can be left out"
-            )
-        config = build_config(merge(stated, read.settings), str(path))
+        config = _agreed(path, read.settings, stated, described)
     return _loaded(path, read, config, kind, described, weights, device)
+
+
+def _agreed(path: Path, carried: Mapping[str, Any], stated: Mapping[str, Any], described: str) -> Config:
+    """The description that a file carries, with what is stated beside it. Raises InputError where they differ."""
+    check_types(Config, {**stated, "model": carried["model"]}, described)
+    if different := contradictions(carried, stated):
+        raise InputError(
+            f"{path} differs from --config_path or the flags in {', '.join(different)}; "
+            "it carries its own settings, so those can be left out"
+        )
+    return build_config(merge(stated, carried), str(path))
+
+
+def _load_folder(
+    path: Path, stated: Mapping[str, Any], kind: type[M], described: str, device: torch.device | str
+) -> Network[M]:
+    """`load_network`, of a folder of diffusers, which says itself what it holds but for the process of a lone model."""
+    folder = read_folder(path)
+    own = folder.description
+    if (stated.get("autoencoder") or {}).get("checkpoint_path"):
+        own.get("autoencoder", {}).pop("checkpoint_path", None)
+    config = _agreed(path, own, stated, described)
+    _check_kind(path, config, kind)
+    network = load_backbone(folder, config.model_params)
+    network.time_scale, network.time_shift = config.diffusion_params.time_line
+    if "diffusion_params" not in own:
+        log.warning("%s has no scheduler; taken from %s: %s", path, described, config.conventions)
+    network.requires_grad_(False).eval().to(device)
+    return Network(network, config, "unknown", None, path)
 
 
 def load_together(
@@ -167,10 +202,7 @@ def _loaded(
     weights: str,
     device: torch.device | str,
 ) -> Network[M]:
-    if not issubclass(KINDS[config.model], kind):
-        wanted = [name for name, of in KINDS.items() if issubclass(of, kind)]
-        script = next(script for of, script in SAMPLERS.items() if issubclass(KINDS[config.model], of))
-        raise InputError(f"{path} is a {config.model}, wanted a {' or '.join(wanted)}; {script} samples from it")
+    _check_kind(path, config, kind)
     with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
         shapes = build_network(config)
     read = check_fit(shapes, read, path, weights)
@@ -180,6 +212,14 @@ def _loaded(
     _note_description(path, read, config, described)
     network.requires_grad_(False).eval().to(device)
     return Network(network, config, read.kind, read.step, path)
+
+
+def _check_kind(path: Path, config: Config, kind: type[nn.Module]) -> None:
+    """Raises InputError unless the network is of the class that is wanted."""
+    if not issubclass(KINDS[config.model], kind):
+        wanted = [name for name, of in KINDS.items() if issubclass(of, kind)]
+        script = next(script for of, script in SAMPLERS.items() if issubclass(KINDS[config.model], of))
+        raise InputError(f"{path} is a {config.model}, wanted a {' or '.join(wanted)}; {script} samples from it")
 
 
 def check_pair(early: Network, late: Network) -> None:

@@ -25,7 +25,11 @@ class RunSettings(Checked):
     """What both sampling scripts are told."""
 
     checkpoint_path: Path | None = of_network(
-        None, "weights: .pth, .safetensors, or a folder of diffusers", exists="path", decides=(), why=AS_NETWORKS
+        None,
+        "weights: .pth, .safetensors, or a folder of export.py or of diffusers",
+        exists="path",
+        decides=(),
+        why=AS_NETWORKS,
     )
     config_path: Path | None = of_network(
         None,

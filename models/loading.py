@@ -20,7 +20,7 @@ from models.diffusers_folder import DiffusersBackbone, load_backbone, read_folde
 from models.dit import DiT
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
-from models.weights import Weights, check_fit, read_weights
+from models.weights import Weights, check_fit, is_exported, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def load_network(
     that is wanted: Backbone for any that sampler.py runs, nn.Module for any at all (bare weights are then a UViT's,
     unless another model is stated). Raises InputError where the file does not fit, or contradicts the stated settings.
     """
-    if path.is_dir():
+    if path.is_dir() and not is_exported(path):
         return _load_folder(path, stated, kind, described, device)
     read = read_weights(path, weights)
     if read.settings is None:

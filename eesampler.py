@@ -33,7 +33,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from generation.exits import ExitRecorder, save_exits
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import write_report
-    from generation.run import denoiser_of, guide, labels_of, noise_of, settled_run, solver_of, warm_up
+    from generation.run import (
+        denoiser_of,
+        guide,
+        labels_of,
+        noise_of,
+        settled_run,
+        solver_of,
+        warm_up,
+        with_named_classes,
+    )
     from models.autoencoder import image_maker
     from models.inference import EarlyExitTracer
     from models.loading import check_range
@@ -41,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with joined_processes(settings.machine.device) as device:
         network = load(settings, device)
         config, model = network.config, network.module
+        settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         solver, timesteps = solver_of(settings.solver, [config])
         settings = settled_run(settings, device, timesteps)

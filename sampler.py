@@ -43,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from diffusion.sampling import sample
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import write_report
-    from generation.run import labels_of, noise_of, settled_run, solver_of, warm_up
+    from generation.run import labels_of, noise_of, settled_run, solver_of, warm_up, with_named_classes
     from models.autoencoder import image_maker
 
     with joined_processes(settings.machine.device) as device:
         networks = load_networks(settings, plan, device)
         config = shared_config(networks)
+        settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
         settings = settled_run(settings, device, timesteps)

@@ -13,6 +13,7 @@ from common.config import SAMPLING_SCHEDULES, Config
 from common.devices import check_compiler, pick_precision
 from common.errors import InputError
 from common.seeds import nth_seed
+from data.imagenet import IMAGENET_CLASSES, label_of_name
 from diffusion import NoiseSchedule
 from diffusion.matching import predicting_noise
 from diffusion.sampling import Denoiser, SeededNoise, Stage, guided, random_classes
@@ -81,6 +82,21 @@ def settled_run(settings: Settings, device: torch.device, timesteps: Sequence[in
         speed=settled_speed(settings.speed, device),
         solver=replace(settings.solver, steps=len(timesteps)),
     )
+
+
+def with_named_classes(settings: Settings, config: Config) -> Settings:
+    """The settings with numbers for the names of --class_name.
+
+    config: of the network. Raises InputError for one that has no classes of ImageNet, and for names that are none.
+    """
+    if not settings.class_name:
+        return settings
+    if len(config.classes) != IMAGENET_CLASSES or not (config.dataset or "imagenet").startswith("imagenet"):
+        raise InputError(
+            f"--class_name {settings.class_name[0]}: names the {IMAGENET_CLASSES} classes of ImageNet, and the network "
+            f"has {len(config.classes)}{f' of {config.dataset}' if config.dataset else ''}; give --class_id"
+        )
+    return replace(settings, class_id=tuple(map(label_of_name, settings.class_name)), class_name=())
 
 
 def labels_of(settings: RunSettings, config: Config, device: torch.device) -> Labels:

@@ -78,6 +78,13 @@ class RunSettings(Checked):
         least=0,
         most=10**6,
     )
+    class_name: tuple[str, ...] = of_samples(
+        (),
+        'in place of --class_id: classes of ImageNet by their English names, such as "golden retriever", of networks '
+        "that number them by the sorted WordNet ids, as the public ones do",
+        decides=(),
+        why="recorded as the numbers of --class_id",
+    )
     guidance_scale: float = of_samples(
         0.0,
         "s in cond + s (cond - uncond), 0 is off, and one less than the scale of DiT and SiT, uncond + s (cond - "
@@ -112,6 +119,8 @@ class RunSettings(Checked):
         super().__post_init__()
         if "random" in self.class_id and len(self.class_id) > 1:
             raise InputError("--class_id: give random alone, or whole numbers")
+        if self.class_name and self.class_id != ("random",):
+            raise InputError("--class_id and --class_name are two names of the same; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

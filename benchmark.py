@@ -79,10 +79,10 @@ def prepare_sampling(settings: SamplingBenchmark, device: torch.device) -> tuple
     from benchmarking.sampling import measure_sampling
     from diffusion import NoiseSchedule
     from diffusion.solvers import make_solver, spaced_timesteps
+    from models.backbone import Backbone
     from models.loading import check_pair
-    from models.uvit import UViT
 
-    full, shallow = open_network(settings.full, UViT, settings), open_network(settings.shallow, UViT)
+    full, shallow = open_network(settings.full, Backbone, settings), open_network(settings.shallow, Backbone)
     check_pair(shallow, full)
     config = full.config
     num_timesteps = config.diffusion_params.num_timesteps
@@ -118,7 +118,7 @@ def prepare_training(settings: TrainingBenchmark, device: torch.device) -> tuple
     from benchmarking.training import measure_training
 
     network = open_network(settings.model, nn.Module, settings)
-    if network.config.model == "uvit" and settings.freeze_backbone:
+    if network.config.model != "deediff_uvit" and settings.freeze_backbone:
         raise InputError(f"--freeze_backbone is for early-exit models; {settings.model} is a backbone")
 
     def measure(precision: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from calibration.run import Calibration
     from evaluation.settings import ScoringSettings
     from generation.settings import SamplerSettings
+    from models.backbone import Backbone
     from models.loading import Network
-    from models.uvit import UViT
 
 BESIDE = (".json", ".png")  # the file of stages
 
@@ -88,7 +88,7 @@ def check_output(settings: CalibrateSettings) -> None:
         )
 
 
-def check_verifying(settings: CalibrateSettings, full: Network[UViT], device: torch.device) -> None:
+def check_verifying(settings: CalibrateSettings, full: Network[Backbone], device: torch.device) -> None:
     """Raises InputError where samples could not be scored, before they are made."""
     from evaluation.features import load_extractor
 

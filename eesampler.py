@@ -29,11 +29,22 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
 
     from common.devices import DTYPES
     from common.distributed import is_main, joined_processes
+    from diffusion.matching import own_timesteps
     from diffusion.sampling import Stage, sample
     from generation.exits import ExitRecorder, save_exits
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import write_report
-    from generation.run import guide, labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up
+    from generation.run import (
+        denoiser_of,
+        guide,
+        labels_of,
+        noise_of,
+        settled_speed,
+        settled_steps,
+        solver_of,
+        warm_up,
+        with_named_classes,
+    )
     from models.autoencoder import image_maker
     from models.inference import EarlyExitTracer
     from models.loading import check_range
@@ -42,14 +53,16 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
         settings = settled_speed(settings, device)
         network = load(settings, plan, device)
         config, model = network.config, network.module
+        settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
-        solver, timesteps = solver_of(settings.solver, config)
+        solver, timesteps = solver_of(settings.solver, [config])
         settings = settled_steps(settings, timesteps)
+        times = own_timesteps(config.diffusion_params, solver.schedule, timesteps)
         if not settings.allow_outside_range:
-            check_range(network, timesteps, "give --allow_outside_range to let it")
+            check_range(network, list(times.values()), "give --allow_outside_range to let it")
         trace = EarlyExitTracer(
             model,
-            timesteps,
+            times,
             DTYPES[settings.speed.chosen_precision],
             device,
             threshold=settings.threshold,
@@ -57,7 +70,8 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
             compiled=settings.speed.compile,
         )
         recorder = ExitRecorder(trace, passes=2 if settings.guidance_scale else 1)
-        stages = [Stage(guide(config, recorder, settings.guidance_scale), timesteps)]
+        denoiser = guide(config, denoiser_of(recorder, config, solver), settings.guidance_scale)
+        stages = [Stage(denoiser, timesteps)]
 
         folder = SampleFolder(settings, fingerprint(settings, [network], plan, device), conditions_of(settings, device))
         folder.open(settings.batch_size, settings.overwrite)

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
     from calibration.run import Calibration
     from common.config import Config
+    from diffusion import NoiseSchedule
     from diffusion.sampling import Stage
+    from diffusion.solvers import Solver
+    from models.backbone import Backbone
     from models.inference import BackboneDenoiser, MiddleCache
     from models.loading import Network
-    from models.uvit import UViT
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +44,19 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     from diffusion.sampling import sample
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import write_report
-    from generation.run import labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up
+    from generation.run import labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up, with_named_classes
     from models.autoencoder import image_maker
 
     with joined_processes(settings.machine.device) as device:
         settings = settled_speed(settings, device)
         networks = load_networks(settings, plan, device)
         config = shared_config(networks)
+        settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
-        solver, timesteps = solver_of(settings.solver, config)
+        solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
         settings = settled_steps(settings, timesteps)
-        plan, calibration = settled_plan(settings, plan, networks, device)
-        stages, backbones = make_stages(settings, plan, networks, timesteps, device)
+        plan, calibration = settled_plan(settings, plan, networks, solver.schedule, device)
+        stages, backbones = make_stages(settings, plan, networks, solver, timesteps, device)
 
         folder = SampleFolder(settings, fingerprint(settings, networks, plan, device), conditions_of(settings, device))
         folder.open(settings.batch_size, settings.overwrite)
@@ -75,17 +78,19 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
             batches = folder.finished()
             work = describe_work(plan, networks, backbones, stages, len(batches))
             summary = write_report(folder, settings, batches, work, sum(b["flops_per_image"] for b in work))
+            if 0 <= (t := plan.stages[0].t_min - 1) < solver.schedule.num_timesteps and len(plan.stages) == 2:
+                print(f"t_switch {t}, log-SNR {solver.schedule.log_snr(t):.3f}")
             print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
             print(summary)
 
 
-def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[UViT]]:
+def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Backbone]]:
     """The networks, which fit each other and the timesteps of their stages."""
     from models.loading import load_together
 
     place = idle_place(settings, device)
     networks = load_together(plan.files, settings.stated, weights=settings.weights, device=place)
-    plan.check_length(networks[0].config.diffusion_params.num_timesteps)
+    plan.check_length(networks[-1].config.diffusion_params.num_timesteps)
     return networks
 
 
@@ -96,20 +101,27 @@ def idle_place(settings: SamplerSettings, device: torch.device) -> torch.device 
     return "cpu" if settings.offload else device
 
 
-def shared_config(networks: Sequence[Network[UViT]]) -> Config:
-    """The first network's description, with the autoencoder that any of them names."""
-    config = networks[0].config
+def shared_config(networks: Sequence[Network[Backbone]]) -> Config:
+    """The last network's description, with the autoencoder that any of them names."""
+    config = networks[-1].config
     named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
     return replace(config, autoencoder=named[0]) if named else config
 
 
 def settled_plan(
-    settings: SamplerSettings, plan: Plan, networks: Sequence[Network[UViT]], device: torch.device
+    settings: SamplerSettings,
+    plan: Plan,
+    networks: Sequence[Network[Backbone]],
+    schedule: NoiseSchedule,
+    device: torch.device,
 ) -> tuple[Plan, Calibration | None]:
-    """The plan with a timestep for --t_switch auto: that of the run that goes on, or the best by measurement.
+    """The plan with a timestep for --logsnr_switch, or for --t_switch auto: of the run that goes on, or measured.
 
     Times vary, so a run that goes on must not choose anew. On process 0 also the measurement, if one was made now.
     """
+    if settings.logsnr_switch is not None:
+        clean = [t for t in range(schedule.num_timesteps) if schedule.log_snr(t) >= settings.logsnr_switch]
+        return plan.switched_at(max(clean, default=-1)), None
     if settings.t_switch != "auto":
         return plan, None
 
@@ -157,39 +169,43 @@ def save_calibration(settings: SamplerSettings, plan: Plan, calibration: Calibra
 def make_stages(
     settings: SamplerSettings,
     plan: Plan,
-    networks: Sequence[Network[UViT]],
+    networks: Sequence[Network[Backbone]],
+    solver: Solver,
     timesteps: Sequence[int],
     device: torch.device,
 ) -> tuple[list[Stage], list[BackboneDenoiser]]:
     """The stages, and the networks in them. Raises InputError where a network does not suit its stage."""
     from common.devices import DTYPES
+    from diffusion.matching import own_timesteps
     from diffusion.sampling import Stage, split_timesteps
-    from generation.run import guide
+    from generation.run import denoiser_of, guide
     from models.inference import BackboneDenoiser, Offloader
     from models.loading import check_range
 
     own = split_timesteps(timesteps, plan.lowest)
+    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
     if not settings.allow_outside_range:
         for stage, visited in zip(plan.stages, own, strict=True):
             advice = f"let another network run there ({plan.source}), or give --allow_outside_range"
-            check_range(networks[stage.network], visited, advice)
+            check_range(networks[stage.network], [times[stage.network][t] for t in visited], advice)
     dtype = DTYPES[settings.speed.chosen_precision]
     backbones = [
-        BackboneDenoiser(network.module, timesteps, dtype, device, compiled=settings.speed.compile, cache=cache)
-        for network, cache in zip(networks, make_caches(settings, plan, networks, own), strict=True)
+        BackboneDenoiser(network.module, own_times, dtype, device, compiled=settings.speed.compile, cache=cache)
+        for network, own_times, cache in zip(networks, times, make_caches(settings, plan, networks, own), strict=True)
     ]
     offloader = Offloader([network.module for network in networks], device) if settings.offload else None
     stages = []
     for stage, visited in zip(plan.stages, own, strict=True):
         config = networks[stage.network].config
-        denoiser = guide(config, backbones[stage.network], stage.guidance_scale, stage.option)
+        denoiser = denoiser_of(backbones[stage.network], config, solver)
+        denoiser = guide(config, denoiser, stage.guidance_scale, stage.option)
         session = partial(offloader.resident, stage.network) if offloader else nullcontext
         stages.append(Stage(denoiser, visited, session))
     return stages, backbones
 
 
 def make_caches(
-    settings: SamplerSettings, plan: Plan, networks: Sequence[Network[UViT]], own: Sequence[Sequence[int]]
+    settings: SamplerSettings, plan: Plan, networks: Sequence[Network[Backbone]], own: Sequence[Sequence[int]]
 ) -> list[MiddleCache | None]:
     """Of each network the cache that --cache_interval asks for; None where it has no middle, or all is to be run.
 
@@ -214,7 +230,7 @@ def make_caches(
     return caches
 
 
-def name_idle(plan: Plan, networks: Sequence[Network[UViT]], stages: Sequence[Stage]) -> None:
+def name_idle(plan: Plan, networks: Sequence[Network[Backbone]], stages: Sequence[Stage]) -> None:
     """Say which stages have none of the run's timesteps."""
     visited = [t for stage in stages for t in stage.timesteps]
     for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
@@ -236,13 +252,13 @@ def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
 
 def describe_work(
     plan: Plan,
-    networks: Sequence[Network[UViT]],
+    networks: Sequence[Network[Backbone]],
     backbones: Sequence[BackboneDenoiser],
     stages: Sequence[Stage],
     batches: int,
 ) -> list[dict[str, Any]]:
     """How often each network ran, for the report."""
-    from models.flops import uvit_flops
+    from models.flops import backbone_flops
 
     described = []
     for k, (name, network, backbone) in enumerate(zip(plan.names, networks, backbones, strict=True)):
@@ -252,8 +268,8 @@ def describe_work(
             for t in stage.timesteps
             if planned.network == k
         ]
-        cache, whole = backbone.cache, uvit_flops(network.module)
-        around = uvit_flops(network.module, cache.outer) if cache else whole
+        cache, whole = backbone.cache, backbone_flops(network.module)
+        around = backbone_flops(network.module, cache.outer) if cache else whole
         reused = {t for t, _ in visited if cache and cache.reuses(t)}
         costs = [passes * (around if t in reused else whole) for t, passes in visited]
         work = {

@@ -48,7 +48,7 @@ def measure_early_exit(
     x = torch.randn(size, *model.uvit.config.image_shape, device=device)
     classes = network.config.classes
     y = random_classes(classes, 0, range(size)).to(device) if classes else None
-    tracer = EarlyExitTracer(model, [T], DTYPES[precision], device, threshold=0.0, compiled=settings.compile)
+    tracer = EarlyExitTracer(model, {T: T}, DTYPES[precision], device, threshold=0.0, compiled=settings.compile)
     time = tracer.time_tokens[T]
 
     probes, images = model.probes, torch.arange(size, device=device)

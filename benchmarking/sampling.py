@@ -20,24 +20,29 @@ from common.timing import in_turns, ratio
 from diffusion import NoiseSchedule
 from diffusion.sampling import Denoiser, SeededNoise, Stage, random_classes, sample, split_timesteps
 from diffusion.solvers import make_solver, spaced_timesteps
-from models.flops import uvit_flops
+from models.backbone import Backbone
+from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
 from models.loading import Network
-from models.uvit import UViT
 
 
 @torch.inference_mode()
 def measure_sampling(
-    settings: SamplingBenchmark, full: Network[UViT], shallow: Network[UViT], precision: str, device: torch.device
+    settings: SamplingBenchmark,
+    full: Network[Backbone],
+    shallow: Network[Backbone],
+    precision: str,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Times and rates of both networks alone, and of sampling with each solver at each t_switch."""
     config, size = full.config, settings.batch_size
     schedule = NoiseSchedule(**config.diffusion_params.schedule)
     timesteps = spaced_timesteps(schedule.num_timesteps, settings.steps)
+    times = {t: t for t in timesteps}
     networks = {"shallow": shallow, "full": full}
-    flops = {name: uvit_flops(network.module) for name, network in networks.items()}
+    flops = {name: backbone_flops(network.module) for name, network in networks.items()}
     backbones = {
-        name: BackboneDenoiser(network.module, timesteps, DTYPES[precision], device, compiled=settings.compile)
+        name: BackboneDenoiser(network.module, times, DTYPES[precision], device, compiled=settings.compile)
         for name, network in networks.items()
     }
     shape = config.model_params.image_shape

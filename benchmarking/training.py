@@ -13,10 +13,10 @@ from benchmarking.measure import MatrixProduct, peak_memory
 from benchmarking.settings import TrainingBenchmark
 from common.timing import in_turns, ratio
 from data.dataset import InMemoryDataset, training_batches
+from models.backbone import Backbone
 from models.early_exit import EarlyExitUViT
-from models.flops import early_exit_training_flops, uvit_flops
+from models.flops import backbone_flops, early_exit_training_flops
 from models.loading import Network
-from models.uvit import UViT
 from training.batches import BatchMaker
 from training.losses import Objective, backbone_objective, early_exit_objective
 from training.settings import OptimisationSettings
@@ -90,5 +90,5 @@ def task_of(module: nn.Module, freeze_backbone: bool) -> tuple[Objective, int]:
     if isinstance(module, EarlyExitUViT):
         module.uvit.requires_grad_(not freeze_backbone)
         return early_exit_objective(freeze_backbone, False), early_exit_training_flops(module, freeze_backbone)
-    assert isinstance(module, UViT)
-    return backbone_objective, 3 * uvit_flops(module)
+    assert isinstance(module, Backbone)
+    return backbone_objective, 3 * backbone_flops(module)

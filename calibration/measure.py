@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ def choose_images(dataset: ImageDataset, n: int, seed: int) -> list[int]:
 @torch.inference_mode()
 def measure_predictions(
     denoisers: Sequence[Denoiser],
-    known: Sequence[range],
+    known: Sequence[Collection[int]],
     solver: Solver,
     timesteps: Sequence[int],
     dataset: ImageDataset,

@@ -17,8 +17,8 @@ from common.files import write_json
 from common.settings import record
 from common.tables import table
 from generation.stages import StageEntry, StageFile, write_stages
+from models.backbone import Backbone
 from models.loading import Network
-from models.uvit import UViT
 
 ROWS = 14  # of the table, beside the chosen one
 WIDE = 0.05  # of all timesteps: how far the choice may wander over resampled images before that is said
@@ -75,7 +75,7 @@ def name_of(calibration: Calibration, option: Option) -> str:
     return " + ".join(map(str, counts(calibration, option))) + " timesteps"
 
 
-def blocks_of(network: Network[UViT]) -> str:
+def blocks_of(network: Network[Backbone]) -> str:
     number = network.config.model_params.num_blocks
     return f"{number} block" + "s" * (number > 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +25,14 @@ from common.devices import DTYPES
 from common.errors import InputError
 from data import open_dataset
 from diffusion.divergence import step_weights
+from diffusion.matching import own_timesteps
 from diffusion.solvers import Solver, make_solver
-from generation.run import guide, solver_of
+from generation.run import denoiser_of, guide, solver_of
 from generation.settings import CalibrationSettings
-from models.flops import uvit_flops
+from models.backbone import Backbone
+from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
-from models.loading import Network, check_range
-from models.uvit import UViT
+from models.loading import Network, check_range, knows
 
 KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by their option
 
@@ -44,7 +45,7 @@ class Calibration(NamedTuple):
     """
 
     settings: Measurement
-    networks: Sequence[Network[UViT]]
+    networks: Sequence[Network[Backbone]]
     of_switches: bool  # there are two, and the full one takes over once: an option is a switch
     predictions: Predictions
     steps: Steps
@@ -58,45 +59,51 @@ class Calibration(NamedTuple):
     images_there: int  # in the dataset
 
 
-def calibrate(settings: Measurement, networks: Sequence[Network[UViT]], device: torch.device) -> Calibration:
+def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], device: torch.device) -> Calibration:
     """Measure, and choose. Puts the networks into their working precision.
 
     Raises InputError where they do not fit, or cannot do what is asked.
     """
     full, choice = networks[-1], settings.choice
     config = full.config
-    solver, timesteps = solver_of(settings.solver, config)
+    solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
     check_growing(networks)
-    known = [range(solver.schedule.num_timesteps)] * len(networks)
+    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
+    known: list[Collection[int]] = [timesteps] * len(networks)
     if not settings.allow_outside_range:
-        known = [network.config.trained_timesteps for network in networks]
-        check_range(full, timesteps, "what the others are held against must be known everywhere")
-    params = config.model_params
+        check_range(full, list(times[-1].values()), "the network that the others are held against must know them all")
+        known = [
+            {t for t, own in of_network.items() if knows(network, own)}
+            for network, of_network in zip(networks, times, strict=True)
+        ]
+    channels, side, _ = image_shape = config.model_params.image_shape
     assert choice.dataset is not None, "a calibration without images"
     dataset = open_dataset(
         choice.dataset,
         choice.data_path,
-        img_size=params.img_size,
-        in_chans=params.in_chans,
-        num_classes=params.num_classes,
+        img_size=side,
+        in_chans=channels,
+        num_classes=config.model_params.num_classes,
         crop=choice.crop or (config.crop if config.dataset == choice.dataset else None),
     )
     indices = choose_images(dataset, choice.n_images, settings.seed)
     denoisers = [
         guide(
             network.config,
-            BackboneDenoiser(network.module, timesteps, DTYPES[settings.precision], device),
+            denoiser_of(
+                BackboneDenoiser(network.module, of_network, DTYPES[settings.precision], device),
+                network.config,
+                solver,
+            ),
             settings.guidance_scale,
         )
-        for network in networks
+        for network, of_network in zip(networks, times, strict=True)
     ]
     visited = [[t for t in timesteps if t in able] for able in known]
     if idle := [network for network, own in zip(networks, visited, strict=True) if not own]:
         raise InputError(f"{idle[0].path} was trained on none of the timesteps of this sampler")
     classes = len(config.classes)
-    costs = seconds_per_call(
-        denoisers, [own[0] for own in visited], params.image_shape, classes, settings.batch_size, device
-    )
+    costs = seconds_per_call(denoisers, [own[0] for own in visited], image_shape, classes, settings.batch_size, device)
     of_switches = len(networks) == 2 and not settings.free
 
     def options_of(steps: Steps) -> list[Option]:
@@ -120,7 +127,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network[UViT]], device: 
     rule, judge = rule_of(choice), steps
     if rule == KNEE and not random:
         # Squared shifts grow too evenly to have a knee where scores begin to suffer.
-        rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", solver.schedule, config.parametrization)
+        rule, ancestral = KNEE_OF_DDPM, make_solver("ddpm", solver.schedule, solver.parametrization)
         judge, _ = weighed(predictions, ancestral, timesteps, costs)
     judged = options_of(judge)
     choices = [
@@ -167,10 +174,10 @@ def rule_of(choice: CalibrationSettings) -> str:
     return KNEE if choice.budget is None else f"--budget {choice.budget:g}"
 
 
-def check_growing(networks: Sequence[Network[UViT]]) -> None:
+def check_growing(networks: Sequence[Network[Backbone]]) -> None:
     """Raises InputError unless each network calculates at least as much as the one before it, so that it is slower."""
     for one, other in itertools.pairwise(networks):
-        if uvit_flops(one.module) > uvit_flops(other.module):
+        if backbone_flops(one.module) > backbone_flops(other.module):
             raise InputError(
                 f"{one.path} is larger than {other.path}: give the networks from small to large, the full one last"
             )

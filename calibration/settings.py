@@ -43,7 +43,7 @@ class CalibrateSettings(Checked):
     """Settings of calibrate.py."""
 
     checkpoint_path: tuple[Path, ...] = option(
-        help="two networks or more, from small to large, the full one last", exists="file"
+        help="two networks or more, from small to large, the full one last", exists="path"
     )
     config_path: tuple[Path | Literal["none"], ...] = option(
         (), "a YAML file for each, for weights that came without a description; none for the others"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -18,13 +18,19 @@ from common.errors import InputError
 from common.files import check_regular
 from common.settings import Checked, build, check_types, differences, option, plain, section, shown
 
-MODELS = ("uvit", "deediff_uvit")
-PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
+BACKBONES = ("uvit", "dit")  # that are built and trained here
+TRAINABLE = (*BACKBONES, "deediff_uvit")
+MODELS = (*TRAINABLE, "diffusers")
+PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous", "predict_v", "predict_velocity")
 SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 MOST_YAML_BYTES = 2**20
-BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp")
+BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp", "cosine", "rectified_flow")
+# Of samplers that do not take their network's own; of latent diffusion for scaled_linear, of DDPM for the others.
+SAMPLING_SCHEDULES: dict[str, dict[str, Any]] = {
+    name: {"beta_schedule": name, "beta_start": 1e-4, "beta_end": 0.02} for name in BETA_SCHEDULES
+} | {"scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}}
 CLASSIFIER_TYPES = (
     "attention_probe",
     "mlp_probe_per_layer",
@@ -66,6 +72,16 @@ class UViTConfig(Checked):
     def image_shape(self) -> tuple[int, int, int]:
         return self.in_chans, self.img_size, self.img_size
 
+    @property
+    def no_class(self) -> int | None:
+        """None: any of the classes may be kept for that, see `Config.no_class`."""
+        return None
+
+    @property
+    def num_labels(self) -> int:
+        """The classes that y may be; 0 for an unconditional network."""
+        return max(0, self.num_classes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(Checked):
@@ -81,6 +97,7 @@ class DiTConfig(Checked):
     # More than 0: there is one more class, num_classes, that stands for none.
     class_dropout_prob: float = option(0.1, "how often training drops the class", least=0, most=1)
     num_classes: int = option(1000, 'without "no class"; -1: unconditional', least=-1, most=1_000_000)
+    normalize_timesteps: ClassVar[bool] = False
     # False takes weights of either kind.
     learn_sigma: bool = option(False, "the weights make a variance too, which is dropped")
 
@@ -109,6 +126,33 @@ class DiTConfig(Checked):
         return max(0, self.num_classes) + (self.no_class is not None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiffusersConfig(Checked):
+    """A network in a folder of diffusers, as far as samplers ask. Its architecture stays in that folder."""
+
+    network: str = option(flag=False, help="its class in diffusers", choices=("UNet2DModel", "DiTTransformer2DModel"))
+    sample_size: int = option(flag=False, help="side of the images or latents", least=1, most=4096)
+    in_channels: int = option(flag=False, help="channels", least=1, most=256)
+    num_blocks: int = option(flag=False, help="transformer blocks, or levels of a U-Net", least=1, most=999)
+    num_classes: int = option(-1, 'without "no class"; -1: unconditional', flag=False, least=-1, most=1_000_000)
+    has_no_class: bool = option(False, "there is one more class, num_classes, that stands for none", flag=False)
+    normalize_timesteps: ClassVar[bool] = False
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.sample_size, self.sample_size
+
+    @property
+    def no_class(self) -> int | None:
+        """The class that stands for none, where the network is known to have one."""
+        return self.num_classes if self.has_no_class else None
+
+    @property
+    def num_labels(self) -> int:
+        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
+        return max(0, self.num_classes) + self.has_no_class
+
+
 def check_multiple(name: str, value: int, **divisors: int) -> None:
     """Raises InputError unless the value is a multiple of each divisor."""
     for of, divisor in divisors.items():
@@ -128,10 +172,13 @@ class DiffusionConfig(Checked):
 
     beta_schedule: betas linear, or linear in their square root (scaled_linear), from beta_start to beta_end; or those
     between T points of the continuous VP process (continuous_vp), whose beta rises from T beta_start to T beta_end in
-    time 0..1.
+    time 0..1; or those of the squared cosine (cosine; Nichol and Dhariwal 2021, Eq. 17, betas of at most 0.999); or
+    those of the variance-preserving process that has, at the times s = (t + 1/2) / T, the signal-to-noise ratio of
+    rectified flow, x_s = (1 - s) x0 + s eps (rectified_flow; Liu et al. 2023). The last two take no other numbers.
 
-    The network's time input is time_scale * (t + time_shift), see `diffusion.time_input`. The public U-ViT weights
-    expect 0.999 (t + 1), which is 999 times the continuous time, or t + 1.
+    The network's time input is time_scale * (t + time_shift), or with toward_data time_scale * (T - t - time_shift),
+    see `diffusion.time_input`. The public U-ViT weights expect 0.999 (t + 1), which is 999 times the continuous time,
+    or t + 1; SiT 1 - (t + 1/2) / 1000. toward_data: the network's time and velocity run from noise to data, as in SiT.
     """
 
     num_timesteps: int = option(1000, "T, of the noise schedule", least=1, most=100_000)
@@ -140,11 +187,19 @@ class DiffusionConfig(Checked):
     beta_end: float = option(0.02, "beta at t = T - 1", least=0, most=1, above=True)
     time_scale: float = option(1.0, "the time input is time_scale (t + time_shift)", least=0, most=1000, above=True)
     time_shift: float = option(0.0, "see --time_scale", least=-1000, most=1000)
+    toward_data: bool = option(False, "the network's time and velocity run from noise to data, as in SiT")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.beta_start <= self.beta_end < 1:
             raise InputError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: wanted start <= end < 1")
+
+    @property
+    def time_line(self) -> tuple[float, float]:
+        """(scale, shift) of the network's time input, scale * (t + shift)."""
+        if self.toward_data:
+            return -self.time_scale, self.time_shift - self.num_timesteps
+        return self.time_scale, self.time_shift
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -172,7 +227,11 @@ class Config(Checked):
     """
 
     model: str = option("uvit", choices=MODELS, flag=False)
-    model_params: UViTConfig = section("architecture of the network (beats --config_path)")
+    model_params: UViTConfig | DiTConfig | DiffusersConfig = section(
+        "architecture of the network (beats --config_path)",
+        kinds={"uvit": UViTConfig, "dit": DiTConfig, "deediff_uvit": UViTConfig, "diffusers": DiffusersConfig},
+        chosen_by="model",
+    )
     classifier_type: str | None = option(None, "probes of an early-exit model", choices=CLASSIFIER_TYPES)
     parametrization: str = option("predict_noise", "output of the network", choices=PARAMETRIZATIONS)
     diffusion_params: DiffusionConfig = section("noise schedule of the network", DiffusionConfig())
@@ -196,6 +255,11 @@ class Config(Checked):
             raise InputError(f"classifier_type={self.classifier_type} needs model deediff_uvit, not {self.model}")
         if not min(1, num_classes) <= self.real_classes <= max(0, num_classes):
             raise InputError(f"real_classes={self.real_classes}: wanted 1..num_classes={num_classes}")
+        if self.diffusion_params.toward_data and self.parametrization != "predict_velocity":
+            raise InputError(
+                f"parametrization={self.parametrization}: a flow network whose time runs toward the data predicts its "
+                "velocity; give predict_velocity, or leave toward_data out"
+            )
         if not self.t_min <= self.t_max <= last:
             raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted 0 <= t_min <= t_max <= {last}")
 
@@ -212,13 +276,16 @@ class Config(Checked):
     @property
     def no_class(self) -> int | None:
         """The class that stands for none, where the network has one."""
-        return len(self.classes) if self.classes and len(self.classes) == self.model_params.num_classes - 1 else None
+        if self.model_params.no_class is not None:
+            return self.model_params.no_class
+        one_more = self.classes and len(self.classes) == self.model_params.num_labels - 1
+        return len(self.classes) if one_more else None
 
     @property
     def conventions(self) -> str:
         """For people: the noise schedule, and what the network is told of t."""
         diffusion, normalize = self.diffusion_params, self.model_params.normalize_timesteps
-        scale, shift = diffusion.time_scale, diffusion.time_shift
+        scale, shift = diffusion.time_line
         told = f"t {'-' if shift < 0 else '+'} {abs(shift):g}" if shift else "t"
         if shift and (scale != 1 or normalize):
             told = f"({told})"

@@ -182,9 +182,9 @@ def array_names(path: Path) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, or of the weights in a folder as diffusers saves it."""
+    """Of a file, or of the weights in a folder, such as diffusers saves, and in the folders in it."""
     digest = hashlib.sha256()
-    for part in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+    for part in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
         with part.open("rb", buffering=0) as file:
             while block := file.read(2**20):
                 digest.update(block)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import PRECISIONS, SOLVERS
+from common.config import BETA_SCHEDULES, PRECISIONS, SOLVERS
 from common.errors import InputError
 from common.settings import CONDITIONS, RESULT, Checked, option
 
@@ -21,6 +21,9 @@ class SolverSettings(Checked):
         None, "network calls per image (default: every t for ddpm, 50 for ddim, 20 for others)", least=1, most=100_000
     )
     eta: float | None = option(None, "of ddim: 0 is deterministic (default), 1 as random as ddpm", least=0, most=1)
+    sampling_schedule: str | None = option(
+        None, "noise schedule of the sampler (default: that of the last network)", choices=BETA_SCHEDULES
+    )
     clip_x0: bool = option(False, "hold the predicted clean image to [-1, 1]")
 
     def __post_init__(self) -> None:

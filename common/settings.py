@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -46,6 +46,8 @@ class About:
     positional: bool = False
     metavar: str | None = None
     aliases: tuple[str, ...] = ()  # other names of the flag, which --help leaves out
+    kinds: Mapping[str, type] | None = None  # of a section: its classes, by the value of the field `chosen_by`
+    chosen_by: str = ""
 
 
 def option(
@@ -72,14 +74,25 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(title: str, default: Any = MISSING, *, decides: Sequence[str] = (RESULT, CONDITIONS), why: str = "") -> Any:
-    """A field that holds nested settings; title: of their group in --help.
+def section(
+    title: str,
+    default: Any = MISSING,
+    *,
+    decides: Sequence[str] = (RESULT, CONDITIONS),
+    why: str = "",
+    kinds: Mapping[str, type] | None = None,
+    chosen_by: str = "",
+) -> Any:
+    """A field that holds nested settings.
 
-    decides: what may depend on the fields in it; why: the reason, where the result does not.
+    title: of their group in --help. decides: what may depend on the fields in it; why: the reason, where the result
+    does not. kinds, chosen_by: where it may be of several classes, the class by the value of the field `chosen_by`,
+    which stands beside it. Classes may have fields of the same name and type.
     """
     if RESULT not in decides and not why:
         raise TypeError(f"a section without influence on the result must say why ({title!r})")
-    return dataclasses.field(default=default, metadata={"about": About(title, decides=tuple(decides), why=why)})
+    about = About(title, decides=tuple(decides), why=why, kinds=kinds, chosen_by=chosen_by)
+    return dataclasses.field(default=default, metadata={"about": about})
 
 
 @dataclass(frozen=True)
@@ -95,20 +108,46 @@ class Field:
 
     @property
     def nested(self) -> type[Any] | None:
-        """The dataclass of the value; of the items, for a tuple."""
-        return next((kind for kind in self.kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+        """The dataclass of the value, the first of several; of the items, for a tuple."""
+        return next(iter(self._dataclasses), None)
 
     @property
     def section(self) -> type[Any] | None:
-        """The dataclass, of a field that holds nested settings."""
-        return None if self.many else self.nested
+        """The dataclass, of a field that holds nested settings; the first of several."""
+        return next(iter(self.sections), None)
+
+    @property
+    def sections(self) -> tuple[type[Any], ...]:
+        """The dataclasses, of a field that holds nested settings."""
+        return () if self.many else self._dataclasses
+
+    @property
+    def _dataclasses(self) -> tuple[type[Any], ...]:
+        return tuple(kind for kind in self.kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind))
+
+    def of(self, beside: Mapping[Any, Any], cls: type, where: str) -> Field:
+        """The field with one class, where it may be of several.
+
+        beside: the values of the fields of `cls` that are given. Raises InputError where they choose no class.
+        """
+        if self.about.kinds is None:
+            return self
+        name = self.about.chosen_by
+        value = beside.get(name, next(f.default for f in fields_of(cls) if f.name == name))
+        chosen = self.about.kinds.get(value) if isinstance(value, str) else None
+        if chosen is None:
+            raise InputError(f"{where}: {name}={shown(value)}: choose one of {', '.join(self.about.kinds)}")
+        return dataclasses.replace(self, kinds=(chosen,))
 
 
 def leaves(cls: type, decides: str) -> Iterator[Field]:
     """The fields of a dataclass of settings, and of its sections, on which the result, or the time, depends."""
     for f in fields_of(cls):
         if decides in f.about.decides:
-            yield from leaves(f.section, decides) if f.section else (f,)
+            for nested in f.sections:
+                yield from leaves(nested, decides)
+            if not f.sections:
+                yield f
 
 
 def fields_of(cls: type) -> tuple[Field, ...]:
@@ -203,7 +242,7 @@ def check_types(cls: type, given: Mapping[Any, Any], where: str) -> dict[str, An
 
     where: the file, for messages. Raises InputError.
     """
-    known = {f.name: f for f in fields_of(cls)}
+    known = {f.name: f.of(given, cls, where) for f in fields_of(cls)}
     if unknown := sorted(shown(key).strip("'") for key in given if key not in known):
         raise InputError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return {key: _typed(known[key], value, f"{where}: {key}") for key, value in given.items()}
@@ -221,6 +260,7 @@ def _typed(f: Field, value: Any, where: str) -> Any:
 
 def _typed_item(f: Field, value: Any, where: str) -> Any:
     if f.nested and isinstance(value, Mapping):
+        _check_own(f, f.nested, value, where)
         return check_types(f.nested, value, where)
     for kind in f.kinds:
         if get_origin(kind) is Literal and value in get_args(kind):
@@ -237,6 +277,17 @@ def _typed_item(f: Field, value: Any, where: str) -> Any:
     raise InputError(f"{where} is {shown(value)}, wanted {names}")
 
 
+def _check_own(f: Field, kind: type, value: Mapping[Any, Any], where: str) -> None:
+    """Raises InputError for a key that another class of the section has, and this one has not."""
+    own = {nested.name for nested in fields_of(kind)}
+    for name, other in (f.about.kinds or {}).items():
+        if strange := [nested.name for nested in fields_of(other) if nested.name in value and nested.name not in own]:
+            here = [name for name, of in f.about.kinds.items() if of is kind]
+            raise InputError(
+                f"{where}: {', '.join(strange)} belongs to {f.about.chosen_by} {name}, not {' or '.join(here)}"
+            )
+
+
 def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass `cls`, and of those in it, from nested plain values.
 
@@ -246,7 +297,7 @@ def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     values: dict[str, Any] = {}
     for f in fields_of(cls):
         if f.name in given:
-            values[f.name] = _built(f, given[f.name], f"{where}: {f.name}")
+            values[f.name] = _built(f.of(given, cls, where), given[f.name], f"{where}: {f.name}")
     if missing := [f.name for f in fields_of(cls) if f.default is MISSING and f.name not in values]:
         raise InputError(f"{where}: {', '.join(missing)} not given")
     try:
@@ -266,26 +317,46 @@ def _built(f: Field, value: Any, where: str) -> Any:
 # From the command line
 
 
-def add_options(parser: argparse._ActionsContainer, cls: type, *, partial: bool = False) -> None:
+def add_options(
+    parser: argparse._ActionsContainer, cls: type, *, partial: bool = False, apart_from: Collection[str] = ()
+) -> None:
     """A flag for each field; nested settings are a group of --help.
 
     Flags that were not given are left out of what the parser returns, see `from_flags`. partial: another source may
-    give what these flags do not, so none is required, and each bool has a flag for False too.
+    give what these flags do not, so none is required, and each bool has a flag for False too. apart_from: fields that
+    have a flag already, of another class of the section.
     """
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
+
+    def group(title: str) -> argparse._ActionsContainer:
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        return groups[title]
+
     for f in fields_of(cls):
-        name = f.about.help or f.name if f.section else f.about.group
-        if not f.about.flag:
+        if not f.about.flag or f.name in apart_from:
             continue
-        if name not in groups:
-            groups[name] = parser.add_argument_group(name)
-        if f.section:
-            add_options(groups[name], f.section, partial=partial)
-        else:
+        there: dict[str, Field] = {}
+        for nested in f.sections:
+            fields = {field.name: field for field in fields_of(nested) if field.about.flag}
+            if fields.keys() - there.keys():
+                add_options(group(_title(f, nested, there)), nested, partial=partial, apart_from=there)
+            there |= fields
+        if not f.sections:
             flag, argument = f.name if f.about.positional else f"--{f.name}", _argument(f, partial)
-            groups[name].add_argument(flag, **argument)
+            group(f.about.group).add_argument(flag, **argument)
             for alias in f.about.aliases:
-                groups[name].add_argument(alias, **argument | {"dest": f.name, "help": argparse.SUPPRESS})
+                group(f.about.group).add_argument(alias, **argument | {"dest": f.name, "help": argparse.SUPPRESS})
+
+
+def _title(f: Field, cls: type, there: Mapping[str, Field]) -> str:
+    """Of a section's group in --help. there: flags of the section's other classes, which hold for this one too."""
+    if not there:
+        return f.about.help or f.name
+    names = [name for name, of in (f.about.kinds or {}).items() if of is cls]
+    shared = [field for field in fields_of(cls) if field.name in there]
+    defaults = ", ".join(f"--{field.name} (default {field.default})" for field in shared)
+    return f"{f.about.chosen_by} {' or '.join(names)}, which takes {defaults} too"
 
 
 def _argument(f: Field, partial: bool) -> dict[str, Any]:
@@ -373,7 +444,8 @@ def given_of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields_of(cls):
         if f.section and f.about.flag:
-            found |= {f.name: nested} if (nested := given_of(f.section, given)) else {}
+            nested = {name: value for cls in f.sections for name, value in given_of(cls, given).items()}
+            found |= {f.name: nested} if nested else {}
         elif f.about.flag and f.name in given:
             found[f.name] = given[f.name]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from data.files import SUFFIXES, FolderSource, ImageFiles
 
 log = logging.getLogger(__name__)
 
+IMAGENET_CLASSES = 1000
 SYNSETS = Path(__file__).with_name("imagenet_synsets.txt")  # the 1000 WordNet ids, sorted: line k has label k
 WORDNET_ID = re.compile(r"n\d{8}")
 PLACES = ("ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "train", ".")  # of the class folders
@@ -59,6 +61,25 @@ def class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name != "packed")
+
+
+def label_of_name(name: str) -> int:
+    """The label 0..999 of an English name, whatever its capitals. Raises InputError, with names like it, for others."""
+    from torchvision.models import ResNet50_Weights  # of a class, which downloads nothing
+
+    def plain(text: str) -> str:
+        return " ".join(text.replace("_", " ").lower().split())
+
+    known = {plain(each): n for n, each in enumerate(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])}
+    wanted = plain(name)
+    if wanted in known:
+        return known[wanted]
+    containing = [each for each in known if wanted in each]
+    nearest = dict.fromkeys([*difflib.get_close_matches(wanted, known, n=3), *containing[:3]])
+    raise InputError(
+        f"--class_name {name!r:.60}: no class of ImageNet"
+        + (f"; did you mean {', '.join(nearest)}?" if nearest else ", nor like one")
+    )
 
 
 def labels_of(folders: list[str]) -> dict[str, int]:

@@ -43,6 +43,14 @@ class NoiseSchedule:
             least, rise = self._beta_of_time()
             log_alpha_bar = -(least * time + rise * time**2 / 2)  # minus the integral of beta; Eq. 33
             self.betas = -torch.expm1(log_alpha_bar.diff(prepend=torch.zeros(1, dtype=torch.float64)))
+        elif beta_schedule == "cosine":
+            time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+            signal = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+            self.betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+        elif beta_schedule == "rectified_flow":
+            time = (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps
+            alpha_bar = (1 - time) ** 2 / ((1 - time) ** 2 + time**2)
+            self.betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         elif beta_schedule == "linear":
             self.betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
         else:  # scaled_linear: linear in the standard deviation, as in latent diffusion
@@ -64,9 +72,9 @@ class NoiseSchedule:
     def timestep_at(self, alpha_bar: float) -> float:
         """The t, between the integers too, at which the process has this alpha bar. Raises InputError outside (0, 1].
 
-        The continuous process has one everywhere: -1 at alpha bar 1, more than T - 1 below the table's end. Of the
-        others t is linear in log alpha bar between the entries of the table, and goes on beyond them along the
-        outermost two, as the samplers do that the public weights were published with.
+        The continuous processes have one everywhere, beyond the table's ends too. Of the others t is linear in log
+        alpha bar between the entries of the table, and goes on beyond them along the outermost two, as the samplers
+        do that the public weights were published with.
         """
         if not 0 < alpha_bar <= 1:
             raise InputError(f"alpha_bar={alpha_bar} is outside (0, 1]")
@@ -75,6 +83,9 @@ class NoiseSchedule:
             least, rise = self._beta_of_time()
             time = -2 * log_alpha_bar / (least + math.sqrt(least**2 - 2 * rise * log_alpha_bar))
             return self.num_timesteps * time - 1
+        if self.config.beta_schedule == "rectified_flow":
+            noise, signal = math.sqrt(1 - alpha_bar), math.sqrt(alpha_bar)
+            return self.num_timesteps * noise / (noise + signal) - 0.5
         if self.num_timesteps == 1:
             return 0.0
         table = torch.log1p(-self.betas).cumsum(0)  # falling
@@ -87,13 +98,17 @@ class NoiseSchedule:
         config = self.config
         return config.num_timesteps * config.beta_start, config.num_timesteps * (config.beta_end - config.beta_start)
 
+    def log_snr(self, t: int) -> float:
+        """log (alpha bar / (1 - alpha bar)): the same at the same noise level, whatever the schedule."""
+        return math.log(self.alpha_bar(t)) - math.log1p(-self.alpha_bar(t))
+
     def q_sample(self, x0: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
         """Noise clean images: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. DDPM, Eq. 4.
 
         x0, eps: (B, C, H, W). t: (B,) or one int. Returns (B, C, H, W).
         """
-        signal = self._at(self.alphas_cumprod.sqrt(), t, x0)
-        noise = self._at((1 - self.alphas_cumprod).sqrt(), t, x0)
+        signal = self.at(self.alphas_cumprod.sqrt(), t, x0)
+        noise = self.at((1 - self.alphas_cumprod).sqrt(), t, x0)
         return signal * x0 + noise * eps
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
@@ -101,10 +116,10 @@ class NoiseSchedule:
         previous = self.alphas_cumprod / self.alphas
         of_x0 = previous.sqrt() * self.betas / (1 - self.alphas_cumprod)
         of_x_t = self.alphas.sqrt() * (1 - previous) / (1 - self.alphas_cumprod)
-        return self._at(of_x0, t, x0) * x0 + self._at(of_x_t, t, x0) * x_t
+        return self.at(of_x0, t, x0) * x0 + self.at(of_x_t, t, x0) * x_t
 
     @staticmethod
-    def _at(table: Tensor, t: Tensor | int, image: Tensor) -> Tensor | float:
+    def at(table: Tensor, t: Tensor | int, image: Tensor) -> Tensor | float:
         """A table's entries at t, ready to be multiplied with the image."""
         if not isinstance(t, Tensor):
             return float(table[t])
@@ -118,17 +133,36 @@ def time_input(diffusion_params: DiffusionConfig, alpha_bar: float) -> float:
     `normalize_timesteps` divides it by 1000. Beyond the timesteps see `NoiseSchedule.timestep_at`.
     """
     t = NoiseSchedule(**diffusion_params.schedule).timestep_at(alpha_bar)
-    return diffusion_params.time_scale * (t + diffusion_params.time_shift)
+    scale, shift = diffusion_params.time_line
+    return scale * (t + shift)
+
+
+def network_input(alpha_bar: Tensor | float, x_t: Tensor, parametrization: str) -> Tensor:
+    """The state that a network is shown: x_t, but for `predict_velocity` that of rectified flow at the same ratio of
+    signal and noise, (1 - s) x0 + s eps.
+
+    alpha_bar: one number, or (B, 1, 1, 1).
+    """
+    if parametrization != "predict_velocity":
+        return x_t
+    return x_t / (alpha_bar**0.5 + (1 - alpha_bar) ** 0.5)
 
 
 def training_target(
     schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, parametrization: str
 ) -> Tensor:
-    """What the network should predict: (B, C, H, W). t: (B,)."""
+    """What the network should predict: (B, C, H, W). t: (B,). See `to_eps` for the parametrizations."""
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     if parametrization == "predict_noise":
         return eps
-    return x0 if parametrization == "predict_original" else schedule.posterior_mean(x0, x_t, t)
+    if parametrization == "predict_original":
+        return x0
+    if parametrization == "predict_velocity":
+        return eps - x0
+    if parametrization == "predict_v":
+        alpha_bar = schedule.at(schedule.alphas_cumprod, t, x0)
+        return alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x0
+    return schedule.posterior_mean(x0, x_t, t)
 
 
 def to_x0(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str) -> Tensor:
@@ -136,21 +170,33 @@ def to_x0(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, pa
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     if parametrization == "predict_original":
         return model_output
-    eps = to_eps(schedule, model_output, x_t, t, parametrization)
     alpha_bar_t = schedule.alpha_bar(t)
+    if parametrization == "predict_v":
+        return alpha_bar_t**0.5 * x_t - (1 - alpha_bar_t) ** 0.5 * model_output
+    eps = to_eps(schedule, model_output, x_t, t, parametrization)
     return (x_t - (1 - alpha_bar_t) ** 0.5 * eps) / alpha_bar_t**0.5
 
 
 def to_eps(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str) -> Tensor:
-    """The noise a model output stands for. DDPM, Eq. 4 and Eq. 11 solved for eps."""
+    """The noise a model output stands for, x_t being that of the variance-preserving process.
+
+    predict_noise: eps itself. predict_original: x0; DDPM, Eq. 4 solved for eps. predict_previous: the mean of x_{t-1};
+    DDPM, Eq. 11. predict_v: sqrt(alpha bar) eps - sqrt(1 - alpha bar) x0; Salimans and Ho 2022, Appendix D.
+    predict_velocity: eps - x0, the velocity of rectified flow (Liu et al. 2023), see also `network_input`.
+    """
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
-    alpha_bar_t = schedule.alpha_bar(t)
     if parametrization == "predict_noise":
         return model_output
+    alpha_bar_t = schedule.alpha_bar(t)
+    signal, noise = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5
     if parametrization == "predict_original":
-        return (x_t - alpha_bar_t**0.5 * model_output) / (1 - alpha_bar_t) ** 0.5
+        return (x_t - signal * model_output) / noise
+    if parametrization == "predict_v":
+        return noise * x_t + signal * model_output
+    if parametrization == "predict_velocity":  # x_t = signal x0 + noise eps, and x0 = eps - velocity
+        return (x_t + signal * model_output) / (signal + noise)
     alpha_t, beta_t = float(schedule.alphas[t]), float(schedule.betas[t])
-    return (x_t - alpha_t**0.5 * model_output) * ((1 - alpha_bar_t) ** 0.5 / beta_t)
+    return (x_t - alpha_t**0.5 * model_output) * (noise / beta_t)
 
 
 def to_posterior_mean(
@@ -162,6 +208,8 @@ def to_posterior_mean(
         return model_output
     if parametrization == "predict_original":
         return schedule.posterior_mean(model_output, x_t, t)
+    if parametrization != "predict_noise":
+        model_output = to_eps(schedule, model_output, x_t, t, parametrization)
     alpha_t, beta_t = float(schedule.alphas[t]), float(schedule.betas[t])
     return (x_t - beta_t / (1 - schedule.alpha_bar(t)) ** 0.5 * model_output) / alpha_t**0.5
 

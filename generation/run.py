@@ -9,12 +9,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from common.config import Config
+from common.config import SAMPLING_SCHEDULES, Config
 from common.devices import check_compiler, pick_precision
 from common.errors import InputError
 from common.options import SolverSettings
 from common.seeds import nth_seed
+from data.imagenet import IMAGENET_CLASSES, label_of_name
 from diffusion import NoiseSchedule
+from diffusion.matching import predicting_noise
 from diffusion.sampling import Denoiser, SeededNoise, Stage, guided, random_classes
 from diffusion.solvers import Solver, make_solver, spaced_timesteps
 from generation.settings import RunSettings
@@ -31,14 +33,43 @@ def settled_speed(settings: Settings, device: torch.device) -> Settings:
     return replace(settings, speed=replace(speed, precision=pick_precision(speed.precision, device)))
 
 
-def solver_of(settings: SolverSettings, config: Config) -> tuple[Solver, list[int]]:
-    """The solver and its timesteps, falling. Raises InputError where it does not suit the network."""
-    if settings.clip_x0 and config.autoencoder:
+def solver_of(settings: SolverSettings, configs: Sequence[Config]) -> tuple[Solver, list[int]]:
+    """The solver and its timesteps, falling. Raises InputError where it does not suit the networks.
+
+    configs: of the networks. The noise schedule is the last one's, unless the settings name another. Networks of one
+    schedule and output keep their own; any others become predictors of noise, see `denoiser_of`.
+    """
+    if settings.clip_x0 and any(config.autoencoder for config in configs):
         raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
-    schedule = NoiseSchedule(**config.diffusion_params.schedule)
+    diffusion = configs[-1].diffusion_params.schedule
+    if settings.sampling_schedule is not None:
+        diffusion = SAMPLING_SCHEDULES[settings.sampling_schedule] | {"num_timesteps": diffusion["num_timesteps"]}
+    schedule = NoiseSchedule(**diffusion)
     timesteps = spaced_timesteps(schedule.num_timesteps, settings.steps)
-    solver = make_solver(settings.solver, schedule, config.parametrization, settings.eta or 0.0, settings.clip_x0)
+    alike = all(
+        (config.diffusion_params.schedule, config.parametrization) == (diffusion, configs[-1].parametrization)
+        for config in configs
+    )
+    native = alike and configs[-1].parametrization != "predict_velocity"
+    parametrization = configs[-1].parametrization if native else "predict_noise"
+    solver = make_solver(settings.solver, schedule, parametrization, settings.eta or 0.0, settings.clip_x0)
     return solver, timesteps
+
+
+def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
+    """The denoiser with the output that the solver reads. Raises InputError for one that cannot be read so.
+
+    config: of its network.
+    """
+    if config.parametrization == solver.parametrization:
+        return denoiser
+    if config.parametrization == "predict_previous":
+        raise InputError(
+            "a network that predicts x_{t-1} (predict_previous) knows the steps of its own noise schedule alone; leave "
+            "--sampling_schedule out"
+        )
+    toward_data = config.diffusion_params.toward_data
+    return predicting_noise(denoiser, solver.schedule, config.parametrization, toward_data)
 
 
 def settled_steps(settings: Settings, timesteps: Sequence[int]) -> Settings:
@@ -46,6 +77,21 @@ def settled_steps(settings: Settings, timesteps: Sequence[int]) -> Settings:
     if unmet := sorted(set(settings.timesteps_save) - set(timesteps)):
         raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(timesteps)}")
     return replace(settings, solver=replace(settings.solver, steps=len(timesteps)))
+
+
+def with_named_classes(settings: Settings, config: Config) -> Settings:
+    """The settings with numbers for the names of --class_name.
+
+    config: of the network. Raises InputError for one that has no classes of ImageNet, and for names that are none.
+    """
+    if not settings.class_name:
+        return settings
+    if len(config.classes) != IMAGENET_CLASSES or not (config.dataset or "imagenet").startswith("imagenet"):
+        raise InputError(
+            f"--class_name {settings.class_name[0]}: names the {IMAGENET_CLASSES} classes of ImageNet, and the network "
+            f"has {len(config.classes)}{f' of {config.dataset}' if config.dataset else ''}; give --class_id"
+        )
+    return replace(settings, class_id=tuple(map(label_of_name, settings.class_name)), class_name=())
 
 
 def labels_of(settings: RunSettings, config: Config, device: torch.device) -> Labels:

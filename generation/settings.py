@@ -26,7 +26,11 @@ class RunSettings(Checked):
     """What both sampling scripts are told."""
 
     checkpoint_path: Path | None = of_network(
-        None, "weights: .pth or .safetensors", exists="file", decides=(), why=AS_NETWORKS
+        None,
+        "weights: .pth, .safetensors, or a folder of export.py or of diffusers",
+        exists="path",
+        decides=(),
+        why=AS_NETWORKS,
     )
     config_path: Path | None = of_network(
         None,
@@ -75,9 +79,17 @@ class RunSettings(Checked):
         least=0,
         most=10**6,
     )
+    class_name: tuple[str, ...] = of_samples(
+        (),
+        'in place of --class_id: classes of ImageNet by their English names, such as "golden retriever", of networks '
+        "that number them by the sorted WordNet ids, as the public ones do",
+        decides=(),
+        why="recorded as the numbers of --class_id",
+    )
     guidance_scale: float = of_samples(
         0.0,
-        "s in cond + s (cond - uncond), 0 is off; needs a network with a class for none",
+        "s in cond + s (cond - uncond), 0 is off, and one less than the scale of DiT and SiT, uncond + s (cond - "
+        "uncond); needs a network with a class for none",
         least=0,
         most=1000,
         decides=(),
@@ -108,6 +120,8 @@ class RunSettings(Checked):
         super().__post_init__()
         if "random" in self.class_id and len(self.class_id) > 1:
             raise InputError("--class_id: give random alone, or whole numbers")
+        if self.class_name and self.class_id != ("random",):
+            raise InputError("--class_id and --class_name are two names of the same; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +160,7 @@ class SamplerSettings(RunSettings):
     """Settings of sampler.py."""
 
     checkpoint_path_late: Path | None = of_network(
-        None, "the full backbone; --checkpoint_path is then the shallow one", exists="file", decides=(), why=AS_NETWORKS
+        None, "the full backbone; --checkpoint_path is then the shallow one", exists="path", decides=(), why=AS_NETWORKS
     )
     config_path_late: Path | None = of_network(
         None, "YAML file of the full backbone, like --config_path", exists="file", decides=(), why=AS_NETWORKS
@@ -156,6 +170,14 @@ class SamplerSettings(RunSettings):
         "timestep: the shallow backbone runs at every t > t_switch, the full one at the rest; auto: measured first",
         least=-1,
         most=99_999,
+        decides=(),
+        why=AS_STAGES,
+    )
+    logsnr_switch: float | None = of_stages(
+        None,
+        "--t_switch as a log-SNR, log (alpha bar / (1 - alpha bar)), which is the same point under any noise schedule",
+        least=-100,
+        most=100,
         decides=(),
         why=AS_STAGES,
     )
@@ -202,14 +224,23 @@ class SamplerSettings(RunSettings):
         """End where the flags name no network, or name them twice."""
         of_two = ("config_path_late", "guidance_scale_late")
         if self.stages:
-            for name in ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", *of_two):
+            for name in (
+                "checkpoint_path",
+                "config_path",
+                "checkpoint_path_late",
+                "t_switch",
+                "logsnr_switch",
+                *of_two,
+            ):
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
             return
         if not self.checkpoint_path:
             raise InputError("give --checkpoint_path, or --stages")
-        if (self.checkpoint_path_late is None) != (self.t_switch is None):
-            raise InputError("--checkpoint_path_late and --t_switch go together")
+        if self.t_switch is not None and self.logsnr_switch is not None:
+            raise InputError("--t_switch and --logsnr_switch are two names of one point; give one of them")
+        if (self.checkpoint_path_late is None) != (self.t_switch is None and self.logsnr_switch is None):
+            raise InputError("--checkpoint_path_late and --t_switch (or --logsnr_switch) go together")
         for name in (*of_two, "offload"):
             if getattr(self, name) not in (None, False) and not self.checkpoint_path_late:
                 raise InputError(f"--{name} needs --checkpoint_path_late")

@@ -142,18 +142,18 @@ def one_stage(settings: RunSettings) -> Plan:
 
 
 def plan_of(settings: SamplerSettings) -> Plan:
-    """The stages that the flags state, or those of a file. While --t_switch is "auto" the files alone are right.
+    """The stages that the flags state, or those of a file. Until --t_switch is a timestep the files alone are right.
 
     Raises InputError for a file of stages that does not hold.
     """
     if settings.stages is not None:
         return _plan_of_file(settings.stages, settings)
-    if settings.t_switch is None:
+    if settings.checkpoint_path_late is None:
         return one_stage(settings)
     assert settings.checkpoint_path is not None and settings.checkpoint_path_late is not None, "--t_switch of no two"
     early = settings.checkpoint_path, settings.config_path
     late = settings.checkpoint_path_late, settings.config_path_late
-    lowest = 0 if settings.t_switch == "auto" else settings.t_switch + 1
+    lowest = settings.t_switch + 1 if isinstance(settings.t_switch, int) else 0
     scale = settings.guidance_scale if settings.guidance_scale_late is None else settings.guidance_scale_late
     return Plan(
         [early, late],
@@ -192,7 +192,7 @@ def read_stages(path: Path) -> StageFile:
         paths = {name: getattr(stage, name) for name in ("checkpoint_path", "config_path")}
         paths = {name: path.parent / given for name, given in paths.items() if given is not None}
         for name, file in paths.items():
-            if not file.is_file():
+            if not (file.exists() if name == "checkpoint_path" else file.is_file()):
                 fault = "is a folder" if file.is_dir() else "no such file"
                 raise InputError(f"{path}: stages {n}: {name} {file}: {fault}")
         stages.append(replace(stage, **paths))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
-from common.files import check_regular
+from models.diffusers_folder import pretrained
 from models.weights import check_numbers, read_pth
 
 if TYPE_CHECKING:
@@ -69,21 +69,21 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
 
     Raises InputError where it takes an autoencoder and none is given, or the network's channels fit neither.
     """
-    params, autoencoder = config.model_params, config.autoencoder
+    channels, autoencoder = config.model_params.image_shape[0], config.autoencoder
     if autoencoder is None:
-        if params.in_chans in (1, 3):
+        if channels in (1, 3):
             return lambda x0: x0
         raise InputError(
-            f"in_chans={params.in_chans}: neither grey (1) nor RGB (3), so the network makes latents; give the "
+            f"{channels} channels, neither grey (1) nor RGB (3): the network makes latents; give the "
             "autoencoder they are of with --autoencoder_checkpoint_path"
         )
     if autoencoder.checkpoint_path is None:
         raise InputError("the network makes latents: give the autoencoder with --autoencoder_checkpoint_path")
     decoder = load_autoencoder(Path(autoencoder.checkpoint_path), autoencoder.scale_factor, device)
-    if decoder.latent_channels != params.in_chans:
+    if decoder.latent_channels != channels:
         raise InputError(
             f"{autoencoder.checkpoint_path} has {decoder.latent_channels} latent channels, the "
-            f"network in_chans={params.in_chans}: they do not belong together"
+            f"network {channels} channels: they do not belong together"
         )
     return decoder.decode
 
@@ -95,32 +95,12 @@ def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str
     if not path.exists():
         raise InputError(f"{path}: no such autoencoder; get autoencoder_kl.pth, or give --autoencoder_checkpoint_path")
     if path.is_dir():
-        network = _from_folder(path)
+        network = pretrained(AutoencoderKL, path, "an autoencoder")
     else:
         network = AutoencoderKL(**ARCHITECTURE)
         _fill_from_ldm(network, path)
     check_numbers(network.state_dict(), path)
     return Autoencoder(network, scale_factor).to(device)
-
-
-def _from_folder(path: Path) -> AutoencoderKL:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json in it, so it is no autoencoder as diffusers saves it")
-    for part in path.glob("*.safetensors"):
-        check_regular(part)
-    try:
-        network, report = AutoencoderKL.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not readable as an autoencoder ({str(error).strip().splitlines()[0]:.160})"
-        ) from None
-    if wrong := [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]:
-        raise InputError(f"{path}: {len(wrong)} weights missing or too many ({', '.join(sorted(wrong)[:3])}, ...)")
-    return network
 
 
 def _fill_from_ldm(network: AutoencoderKL, path: Path) -> None:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import DiTConfig
 from common.errors import InputError
-from models.uvit import Attention, Mlp, PatchEmbed, per_image, pixels_to_image, timestep_embedding
+from models.backbone import Backbone
+from models.uvit import Attention, Mlp, PatchEmbed, pixels_to_image, timestep_embedding
 
 NUM_FREQUENCIES = 256  # of the timestep embedding, sines and cosines together
 
@@ -95,10 +96,13 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """Predicts what `parametrization` says from a noisy image, its time and its class.
 
     model_params: the fields of `DiTConfig`; anything else raises TypeError, a value out of range InputError.
+
+    t: DiT's runs over 0..999, SiT's over [0, 1]. The original DiT guides three of the channels alone; samplers here
+    guide all of them.
 
     The network draws no random numbers, in training neither: class_dropout_prob says whether there is a vector for
     "no class", and who makes the batch puts that class (`config.no_class`) in the place of some.
@@ -110,8 +114,6 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config = DiTConfig(**model_params)
         dim = config.hidden_size
-        self.grad_checkpointing = False  # trade time for memory while training
-        self.time_scale, self.time_shift = 1.0, 0.0  # of the time input, see DiffusionConfig
 
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -172,13 +174,6 @@ class DiT(nn.Module):
         """Tokens after the last block (B, P, D) -> output (B, C, H, W), without a learned variance."""
         image = pixels_to_image(self.final_layer(tokens, condition), self.out_channels)
         return image[:, : self.config.in_channels]
-
-    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
-        """x: (B, C, H, W). t: (B,) or one for all, int or float: DiT's 0..999, SiT's [0, 1]. y: (B,) classes.
-
-        Returns (B, C, H, W).
-        """
-        return self.denoise(x, self.time_tokens(per_image(t, x)), y)
 
     def denoise(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """`forward` for those who have the `time_tokens` already, (B, D), or (1, D) for all."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import CLASSIFIER_TYPES, check_choice
-from models.uvit import UViT, final_convolution, init_linear, patches_to_image, per_image
+from models.backbone import per_image
+from models.uvit import UViT, final_convolution, init_linear, patches_to_image
 
 
 class ExitOutputs(NamedTuple):

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.backbone import Backbone
 from models.early_exit import EarlyExitUViT
-from models.uvit import UViT
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @torch.no_grad()
-def uvit_flops(uvit: UViT, outer: int | None = None) -> int:
-    """Of one image through the whole network, or, with outer, around its middle (see `UViT.denoise_around`)."""
-    uvit = _shapes_only(uvit)
-    x, timesteps, y = _inputs(uvit)
+def backbone_flops(backbone: Backbone, outer: int | None = None) -> int:
+    """Of one image through the whole network, or, with outer, around its middle (see `Backbone.denoise_around`)."""
+    backbone = _shapes_only(backbone)
+    x, timesteps, y = _inputs(backbone)
     if outer is None:
-        return _count(lambda: uvit(x, timesteps, y))
-    residual = uvit.pos_embed  # anything of its shape
-    return _count(lambda: uvit.denoise_around(x, uvit.time_tokens(timesteps), y, outer, residual))
+        return _count(lambda: backbone(x, timesteps, y))
+    _, residual = backbone.denoise_around(x, backbone.time_tokens(timesteps), y, outer)
+    return _count(lambda: backbone.denoise_around(x, backbone.time_tokens(timesteps), y, outer, residual))
 
 
 @torch.no_grad()
@@ -58,9 +58,9 @@ def _shapes_only(module: M) -> M:
     return copy.deepcopy(module).to("meta").float()
 
 
-def _inputs(uvit: UViT) -> tuple[Tensor, Tensor, Tensor | None]:
-    x = torch.empty(1, *uvit.config.image_shape, device="meta")
-    y = torch.zeros(1, dtype=torch.long, device="meta") if uvit.config.num_classes > 0 else None
+def _inputs(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = torch.empty(1, *backbone.config.image_shape, device="meta")
+    y = torch.zeros(1, dtype=torch.long, device="meta") if backbone.config.num_labels else None
     return x, torch.zeros(1, device="meta"), y
 
 

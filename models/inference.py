@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.early_exit import EarlyExitUViT, ExitTrace
-from models.uvit import UViT
 
 
 def to_working_precision(
-    network: nn.Module, uvit: UViT, timesteps: Sequence[int], dtype: torch.dtype, device: torch.device
+    network: nn.Module, backbone: Backbone, timesteps: Mapping[int, float], dtype: torch.dtype, device: torch.device
 ) -> dict[int, Tensor]:
-    """Put a network's weights into dtype. Returns what it is told at each timestep, {t: (1, D)} on the device.
+    """Put a network's weights into dtype. Returns its time tokens, by the sampler's t, {t: (1, D)} on the device.
 
-    uvit: the backbone in the network. Its time tokens are made first, in fp32: half precision cannot tell 997 from 998.
+    backbone: in the network, or the network itself. timesteps: its own for each of the sampler's, see
+    `diffusion.matching.own_timesteps`. Time tokens are made first, in fp32: half precision cannot tell 997 from 998.
     """
     with torch.no_grad():
-        tokens = uvit.time_tokens(torch.tensor(timesteps, device=uvit.pos_embed.device)).to(device, dtype)
+        own = torch.tensor(list(timesteps.values()), device=next(backbone.parameters()).device)
+        tokens = backbone.time_tokens(own).to(device, backbone.time_dtype or dtype)
     network.to(dtype)
     return dict(zip(timesteps, tokens.split(1), strict=True))
 
@@ -35,13 +37,13 @@ def refreshing(stages: Iterable[Sequence[int]], interval: int) -> set[int]:
 
 
 class MiddleCache:
-    """What the middle blocks of a U-ViT add to its tokens, kept from some timesteps for those that follow.
+    """What the middle blocks of a backbone add to its tokens, kept from some timesteps for those that follow.
 
     The features deep in a network change little from one step to the next: DeepCache (Ma et al., CVPR 2024,
     arXiv 2312.00858) keeps those of a U-Net and runs its outermost levels with their skips; Delta-DiT (Chen et al.
     2024, arXiv 2406.01125) keeps, of transformer blocks, the difference of what leaves and what enters, as here.
 
-    outer: in blocks and out blocks at the ends that always run, at most depth // 2. refresh: the timesteps at which
+    outer: blocks at each end that always run; fewer than half of all. refresh: the timesteps at which
     the middle is computed, see `refreshing`. It does not matter how often or for which batch the network was called
     before: the first of the timesteps of a batch must be among them.
     """
@@ -60,27 +62,28 @@ class MiddleCache:
 
 
 class BackboneDenoiser:
-    """A U-ViT as a denoiser. What comes and goes is fp32, whatever the network works in.
+    """A backbone as a denoiser. What comes and goes is fp32, whatever the network works in.
 
-    timesteps: those it will be called at. device: where the images are; the network may come there later, see
-    `Offloader`. compiled: through torch.compile, on CUDA with its graphs; batches of
-    another size than the first run as they are, since a last batch is not worth a second compilation.
-    cache: None to run all blocks at every timestep.
+    timesteps: those it will be called at, and the network's own for each of them. device: where the images are; the
+    network may come there later, see `Offloader`. compiled: through torch.compile, on CUDA with its graphs; batches of
+    another size than the first run as they are, since a last batch is not worth a second compilation. cache: None to
+    run all blocks at every timestep.
     """
 
     def __init__(
         self,
-        uvit: UViT,
-        timesteps: Sequence[int],
+        backbone: Backbone,
+        timesteps: Mapping[int, float],
         dtype: torch.dtype,
         device: torch.device,
         *,
         compiled: bool = False,
         cache: MiddleCache | None = None,
     ):
-        self.uvit, self.cache = uvit, cache
-        self.time_tokens = to_working_precision(uvit, uvit, timesteps, dtype, device)
-        self.eager: Callable[..., Any] = uvit.denoise_around if cache else uvit.denoise  # gives a residual too, or not
+        self.backbone, self.cache = backbone, cache
+        self.time_tokens = to_working_precision(backbone, backbone, timesteps, dtype, device)
+        # Gives a residual too, or not.
+        self.eager: Callable[..., Any] = backbone.denoise_around if cache else backbone.denoise
         self.compiled: Callable[..., Any] | None = None
         if compiled:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
@@ -112,7 +115,7 @@ class EarlyExitTracer:
     def __init__(
         self,
         model: EarlyExitUViT,
-        timesteps: Sequence[int],
+        timesteps: Mapping[int, float],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -121,6 +124,7 @@ class EarlyExitTracer:
         compiled: bool = False,
     ):
         self.model, self.threshold, self.min_group = model, threshold, min_group
+        self.probed = {t: max(0, round(own)) for t, own in timesteps.items()}  # probes are tables over integers
         self.time_tokens = to_working_precision(model, model.uvit, timesteps, dtype, device)
         if compiled:
             for block in model.uvit.blocks:
@@ -128,7 +132,7 @@ class EarlyExitTracer:
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> ExitTrace:
         return self.model.trace_early_exit(
-            x_t, t, y, threshold=self.threshold, min_group=self.min_group, time=self.time_tokens[t]
+            x_t, self.probed[t], y, threshold=self.threshold, min_group=self.min_group, time=self.time_tokens[t]
         )
 
 

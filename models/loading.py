@@ -12,18 +12,26 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from common.config import Config, build_config, contradictions, read_yaml
+from common.config import Config, DiffusersConfig, build_config, contradictions, read_yaml
 from common.errors import InputError
-from common.settings import merge, plain
+from common.settings import check_types, in_words, merge, plain
+from models.backbone import Backbone
+from models.diffusers_folder import DiffusersBackbone, load_backbone, read_folder
+from models.dit import DiT
 from models.early_exit import EarlyExitUViT
 from models.uvit import UViT
-from models.weights import Weights, check_fit, read_weights
+from models.weights import Weights, check_fit, is_exported, read_weights
 
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
-KINDS: dict[str, type[nn.Module]] = {"uvit": UViT, "deediff_uvit": EarlyExitUViT}
-SCRIPTS = {"uvit": "sampler.py", "deediff_uvit": "eesampler.py"}
+KINDS: dict[str, type[nn.Module]] = {
+    "uvit": UViT,
+    "dit": DiT,
+    "deediff_uvit": EarlyExitUViT,
+    "diffusers": DiffusersBackbone,
+}
+SAMPLERS = {Backbone: "sampler.py", EarlyExitUViT: "eesampler.py"}
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,17 @@ def name_of(kind: type[nn.Module]) -> str:
     return next((name for name, of in KINDS.items() if of is kind), "uvit")
 
 
-def build_network(config: Config) -> UViT | EarlyExitUViT:
-    """A network with fresh weights."""
-    uvit = UViT(**plain(config.model_params))
-    uvit.time_scale, uvit.time_shift = config.diffusion_params.time_scale, config.diffusion_params.time_shift
+def build_network(config: Config) -> UViT | DiT | EarlyExitUViT:
+    """A network with fresh weights. Raises InputError for one that exists in its folder alone."""
+    if isinstance(config.model_params, DiffusersConfig):
+        raise InputError(
+            "model diffusers: such a network lies in a folder with its weights; give --checkpoint_path DIR"
+        )
+    backbone = (DiT if config.model == "dit" else UViT)(**plain(config.model_params))
+    backbone.time_scale, backbone.time_shift = config.diffusion_params.time_line
     if config.classifier_type is None:
-        return uvit
-    return EarlyExitUViT(uvit, config.classifier_type, config.diffusion_params.num_timesteps)
+        return backbone
+    return EarlyExitUViT(backbone, config.classifier_type, config.diffusion_params.num_timesteps)
 
 
 def stated_settings(config_path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,25 +90,52 @@ def load_network(
     """Build and load the network of a checkpoint, or of bare weights with settings.
 
     stated: settings from `stated_settings`; needed for bare weights only. described: their source. kind: the class
-    that is wanted; nn.Module for any (bare weights are then a UViT's). Raises InputError where the file does not fit,
-    or contradicts the stated settings.
+    that is wanted: Backbone for any that sampler.py runs, nn.Module for any at all (bare weights are then a UViT's,
+    unless another model is stated). Raises InputError where the file does not fit, or contradicts the stated settings.
     """
+    if path.is_dir() and not is_exported(path):
+        return _load_folder(path, stated, kind, described, device)
     read = read_weights(path, weights)
     if read.settings is None:
-        if (stated.get("model_params") or {}).get("img_size") is None:
+        stated = merge({"model": name_of(kind)}, stated)
+        if not stated.get("model_params") or (stated["model"] != "dit" and not stated["model_params"].get("img_size")):
             raise InputError(
                 f"{path} does not say what network it belongs to; give its --config_path, or its --img_size, "
                 "--patch_size and whatever else differs from the defaults"
             )
-        config = build_config(merge({"model": name_of(kind)}, stated), described)
+        config = build_config(stated, described)
     else:
-        if different := contradictions(read.settings, stated):
-            raise InputError(
-                f"{path} differs from --config_path or the flags in {', '.join(different)}; "
-                "it carries its own settings, so those can be left out"
-            )
-        config = build_config(merge(stated, read.settings), str(path))
+        config = _agreed(path, read.settings, stated, described)
     return _loaded(path, read, config, kind, described, weights, device)
+
+
+def _agreed(path: Path, carried: Mapping[str, Any], stated: Mapping[str, Any], described: str) -> Config:
+    """The description that a file carries, with what is stated beside it. Raises InputError where they differ."""
+    check_types(Config, {**stated, "model": carried["model"]}, described)
+    if different := contradictions(carried, stated):
+        raise InputError(
+            f"{path} differs from --config_path or the flags in {', '.join(different)}; "
+            "it carries its own settings, so those can be left out"
+        )
+    return build_config(merge(stated, carried), str(path))
+
+
+def _load_folder(
+    path: Path, stated: Mapping[str, Any], kind: type[M], described: str, device: torch.device | str
+) -> Network[M]:
+    """`load_network`, of a folder of diffusers, which says itself what it holds but for the process of a lone model."""
+    folder = read_folder(path)
+    own = folder.description
+    if (stated.get("autoencoder") or {}).get("checkpoint_path"):
+        own.get("autoencoder", {}).pop("checkpoint_path", None)
+    config = _agreed(path, own, stated, described)
+    _check_kind(path, config, kind)
+    network = load_backbone(folder, config.model_params)
+    network.time_scale, network.time_shift = config.diffusion_params.time_line
+    if "diffusion_params" not in own:
+        log.warning("%s has no scheduler; taken from %s: %s", path, described, config.conventions)
+    network.requires_grad_(False).eval().to(device)
+    return Network(network, config, "unknown", None, path)
 
 
 def load_together(
@@ -105,8 +144,8 @@ def load_together(
     *,
     weights: str = "ema",
     device: torch.device | str = "cpu",
-) -> list[Network[UViT]]:
-    """U-ViTs that run on one image, stage by stage.
+) -> list[Network[Backbone]]:
+    """Backbones that run on one image, stage by stage.
 
     files: weights and, where they came without a description, the YAML file of each. given: the command line's
     description; its architecture is the first network's alone. Raises InputError unless every one fits the last.
@@ -116,7 +155,7 @@ def load_together(
         load_network(
             path,
             stated_settings(config_path, given if n == 0 else of_all),
-            UViT,
+            Backbone,
             described=described_by(config_path),
             weights=weights,
             device=device,
@@ -128,8 +167,8 @@ def load_together(
     return networks
 
 
-def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network[UViT]:
-    """A U-ViT that another one learns from, with averaged weights where the file has them.
+def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network[Backbone]:
+    """A backbone that another one learns from, with averaged weights where the file has them.
 
     config: of the other one. Weights that came without a description are taken to be like it in all but the depth,
     which is counted.
@@ -137,10 +176,12 @@ def load_relative(path: Path, config: Config, device: torch.device | str = "cpu"
     read = read_weights(path)
     settings = read.settings
     if settings is None:
-        half = len({match[1] for name in read.state_dict if (match := re.search(r"\bin_blocks\.(\d+)\.", name))})
-        settings = merge(plain(config), {"model_params": {"depth": 2 * half + 1}})
+        found = [re.search(r"\b(?:in_)?blocks\.(\d+)\.", name) for name in read.state_dict]
+        count = len({match[1] for match in found if match})
+        depth = count if config.model == "dit" else 2 * count + 1
+        settings = merge(plain(config), {"model_params": {"depth": max(1, depth)}})
     config = build_config(settings, str(path))
-    return _loaded(path, read, config, UViT, "the network that learns from it", "ema", device)
+    return _loaded(path, read, config, Backbone, "the network that learns from it", "ema", device)
 
 
 def load_described(network: nn.Module, config: Config, path: Path, described: str) -> None:
@@ -165,9 +206,7 @@ def _loaded(
     weights: str,
     device: torch.device | str,
 ) -> Network[M]:
-    if not issubclass(KINDS[config.model], kind):
-        found, wanted = config.model, name_of(kind)
-        raise InputError(f"{path} is a {found}, wanted a {wanted}; {SCRIPTS[found]} samples from it")
+    _check_kind(path, config, kind)
     with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
         shapes = build_network(config)
     read = check_fit(shapes, read, path, weights)
@@ -179,38 +218,73 @@ def _loaded(
     return Network(network, config, read.kind, read.step, path)
 
 
-def check_pair(early: Network[UViT], late: Network[UViT]) -> None:
-    """Raises InputError unless the two can run on one image, stage by stage."""
-    if different := task_differences(early.config, late.config):
+def _check_kind(path: Path, config: Config, kind: type[nn.Module]) -> None:
+    """Raises InputError unless the network is of the class that is wanted."""
+    if not issubclass(KINDS[config.model], kind):
+        wanted = [name for name, of in KINDS.items() if issubclass(of, kind)]
+        script = next(script for of, script in SAMPLERS.items() if issubclass(KINDS[config.model], of))
+        raise InputError(f"{path} is a {config.model}, wanted a {' or '.join(wanted)}; {script} samples from it")
+
+
+def check_pair(early: Network[nn.Module], late: Network[nn.Module]) -> None:
+    """Raises InputError unless the two can run on one image, stage by stage.
+
+    They may differ in noise schedule and parametrization, see `diffusion.matching`, unless one predicts x_{t-1}, which
+    holds for the steps of its own schedule alone.
+    """
+    if different := image_differences(early.config, late.config):
         raise InputError(f"{early.path} and {late.path} cannot run on one image: they differ in {', '.join(different)}")
 
 
+def image_differences(one: Config, other: Config) -> list[str]:
+    """["num_classes (10 and -1)", ...]: why two networks cannot work on one image."""
+    labels, other_labels = one.model_params.num_labels, other.model_params.num_labels
+    previous = "predict_previous" in (one.parametrization, other.parametrization)
+    return _differing(
+        ("image shape", one.model_params.image_shape, other.model_params.image_shape),
+        ("num_classes", labels or -1, other_labels or -1),  # with "no class", which a DiT's own number leaves out
+        ("scale of latents", _scale(one), _scale(other)),
+        ("crop", one.crop or other.crop, other.crop or one.crop),
+        ("real_classes", len(one.classes), len(other.classes)),
+        *(_outputs(one, other) if previous else ()),
+    )
+
+
 def task_differences(one: Config, other: Config) -> list[str]:
-    """["num_classes (10 and -1)", ...]: why the outputs of two networks do not mean the same."""
+    """The same, and why the outputs of two networks do not mean the same."""
+    directions = one.diffusion_params.toward_data, other.diffusion_params.toward_data
+    return image_differences(one, other) + _differing(*_outputs(one, other), ("toward_data", *directions))
+
+
+def _outputs(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
     return [
-        f"{name} ({a} and {b})"
-        for name, a, b in (
-            ("image shape", one.model_params.image_shape, other.model_params.image_shape),
-            ("num_classes", one.model_params.num_classes, other.model_params.num_classes),
-            ("scale of latents", _scale(one), _scale(other)),
-            ("crop", one.crop or other.crop, other.crop or one.crop),
-            ("parametrization", one.parametrization, other.parametrization),
-            ("noise schedule", one.diffusion_params.schedule, other.diffusion_params.schedule),
-            ("real_classes", len(one.classes), len(other.classes)),
-        )
-        if a != b
+        ("parametrization", one.parametrization, other.parametrization),
+        ("noise schedule", one.diffusion_params.schedule, other.diffusion_params.schedule),
     ]
+
+
+def _differing(*pairs: tuple[str, Any, Any]) -> list[str]:
+    return [f"{name} ({in_words(a)} and {in_words(b)})" for name, a, b in pairs if a != b]
 
 
 def _scale(config: Config) -> float | None:
     return None if config.autoencoder is None else config.autoencoder.scale_factor
 
 
-def check_range(network: Network[nn.Module], timesteps: Sequence[int], advice: str) -> None:
-    """Raises InputError, which ends in the advice, unless the network was trained on all these timesteps."""
+def knows(network: Network[nn.Module], t: float) -> bool:
+    """Whether the network was trained on its own timestep t; one between the integers belongs to the one above."""
     trained = network.config.trained_timesteps
-    if outside := [t for t in timesteps if t not in trained]:
-        shown = ", ".join(map(str, outside[:3])) + (", ..." if len(outside) > 3 else "")
+    return trained[0] - 1 < t <= trained[-1]
+
+
+def check_range(network: Network[nn.Module], timesteps: Sequence[float], advice: str) -> None:
+    """Raises InputError, which ends in the advice, unless the network was trained on all these timesteps.
+
+    timesteps: the network's own, see `knows`.
+    """
+    trained = network.config.trained_timesteps
+    if outside := [t for t in timesteps if not knows(network, t)]:
+        shown = ", ".join(f"{t:g}" for t in outside[:3]) + (", ..." if len(outside) > 3 else "")
         raise InputError(
             f"{network.path} was trained on t = {trained[0]}..{trained[-1]} alone, and would run at t = {shown}; "
             f"{advice}"

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import UViTConfig
 from common.errors import InputError
+from models.backbone import Backbone
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000) -> Tensor:
@@ -100,7 +101,7 @@ def pixels_to_image(pixels: Tensor, channels: int) -> Tensor:
     return rearrange(pixels, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p, c=channels)
 
 
-class UViT(nn.Module):
+class UViT(Backbone):
     """Predicts what `parametrization` says from a noisy image and its timestep.
 
     model_params: the fields of `UViTConfig`; anything else raises TypeError, a value out of range InputError.
@@ -110,8 +111,6 @@ class UViT(nn.Module):
         super().__init__()
         self.config = config = UViTConfig(**model_params)
         dim, half = config.embed_dim, config.depth // 2
-        self.grad_checkpointing = False  # trade time for memory while training
-        self.time_scale, self.time_shift = 1.0, 0.0  # of the time input, see DiffusionConfig
 
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
         self.time_embed: nn.Module = nn.Identity()
@@ -184,10 +183,6 @@ class UViT(nn.Module):
         patches = tokens[:, self.num_extras :]
         return patches_to_image(patches, self.norm, self.decoder_pred, self.final_layer, self.config.in_chans)
 
-    def forward(self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None) -> Tensor:
-        """x: (B, C, H, W). timesteps: (B,) in 0..T-1, or one for all. y: (B,) classes. Returns (B, C, H, W)."""
-        return self.denoise(x, self.time_tokens(per_image(timesteps, x)), y)
-
     def denoise(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """`forward` for those who have the `time_tokens` already, (B, D), or (1, D) for all."""
         return self.decode(self.run_blocks(range(self.config.num_blocks), self.embed(x, time, y), []))
@@ -222,11 +217,6 @@ class UViT(nn.Module):
         else:
             after = before + residual
         return self.decode(self.run_blocks(range(middle.stop, self.config.num_blocks), after, skips)), residual
-
-
-def per_image(timesteps: Tensor | float, x: Tensor) -> Tensor:
-    """(B,) timesteps from one number, or as they are."""
-    return timesteps if isinstance(timesteps, Tensor) else torch.full((len(x),), timesteps, device=x.device)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -8,21 +8,24 @@ from typing import Any
 from common.config import contradictions
 from common.errors import InputError
 from common.settings import plain
+from models.backbone import Backbone
 from models.uvit import UViT
 
 BLOCKS = ("in_blocks.", "out_blocks.")
 
 
-def warm_start(uvit: UViT, source: UViT, path: Path) -> None:
+def warm_start(uvit: Backbone, source: Backbone, path: Path) -> None:
     """Give `uvit` the source's embeddings, middle block and head, and as many of the other blocks as it has.
 
     Of the source's n in-blocks the k that are wanted are those at 0, n / k, 2 n / k, ..., rounded down. Each comes
     with the out-block that takes its long skip, so the first in-block and the last out-block are always among them,
     and with k = n all are.
 
-    path: of the source, named in the InputError that is raised unless the two differ in depth alone, and the source
-    is at least as deep.
+    path: of the source, named in the InputError that is raised unless the two are U-ViTs that differ in depth alone,
+    and the source is at least as deep.
     """
+    if not (isinstance(uvit, UViT) and isinstance(source, UViT)):
+        raise InputError(f"--init_from {path}: a network begins with the weights of another if both are of model uvit")
     if different := contradictions(_all_but_depth(source), _all_but_depth(uvit)):
         raise InputError(f"--init_from {path} fits no network that differs in {', '.join(different)}; depth alone may")
     wanted, there = len(uvit.in_blocks), len(source.in_blocks)

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
-from common.files import check_regular
-from common.settings import check_types
+from common.files import check_regular, read_json
+from common.settings import check_types, differences, plain
 from models.dit import DiT, without_variance
 from models.early_exit import EarlyExitUViT, MlpProbes
 from models.pickles import check_pickles, check_sums
 
 log = logging.getLogger(__name__)
 
-FORMAT = "duodiff-1"  # of this project's checkpoints
+FORMAT = "duodiff-1"  # of this project's checkpoints and exported folders
+IN_FOLDER = "model.safetensors"  # the weights of an exported folder, beside its config.json
 # What every description that this project writes into a file has; that of another project is not read.
 DESCRIPTION = {"model", "model_params", "parametrization", "diffusion_params"}
 # Training wrappers (DataParallel, torch.compile) put their own names before those of the network.
@@ -49,7 +50,8 @@ def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> No
     """Load a file into a UViT, DiT or EarlyExitUViT.
 
     Reads .safetensors and .pth: this project's checkpoints, plain state dicts such as the public ones, the original
-    DuoDiff authors' checkpoints, names prefixed by wrappers, and files that hold a fitting state dict among others.
+    DuoDiff authors' checkpoints, names prefixed by wrappers, and files that hold a fitting state dict among others; and
+    the folders of export.py.
     Only tensors and plain values are unpickled. A DiT that makes no variance takes the weights of one that learned to.
 
     weights: "ema" (where the file has them) or "raw".
@@ -62,6 +64,8 @@ def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> No
 def read_weights(path: str | Path, weights: str = "ema") -> Weights:
     """Read what `load_weights` loads, on the CPU. Which entry of the file it is, is for `check_fit` to find."""
     path = Path(path)
+    if path.is_dir():
+        return _read_exported(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = read_pth(path)
@@ -74,6 +78,29 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
     if not (state_dict := _tensors_by_name(content, path)):
         raise InputError(f"{path}: holds no state dict of tensors; what is there is {_shortened(sorted(content))}")
     return Weights(state_dict, None, "unknown", None, entries)
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether it is a folder that export.py wrote."""
+    return (folder / "config.json").is_file() and _format_of(read_json(folder / "config.json")) == FORMAT
+
+
+def _format_of(content: Any) -> Any:
+    return content.get("format") if isinstance(content, dict) else None
+
+
+def _read_exported(folder: Path) -> Weights:
+    """A folder that export.py wrote. Its weights carry the description too, so that the two are known to belong."""
+    if not is_exported(folder):
+        raise InputError(f"{folder}: is a folder, and none that export.py wrote; wanted a file of weights")
+    read = _read_safetensors(folder / IN_FOLDER)
+    carried = read_json(folder / "config.json").get("config")
+    described = check_types(Config, carried if isinstance(carried, dict) else {}, f"{folder / 'config.json'}: config")
+    if different := differences(plain(read.settings), plain(described)):
+        raise InputError(
+            f"{folder}: config.json and {IN_FOLDER} are not of one network: they differ in {', '.join(different)}"
+        )
+    return read
 
 
 def _tensors_by_name(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

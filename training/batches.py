@@ -11,7 +11,7 @@ from common.config import Config
 from common.seeds import nth_seed
 from data.dataset import ImageDataset
 from diffusion import NoiseSchedule
-from diffusion.ddpm import training_target
+from diffusion.ddpm import network_input, training_target
 
 
 class Batch(NamedTuple):
@@ -86,4 +86,9 @@ class BatchMaker:
             no_class = self.config.no_class
             assert y is not None and no_class is not None, "label dropout without a class for none"
             y = torch.where(draws.uniform() < self.label_dropout, no_class, y)
-        return Batch(x_t, t, y, training_target(self.schedule, x0, x_t, t, eps, self.config.parametrization))
+        parametrization = self.config.parametrization
+        target = training_target(self.schedule, x0, x_t, t, eps, parametrization)
+        if self.config.diffusion_params.toward_data and parametrization == "predict_velocity":
+            target = -target
+        alpha_bar = self.schedule.at(self.schedule.alphas_cumprod, t, x0)
+        return Batch(network_input(alpha_bar, x_t, parametrization), t, y, target)

@@ -1,16 +1,25 @@
-"""The weights of a checkpoint for samplers: python export.py IN OUT.safetensors."""
+"""The weights of a checkpoint for samplers: python export.py IN OUT.safetensors, or python export.py IN DIR."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import Parser
+from common.config import build_config, contradictions
 from common.errors import InputError, command
-from common.files import replacing
-from common.settings import Checked, option
+from common.files import read_json, replacing, write_json
+from common.settings import Checked, in_words, option
+
+if TYPE_CHECKING:
+    from models.weights import Weights
+
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")  # what nobody calls a folder
+SCORES = ("fid", "kid", "kid_std", "is", "is_std", "precision", "recall")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,40 +27,149 @@ class ExportSettings(Checked):
     """Settings of export.py."""
 
     source: Path = option(help="a checkpoint", exists="file", positional=True, metavar="IN")
-    target: Path = option(help="replaced if it is there", positional=True, metavar="OUT.safetensors")
+    target: Path = option(
+        help="a name that ends in .safetensors, or a folder, which gets a model card; replaced if it is there",
+        positional=True,
+        metavar="OUT",
+    )
     weights: str = option("ema", "averaged, or of the last step", choices=("ema", "raw"))
+    scores: Path | None = option(
+        None, "for the model card: report/metrics.json of samples of this network", exists="file"
+    )
 
 
 def parse_settings(argv: Sequence[str] | None) -> ExportSettings:
-    description = "Write a checkpoint's weights as safetensors, with their description."
+    description = (
+        "Write a checkpoint's weights as safetensors, with their description: as a file, or as a folder that "
+        "sampler.py --checkpoint_path reads, with a model card."
+    )
     return Parser(prog="export.py", description=description).settings(ExportSettings, argv, network=False)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
-    print(f"{export(settings.source, settings.target, settings.weights)} -> {settings.target}")
+    print(f"{export(settings.source, settings.target, settings.weights, settings.scores)} -> {settings.target}")
 
 
-def export(source: Path, target: Path, weights: str) -> str:
-    """Write the weights of a checkpoint, with its description, as safetensors. Returns what was written."""
-    from safetensors.torch import save_file
+def export(source: Path, target: Path, weights: str, scores: Path | None = None) -> str:
+    """Write the weights of a checkpoint, with its description, as safetensors or as a folder with a model card.
 
-    from models.weights import check_numbers, read_weights
+    scores: metrics.json of samples of the network, for the card. Returns what was written.
+    """
+    from models.weights import IN_FOLDER, check_numbers, is_exported, read_weights
 
-    if target.suffix != ".safetensors":
-        raise InputError(f"{target}: wanted a name that ends in .safetensors")
+    in_folder = target.suffix != ".safetensors"
+    file = target / IN_FOLDER if in_folder else target
+    if in_folder and target.suffix in WEIGHTS and not target.is_dir():
+        raise InputError(f"{target}: wanted a name that ends in .safetensors, or a folder")
+    if scores and not in_folder:
+        raise InputError(f"--scores is for the model card of a folder; {target} is a file")
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder")
-    if target.exists() and target.samefile(source):
-        raise InputError(f"{target} is the file to read from; give another name to write to")
+    if file.exists() and file.samefile(source):
+        raise InputError(f"{file} is the file to read from; give another name to write to")
+    if in_folder and target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_exported(target))):
+        raise InputError(f"{target} is there already, and of no export; choose another name")
     read = read_weights(source, weights)
     if read.settings is None:
         raise InputError(f"{source} carries no description of its network; only checkpoints of this project do")
     if read.kind != weights:
         raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
     check_numbers(read.state_dict, source)
-    about = {"format": "pt", "config": json.dumps(read.settings), "weights": read.kind, "step": str(read.step)}
-    with replacing(target) as temporary:
-        save_file({name: value.contiguous() for name, value in read.state_dict.items()}, temporary, about)
+    if in_folder:
+        card = model_card(read, target, scores)
+        target.mkdir(exist_ok=True)
+        _write_folder(read, target, card)
+    else:
+        _write_file(read, file)
     return f"{read.kind} weights of step {read.step}"
+
+
+def _write_file(read: Weights, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    about = {"format": "pt", "config": json.dumps(read.settings), "weights": read.kind, "step": str(read.step)}
+    with replacing(file) as temporary:
+        save_file({name: value.contiguous() for name, value in read.state_dict.items()}, temporary, about)
+
+
+def _write_folder(read: Weights, folder: Path, card: str) -> None:
+    from models.weights import FORMAT, IN_FOLDER
+
+    # First, so that a folder that was cut short is known for an export by the next.
+    write_json(
+        folder / "config.json", {"format": FORMAT, "weights": read.kind, "step": read.step, "config": read.settings}
+    )
+    _write_file(read, folder / IN_FOLDER)
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+def model_card(read: Weights, folder: Path, scores: Path | None) -> str:
+    """README.md of a folder: what the network is and was trained on, how it scored, how to sample from it.
+
+    scores: metrics.json. Raises InputError for one of other networks.
+    """
+    config = build_config(read.settings, str(folder))
+    params = config.model_params
+    channels, side, _ = params.image_shape
+    early_exit = config.model == "deediff_uvit"
+    classes = f"{len(config.classes)}" if config.classes else "none"
+    rows = [
+        ("network", f"{config.model}, {params.num_blocks} blocks"),
+        ("parameters", f"{sum(value.numel() for value in read.state_dict.values()) / 1e6:.2f} M"),
+        ("makes", f"{'latents' if config.autoencoder else 'images'} of {channels} x {side} x {side}"),
+        ("classes", classes + (f", and class {config.no_class} for none" if config.no_class is not None else "")),
+        ("data", in_words(config.dataset or "unknown") + (f", crop {in_words(config.crop)}" if config.crop else "")),
+        ("steps", f"{read.step}"),
+        ("weights", {"ema": "averaged (EMA)", "raw": "of the last step"}[read.kind]),
+        ("predicts", config.parametrization.removeprefix("predict_")),
+        ("noise schedule", config.conventions),
+        ("timesteps", f"{config.t_min}..{config.t_max} of {config.diffusion_params.num_timesteps}"),
+    ]
+    words = [
+        *("python", "eesampler.py" if early_exit else "sampler.py", "--checkpoint_path", folder.as_posix()),
+        *(("--threshold", "0.1") if early_exit else ()),
+        *(("--autoencoder_checkpoint_path", "AUTOENCODER") if config.autoencoder else ()),
+        *("--n_samples", "16", "--output_folder", "out/samples"),
+    ]
+    parts = [
+        f"# {folder.resolve().name}\n\nA diffusion model of DuoDiff.",
+        _markdown(("", ""), rows),
+        *([f"## Scores\n\n{_scores(read, scores)}"] if scores else []),
+        f"## Sampling\n\n```\n{shlex.join(words)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _scores(read: Weights, path: Path) -> str:
+    """The scores as a table, with what they depend on. Raises InputError for those of other networks."""
+    content = read_json(path)
+    run = content.get("run") if isinstance(content, dict) else None
+    backbones = run.get("backbones") if isinstance(run, dict) else None
+    if not isinstance(backbones, list) or not any(name in content for name in SCORES):
+        raise InputError(f"--scores {path}: wanted the report/metrics.json that fid.py wrote of samples")
+    own = {**(read.settings or {}), "step": read.step, "weights": read.kind}
+    found = [contradictions(own, backbone) for backbone in backbones if isinstance(backbone, Mapping)]
+    if [] not in found:
+        differ = ", ".join(found[0]) if found else "all"
+        raise InputError(f"--scores {path} is of samples of another network, which differs in {differ}")
+    settings = run.get("settings") if isinstance(run.get("settings"), dict) else {}
+    rows = [(name, f"{content[name]:.4g}") for name in SCORES if isinstance(content.get(name), int | float)]
+    rows += [("samples", in_words(content.get("n_samples")))]
+    rows += [(name.replace("_", " "), _all_of(content.get(name))) for name in ("reference", "feature_extractor")]
+    rows += [(name, in_words(settings[name])) for name in ("seed", "solver", "steps") if name in settings]
+    rows += [("networks that shared the sampling", str(len(backbones)))] * (len(backbones) > 1)
+    return _markdown(("", ""), rows)
+
+
+def _all_of(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {in_words(item)}" for key, item in value.items())
+    return in_words(value)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in line)} |" for line in lines)

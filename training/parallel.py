@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import is_main, world_size
+from models.dit import DiTBlock
 from models.uvit import Block
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _shard(network: nn.Module, device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in network.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block | DiTBlock):
             fully_shard(module, mesh=mesh)
     # The rest is freed after each forward as well: previews put averaged weights in, and none must stay.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)

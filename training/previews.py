@@ -12,6 +12,7 @@ from common.distributed import is_main
 from common.images import save_grid, to_uint8
 from common.seeds import nth_seed
 from diffusion import NoiseSchedule
+from diffusion.matching import predicting_noise
 from diffusion.sampling import Denoiser, NotFinite, SeededNoise, Stage, random_classes, sample
 from diffusion.solvers import Solver, spaced_timesteps
 from models.autoencoder import image_maker
@@ -43,7 +44,11 @@ def preview_maker(
         log.warning("no previews: they need the autoencoder, %s", path or "--autoencoder_checkpoint_path")
         return None
     decode = image_maker(config, device)
-    solver, stages = Solver("ddim", schedule, config.parametrization), [Stage(denoiser, timesteps)]
+    parametrization = config.parametrization
+    if parametrization == "predict_velocity":  # of an image that is scaled otherwise
+        denoiser = predicting_noise(denoiser, schedule, parametrization, config.diffusion_params.toward_data)
+        parametrization = "predict_noise"
+    solver, stages = Solver("ddim", schedule, parametrization), [Stage(denoiser, timesteps)]
     shape, numbers = config.model_params.image_shape, range(settings.n_samples)
     y = random_classes(config.classes, settings.sample_seed, numbers).to(device) if config.classes else None
 

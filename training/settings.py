@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Parser
-from common.config import MODELS
+from common.config import BACKBONES, TRAINABLE
 from common.distributed import world_size
 from common.errors import InputError
 from common.options import MOST_BATCH, MOST_SEED, MachineSettings
@@ -34,8 +34,12 @@ class DataSettings(Checked):
         None, "how images are made square (default: the dataset's)", choices=CROPS, decides=(), why=DESCRIBED
     )
     random_flip: bool | None = option(None, "mirror half of the images (default: the dataset's choice)")
-    label_dropout: float = option(
-        0.0, 'train with "no class" instead of the label this often, for guidance; needs such a class', least=0, most=1
+    label_dropout: float | None = option(
+        None,
+        'train with "no class" instead of the label this often, for guidance; needs such a class (default: '
+        "--class_dropout_prob of a dit, else 0)",
+        least=0,
+        most=1,
     )
     download: bool = option(False, "fetch the dataset first, if it is not there", decides=(), why=ONE_START)
     num_workers: int | None = option(
@@ -125,12 +129,12 @@ class LogSettings(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(Checked):
-    """Help of a full network (--model uvit)."""
+    """Help of a full network (--model uvit or dit)."""
 
     init_from: Path | None = option(
         None,
-        "begin with its weights: embeddings, head, middle block, and of the other blocks as many as there are here, "
-        "evenly spread",
+        "begin with its weights (--model uvit): embeddings, head, middle block, and of the other blocks as many as "
+        "there are here, evenly spread",
         exists="file",
         decides=(),
         why=ONE_START,
@@ -173,7 +177,7 @@ class ExitSettings(Checked):
 class TrainingSettings(Checked):
     """Settings of train.py and main.py."""
 
-    model: str = option(help="the kind of network", choices=MODELS, decides=(), why=DESCRIBED)
+    model: str | None = option(help="the kind of network", choices=TRAINABLE, decides=(), why=DESCRIBED)
     n_steps: int = option(
         help="optimiser steps", least=1, most=MOST_STEPS, decides=(), why="recorded by itself: a run may be made longer"
     )
@@ -234,7 +238,7 @@ class TrainingSettings(Checked):
     data: DataSettings = section("data")
     optimisation: OptimisationSettings = section("optimisation", OptimisationSettings())
     logs: LogSettings = section("logs and checkpoints", LogSettings())
-    teacher: TeacherSettings = section("help of a full network (--model uvit)", TeacherSettings())
+    teacher: TeacherSettings = section("help of a full network (--model uvit or dit)", TeacherSettings())
     exits: ExitSettings = section("early exit (--model deediff_uvit)", ExitSettings())
     machine: MachineSettings = section("machine", MachineSettings())
 
@@ -262,15 +266,16 @@ class TrainingSettings(Checked):
 
     def _check_model(self) -> None:
         """End on flags of another kind of network."""
-        if self.model == "uvit":
+        if self.model != "deediff_uvit":
             given = flat(self.exits) | {"preview_threshold": self.logs.preview_threshold}
             for name, value in given.items():
                 if value not in (None, False):
                     raise InputError(f"--{name} belongs to --model deediff_uvit")
+        if self.teacher.init_from and self.model not in (None, "uvit"):
+            raise InputError("--init_from belongs to --model uvit")
         if self.model == "deediff_uvit":
-            for name in ("init_from", "distill_from"):
-                if getattr(self.teacher, name) is not None:
-                    raise InputError(f"--{name} belongs to --model uvit")
+            if self.teacher.distill_from:
+                raise InputError("--distill_from belongs to --model uvit or dit")
             if self.exits.freeze_backbone and not self.exits.load_backbone:
                 raise InputError(
                     "--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen"
@@ -281,7 +286,13 @@ class TrainingSettings(Checked):
 class BackboneSettings(TrainingSettings):
     """Settings of train.py."""
 
-    model: str = option("uvit", "main.py trains early-exit models", choices=("uvit",), decides=(), why=DESCRIBED)
+    model: str | None = option(
+        None,
+        "the kind of network (default: that of --config_path, else uvit); main.py trains early-exit models",
+        choices=BACKBONES,
+        decides=(),
+        why=DESCRIBED,
+    )
 
 
 def typed_words(parser: Parser, argv: Sequence[str] | None) -> tuple[str, ...]:

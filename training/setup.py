@@ -50,10 +50,10 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
     """A training that is ready to begin, or to go on from a checkpoint. Raises InputError."""
     if settings.optimisation.compile:
         check_compiler(device)
-    task = backbone_task if settings.model == "uvit" else early_exit_task
+    task = early_exit_task if settings.model == "deediff_uvit" else backbone_task
     config, network, objective, preview = task(settings, device)
     config, dataset = open_data(settings, config)
-    settings = with_num_workers(settings, dataset)
+    settings = with_label_dropout(with_num_workers(settings, dataset), config)
 
     name = settings.exp_name or f"{settings.data.dataset}_{config.model}_{config.model_params.num_blocks}"
     checkpoints = CheckpointFolder(settings.log_path / name, f"{settings.data.dataset}_{config.model}")
@@ -111,7 +111,12 @@ Task = tuple[Config, UViT | EarlyExitUViT, Objective, Denoiser]  # the denoiser 
 
 def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
     """A backbone from fresh weights, or from those of a deeper one."""
-    config = build_config(stated(settings) | {"model": "uvit"}, described_by(settings.config_path))
+    given = stated(settings)
+    if settings.model not in (None, given.setdefault("model", settings.model or "uvit")):
+        raise InputError(
+            f"--model {settings.model} contradicts model {given['model']} of {settings.config_path}; leave one out"
+        )
+    config = build_config(given, described_by(settings.config_path))
     torch.manual_seed(settings.seed)
     network = build_network(config)
     assert isinstance(network, UViT)
@@ -183,19 +188,17 @@ def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, Image
     """The images to learn from, and the config with what follows from them: crop, real classes, scale of latents."""
     name = settings.data.dataset
     config = replace(config, crop=crop_of(name, config.crop))
-    params = config.model_params
+    channels, side, _ = config.model_params.image_shape
     for flag in ("sample_height", "sample_width"):
-        if getattr(settings, flag) not in (None, params.img_size):
-            raise InputError(
-                f"--{flag} {getattr(settings, flag)}: the network makes {params.img_size} x {params.img_size} images"
-            )
+        if getattr(settings, flag) not in (None, side):
+            raise InputError(f"--{flag} {getattr(settings, flag)}: the network makes {side} x {side} images")
     with main_first():
         dataset = open_dataset(
             name,
             settings.data.data_path,
-            img_size=params.img_size,
-            in_chans=params.in_chans,
-            num_classes=params.num_classes,
+            img_size=side,
+            in_chans=channels,
+            num_classes=config.model_params.num_classes,
             crop=config.crop,
             download=settings.data.download,
         )
@@ -209,6 +212,14 @@ def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, Image
     if settings.batch_size > len(dataset):
         raise InputError(f"--batch_size {settings.batch_size} is more than the {len(dataset)} images of {name}")
     return config, dataset
+
+
+def with_label_dropout(settings: TrainingSettings, config: Config) -> TrainingSettings:
+    """The settings with how often the class is dropped: what the flag says, else what the network is made for."""
+    if settings.data.label_dropout is not None:
+        return settings
+    made_for = 0.0 if config.no_class is None else getattr(config.model_params, "class_dropout_prob", 0.0)
+    return replace(settings, data=replace(settings.data, label_dropout=made_for))
 
 
 def with_num_workers(settings: TrainingSettings, dataset: ImageDataset) -> TrainingSettings:

@@ -12,7 +12,7 @@ from PIL import Image
 
 import benchmark
 from models import UViT, loading
-from models.flops import uvit_flops
+from models.flops import backbone_flops
 from models.loading import load_network
 from tests.conftest import TINY
 
@@ -49,7 +49,8 @@ def test_sampling(full, shallow, tmp_path, run_quietly):
     measured = read(tmp_path / "b", "sample")
     assert [m["precision"] for m in measured] == ["fp32", "bf16"]
     flops = {
-        name: uvit_flops(load_network(path, {}, UViT).module) for name, path in (("full", full), ("shallow", shallow))
+        name: backbone_flops(load_network(path, {}, UViT).module)
+        for name, path in (("full", full), ("shallow", shallow))
     }
     for result in measured:
         assert {n["network"]: n["flops_per_image_call"] for n in result["networks"]} == flops
@@ -126,7 +127,7 @@ def test_training(config, early_exit, tmp_path, run_quietly):
         assert result["images_per_second"] == pytest.approx(6 * result["steps_per_second"])
         if factor:
             network = benchmark.open_network(model, UViT).module
-            assert result["flops_per_image"] == factor * uvit_flops(network)
+            assert result["flops_per_image"] == factor * backbone_flops(network)
     assert not (tmp_path / "b" / "benchmark.png").exists(), "training has no part in the picture"
 
 

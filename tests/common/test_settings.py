@@ -17,10 +17,12 @@ from common.settings import (
     CONDITIONS,
     RESULT,
     Checked,
+    add_options,
     build,
     differences,
     fields_of,
     flat,
+    given_of,
     merge,
     option,
     plain,
@@ -260,3 +262,47 @@ def test_no_option_is_forgotten_in_the_record(cls, path, f, why):
         assert len(why) > 10, f"--{f.name} is not recorded, and does not say why"
     else:
         assert RESULT in f.about.decides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round(Checked):
+    size: int = option(1, "size", least=1, most=9)
+    radius: int = option(2, "radius", least=1, most=9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Checked):
+    size: int = option(5, "size", least=1, most=9)
+    side: int = option(help="side", least=1, most=9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaped(Checked):
+    shape: str = option("round", choices=("round", "square"), flag=False)
+    params: Round | Square = section("measures", kinds={"round": Round, "square": Square}, chosen_by="shape")
+
+
+def test_a_section_whose_class_another_field_chooses(capsys):
+    assert build(Shaped, {"params": {}}, "f").params == Round()
+    square = build(Shaped, {"shape": "square", "params": {"side": 3}}, "f")
+    assert square.params == Square(side=3) and build(Shaped, plain(square), "f") == square
+    for given, words in [
+        ({"params": {"side": 3}}, "f: params: side belongs to shape square, not round"),
+        ({"shape": "square", "params": {}}, "f: params: side not given"),
+        ({"shape": "flat", "params": {}}, "f: shape='flat': choose one of round, square"),
+        ({"shape": ["square"], "params": {}}, "f: shape=a list: choose one of"),
+        ({"shape": "square", "params": {"side": 3, "width": 1}}, "f: params: unknown key width; known are side, size"),
+    ]:
+        with pytest.raises(InputError) as raised:
+            build(Shaped, given, "f")
+        assert words in str(raised.value)
+
+
+def test_flags_of_such_a_section_are_those_of_all_its_classes(capsys):
+    parser = Parser(prog="test")
+    add_options(parser, Shaped, partial=True)
+    given = vars(parser.parse_args(["--size", "3", "--side", "4"]))
+    assert given_of(Shaped, given) == {"params": {"size": 3, "side": 4}}
+    said = " ".join(parser.format_help().split())
+    assert said.count("--size SIZE") == 2, "in the usage, and once below"
+    assert "shape square, which takes --size (default 5) too: --side SIDE" in said

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffusion.sampling
 import sampler
 from models import UViT
-from models.flops import uvit_flops
+from models.flops import backbone_flops
 from tests.conftest import TINY
 from tests.folders import equal, samples, statistics
 
@@ -51,7 +51,7 @@ def test_interval_1_is_none(pair, one, duo, make, tmp_path):
 
 def test_what_is_made_and_what_is_counted(one, make):
     none, _ = make("none", one)
-    whole, around = (uvit_flops(UViT(**TINY, depth=5), outer) for outer in (None, 2))
+    whole, around = (backbone_flops(UViT(**TINY, depth=5), outer) for outer in (None, 2))
     for interval, computed in ((2, 10), (3, 7), (50, 1)):
         images, about = make(str(interval), [*one, "--cache_interval", interval, "--cache_outer", 2])
         assert not equal(images, none)
@@ -114,7 +114,7 @@ def test_a_network_that_comes_twice_begins_afresh(full, shallow, make, tmp_path)
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"stages": listed}))
     _, about = make("s", ["--stages", tmp_path / "s.yaml", *FLAGS, "--cache_interval", 3])
     assert [b.get("timesteps_reusing") for b in about["backbones"]] == [6, None]
-    whole, around = (uvit_flops(UViT(**TINY, depth=5), outer) for outer in (None, 1))
+    whole, around = (backbone_flops(UViT(**TINY, depth=5), outer) for outer in (None, 1))
     assert about["backbones"][0]["flops_per_image"] == 4 * whole + 6 * around
 
 

@@ -12,7 +12,7 @@ import yaml
 
 import sampler
 from models import UViT
-from models.flops import uvit_flops
+from models.flops import backbone_flops
 from models.inference import BackboneDenoiser, Offloader
 from tests.conftest import TINY, perturbed
 from tests.folders import samples, statistics
@@ -118,7 +118,7 @@ def test_three_networks_each_where_it_belongs(full, shallow, middling, stages, c
     about = statistics(tmp_path / "s")
     assert [b["timesteps"] for b in about["backbones"]] == [6, 10, 4]
     assert [b["model_params"]["depth"] for b in about["backbones"]] == [1, 3, 5]
-    flops = {depth: uvit_flops(UViT(**TINY, depth=depth)) for depth in (1, 3, 5)}
+    flops = {depth: backbone_flops(UViT(**TINY, depth=depth)) for depth in (1, 3, 5)}
     assert about["network_flops_per_image"] == 6 * flops[1] + 10 * flops[3] + 4 * flops[5]
     assert about["network_flops_per_image"] == sum(b["flops_per_image"] for b in about["backbones"])
 

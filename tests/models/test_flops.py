@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from models.dit import DiT
 from models.early_exit import EarlyExitUViT
-from models.flops import early_exit_flops, uvit_flops
+from models.flops import backbone_flops, early_exit_flops
 from models.uvit import UViT
 from tests.conftest import TINY
 
@@ -16,12 +16,12 @@ HEAD = 2 * PATCHES * D * P2C + CONV  # patches to pixels, then the convolution
 
 
 def test_uvit_flops_are_those_of_its_products():
-    assert uvit_flops(UViT(**TINY, depth=5)) == EMBED + 5 * BLOCK + 2 * SKIP + HEAD
+    assert backbone_flops(UViT(**TINY, depth=5)) == EMBED + 5 * BLOCK + 2 * SKIP + HEAD
 
 
 def test_without_the_convolution_they_are_fewer():
     full, plain = (UViT(**TINY, depth=3, conv=conv) for conv in (True, False))
-    assert uvit_flops(full) - uvit_flops(plain) == uvit_flops(full, 1) - uvit_flops(plain, 1) == CONV
+    assert backbone_flops(full) - backbone_flops(plain) == backbone_flops(full, 1) - backbone_flops(plain, 1) == CONV
     early = [early_exit_flops(EarlyExitUViT(uvit, "attention_probe")) for uvit in (full, plain)]
     assert [a - b for a, b in zip(*early, strict=True)] == [CONV] * 4
 
@@ -31,14 +31,14 @@ def test_a_dit_is_counted_as_its_products_are():
     dit = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=32, depth=3, num_heads=4, num_classes=5)
     block = 2 * 4 * D * 12 * D + 4 * 4 * 4 * D + 2 * D * 6 * D
     time, head = 2 * 256 * D + 2 * D * D, 2 * D * 2 * D + 2 * PATCHES * D * P2C
-    assert uvit_flops(dit) == EMBED + time + 3 * block + head
-    assert uvit_flops(dit) - uvit_flops(dit, 1) == block
+    assert backbone_flops(dit) == EMBED + time + 3 * block + head
+    assert backbone_flops(dit) - backbone_flops(dit, 1) == block
 
 
 def test_around_the_middle_it_takes_the_outer_blocks_alone():
     uvit = UViT(**TINY, depth=7, num_classes=3)
     for outer, saved in ((1, 5 * BLOCK_6 + 2 * SKIP_6), (2, 3 * BLOCK_6 + SKIP_6), (3, BLOCK_6)):
-        assert uvit_flops(uvit, outer) == uvit_flops(uvit) - saved
+        assert backbone_flops(uvit, outer) == backbone_flops(uvit) - saved
 
 
 def test_early_exit_flops_add_up_layer_by_layer():

@@ -83,7 +83,16 @@ def told(network, timesteps: torch.Tensor, monkeypatch) -> torch.Tensor:
 
 
 def test_there_is_a_config_for_each_network():
-    assert {path.stem for path in CONFIGS.glob("*_public.yaml")} == {f"uvit_{name}_public" for name in NETWORKS}
+    assert {path.stem for path in CONFIGS.glob("uvit_*_public.yaml")} == {f"uvit_{name}_public" for name in NETWORKS}
+    assert {path.stem for path in CONFIGS.glob("deediff_*_public.yaml")} == {
+        f"deediff_{name}_public" for name in NETWORKS
+    }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_early_exit_is_described_like_its_backbone(name):
+    backbone, early_exit = (read_yaml(CONFIGS / f"{kind}_{name}_public.yaml") for kind in ("uvit", "deediff"))
+    assert early_exit == backbone | {"classifier_type": "mlp_probe_per_layer"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -127,7 +136,9 @@ def test_time_inputs_between_timesteps(name):
         assert time_input(params, alpha_bar) == pytest.approx(of_process(alpha_bar), rel=1e-6, abs=1e-5)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*CONFIGS.glob("uvit_*.yaml"), *CONFIGS.glob("deediff_*.yaml")]), ids=lambda path: path.stem
+)
 def test_at_timesteps_the_network_and_time_input_agree(path, monkeypatch):
     settings = read_yaml(path)
     settings |= {"model": "uvit", "classifier_type": None}

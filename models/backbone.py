@@ -1,0 +1,56 @@
+"""What samplers and training ask of a backbone, whatever its blocks are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from common.config import DiffusersConfig, DiTConfig, UViTConfig
+
+
+class Backbone(nn.Module, ABC):
+    """Predicts what `parametrization` says from a noisy image, its timestep and its class."""
+
+    config: UViTConfig | DiTConfig | DiffusersConfig
+    time_dtype: torch.dtype | None = None  # of the time tokens in a sampler; None: that of the weights
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_checkpointing = False  # trade time for memory while training
+        self.time_scale, self.time_shift = 1.0, 0.0  # of the time input, see DiffusionConfig
+
+    def forward(self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None) -> Tensor:
+        """x: (B, C, H, W). timesteps: (B,), or one for all, int or float. y: (B,) classes. Returns (B, C, H, W)."""
+        return self.denoise(x, self.time_tokens(per_image(timesteps, x)), y)
+
+    @abstractmethod
+    def time_tokens(self, timesteps: Tensor) -> Tensor:
+        """What the network is told of the noise level: timesteps (B,) -> (B, D)."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
+        """`forward` for those who have the `time_tokens` already, (B, D), or (1, D) for all."""
+
+    @abstractmethod
+    def middle(self, outer: int) -> range:
+        """The layers without the first and the last `outer`; empty where there are no more.
+
+        Raises InputError for a network that does not run around its middle.
+        """
+
+    @abstractmethod
+    def denoise_around(
+        self, x: Tensor, time: Tensor, y: Tensor | None, outer: int, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`denoise`, in which the residual of the middle, see `middle`, may be that of another call.
+
+        residual: (B, N, D), what the middle's blocks add to the tokens that enter the first of them; None to run them.
+        Returns the output (B, C, H, W) and the residual.
+        """
+
+
+def per_image(timesteps: Tensor | float, x: Tensor) -> Tensor:
+    """(B,) timesteps from one number, or as they are."""
+    return timesteps if isinstance(timesteps, Tensor) else torch.full((len(x),), timesteps, device=x.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from common.settings import shown
 from diffusion.schedulers import process_of
 from models.backbone import Backbone
 from models.weights import check_numbers
+
+M = TypeVar("M", bound=nn.Module)
 
 # The classes of diffusers' networks, by the names that folders give them. DiT was saved as the second at first.
 NETWORKS = {
@@ -41,6 +43,7 @@ class DiffusersBackbone(Backbone):
     A variance that it makes too is dropped. It does not run around its middle, nor leave early.
     """
 
+    config: DiffusersConfig
     time_dtype = torch.float32  # the network makes sinusoids of them
 
     def __init__(self, network: nn.Module, config: DiffusersConfig):
@@ -102,7 +105,7 @@ def load_backbone(folder: Folder, config: DiffusersConfig) -> DiffusersBackbone:
     return DiffusersBackbone(pretrained(getattr(diffusers, folder.name), folder.network, f"a {folder.name}"), config)
 
 
-def pretrained(cls: Any, path: Path, what: str) -> nn.Module:
+def pretrained(cls: type[M], path: Path, what: str) -> M:
     """A model of diffusers from a folder of its config.json and safetensors.
 
     cls: its class in diffusers. what: it is, for messages. Raises InputError for a folder that holds no such model,
@@ -117,12 +120,15 @@ def pretrained(cls: Any, path: Path, what: str) -> nn.Module:
         raise InputError(f"{path}: {found}; wanted .safetensors, as save_pretrained writes them")
     for part in weights:
         check_regular(part)
+    of_diffusers: Any = cls  # with the methods of its mixins
     try:
         with torch.device("meta"):  # shapes without memory: a folder may claim a network of any size
-            numbers = sum(tensor.numel() for tensor in cls.from_config(_mapping(path / "config.json")).parameters())
+            numbers = sum(
+                tensor.numel() for tensor in of_diffusers.from_config(_mapping(path / "config.json")).parameters()
+            )
         if numbers > sum(part.stat().st_size for part in weights):
             raise ValueError(f"config.json describes {numbers:,} numbers, more than the weights' files have bytes")
-        network, report = cls.from_pretrained(
+        network, report = of_diffusers.from_pretrained(
             path, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
         )
     except (MemoryError, InputError):

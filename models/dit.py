@@ -108,6 +108,7 @@ class DiT(Backbone):
     "no class", and who makes the batch puts that class (`config.no_class`) in the place of some.
     """
 
+    config: DiTConfig
     pos_embed: Tensor
 
     def __init__(self, **model_params: Any):

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.config import build_config, contradictions
@@ -111,6 +111,7 @@ def model_card(read: Weights, folder: Path, scores: Path | None) -> str:
 
     scores: metrics.json. Raises InputError for one of other networks.
     """
+    assert read.settings is not None, "weights without a description have no card"
     config = build_config(read.settings, str(folder))
     params = config.model_params
     channels, side, _ = params.image_shape
@@ -146,8 +147,8 @@ def model_card(read: Weights, folder: Path, scores: Path | None) -> str:
 def _scores(read: Weights, path: Path) -> str:
     """The scores as a table, with what they depend on. Raises InputError for those of other networks."""
     content = read_json(path)
-    run = content.get("run") if isinstance(content, dict) else None
-    backbones = run.get("backbones") if isinstance(run, dict) else None
+    run = _mapping_in(content, "run")
+    backbones = run.get("backbones")
     if not isinstance(backbones, list) or not any(name in content for name in SCORES):
         raise InputError(f"--scores {path}: wanted the report/metrics.json that fid.py wrote of samples")
     own = {**(read.settings or {}), "step": read.step, "weights": read.kind}
@@ -155,13 +156,19 @@ def _scores(read: Weights, path: Path) -> str:
     if [] not in found:
         differ = ", ".join(found[0]) if found else "all"
         raise InputError(f"--scores {path} is of samples of another network, which differs in {differ}")
-    settings = run.get("settings") if isinstance(run.get("settings"), dict) else {}
+    settings = _mapping_in(run, "settings")
     rows = [(name, f"{content[name]:.4g}") for name in SCORES if isinstance(content.get(name), int | float)]
     rows += [("samples", in_words(content.get("n_samples")))]
     rows += [(name.replace("_", " "), _all_of(content.get(name))) for name in ("reference", "feature_extractor")]
     rows += [(name, in_words(settings[name])) for name in ("seed", "solver", "steps") if name in settings]
     rows += [("networks that shared the sampling", str(len(backbones)))] * (len(backbones) > 1)
     return _markdown(("", ""), rows)
+
+
+def _mapping_in(content: object, key: str) -> dict[str, Any]:
+    """The mapping under a key, empty where there is none."""
+    value = content.get(key) if isinstance(content, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _all_of(value: object) -> str:

@@ -21,6 +21,7 @@ from common.settings import differences, merge, plain
 from data import DATASETS, crop_of, open_dataset
 from data.dataset import ImageDataset
 from diffusion.sampling import Denoiser
+from models.backbone import Backbone
 from models.early_exit import EarlyExitUViT
 from models.loading import (
     build_network,
@@ -54,6 +55,7 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
     config, network, objective, preview = task(settings, device)
     config, dataset = open_data(settings, config)
     settings = with_label_dropout(with_num_workers(settings, dataset), config)
+    assert settings.data.label_dropout is not None
 
     name = settings.exp_name or f"{settings.data.dataset}_{config.model}_{config.model_params.num_blocks}"
     checkpoints = CheckpointFolder(settings.log_path / name, f"{settings.data.dataset}_{config.model}")
@@ -106,7 +108,7 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
     return run
 
 
-Task = tuple[Config, UViT | EarlyExitUViT, Objective, Denoiser]  # the denoiser makes previews
+Task = tuple[Config, Backbone | EarlyExitUViT, Objective, Denoiser]  # the denoiser makes previews
 
 
 def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
@@ -119,7 +121,7 @@ def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
     config = build_config(given, described_by(settings.config_path))
     torch.manual_seed(settings.seed)
     network = build_network(config)
-    assert isinstance(network, UViT)
+    assert isinstance(network, Backbone)
     teacher = settings.teacher
     if teacher.init_from:
         warm_start(network, load_relative(teacher.init_from, config).module, teacher.init_from)
@@ -158,7 +160,7 @@ def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
     return config, network, early_exit_objective(exits.freeze_backbone, exits.use_unweighted_loss), preview
 
 
-def backbone_of(network: UViT | EarlyExitUViT) -> UViT:
+def backbone_of(network: Backbone | EarlyExitUViT) -> Backbone:
     return network.uvit if isinstance(network, EarlyExitUViT) else network
 
 

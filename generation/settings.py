@@ -153,7 +153,7 @@ class SamplerSettings(RunSettings):
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )
-    calibration: CalibrationSettings = section("for --t_switch auto", CalibrationSettings(), decides=(), why=AS_STAGES)
+    calibration: CalibrationSettings = section("for --t_switch auto", CalibrationSettings())
 
     def __post_init__(self) -> None:
         super().__post_init__()

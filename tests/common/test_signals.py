@@ -39,11 +39,11 @@ def test_one_line(number, script, start):
 @pytest.mark.parametrize("caught", [True, False])
 def test_a_second_one_disturbs_nothing(second, caught, script, start):
     """While what was begun is cleaned up, and while the interpreter ends."""
-    lines = ["try:", "    print('begun', flush=True); time.sleep(60)"]
+    lines = ["try:", "    print('begun', flush=True)", "    time.sleep(60)"]
     if caught:  # a script's own last words
         lines += ["except KeyboardInterrupt:", "    raise SystemExit(130) from None"]
     else:
-        lines += ["finally:", "    time.sleep(0.2); print('cleaned up', flush=True)"]
+        lines += ["finally:", "    time.sleep(0.2)", "    print('cleaned up', flush=True)"]
     run = start(script("import atexit", "atexit.register(time.sleep, 0.3)", *lines))
     begun(run)
     run.send_signal(signal.SIGINT)

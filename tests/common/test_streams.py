@@ -52,7 +52,7 @@ def test_the_work_goes_on_when_nobody_reads(sink, option, script, start, tmp_pat
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_characters_that_cannot_be_encoded_are_written_by_their_codes(encoding, monkeypatch):
+def test_characters_that_cannot_be_encoded_are_escaped(encoding, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
     text = "± é 文 \udcff"
@@ -64,8 +64,8 @@ def test_characters_that_cannot_be_encoded_are_written_by_their_codes(encoding, 
     main()
     assert stream.errors == "strict" and sys.stdout is stream
     known = {"ascii": "", "cp1252": "±é", "utf-8": "±é文"}[encoding]
-    codes = {"±": r"\xb1", "é": r"\xe9", "文": r"\u6587", "\udcff": r"\udcff"}
-    wanted = "".join(c if c in known or c.isspace() else codes[c] for c in text)
+    escapes = {"±": "\\xb1", "é": "\\xe9", "文": "\\u6587", "\udcff": "\\udcff"}
+    wanted = "".join(c if c in known or c.isspace() else escapes[c] for c in text)
     assert stream.buffer.getvalue().decode(encoding).split() == wanted.split()
 
 

@@ -72,14 +72,9 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(title: str, default: Any = MISSING, *, decides: Sequence[str] = (RESULT, CONDITIONS), why: str = "") -> Any:
-    """A field that holds nested settings; title: of their group in --help.
-
-    decides: what may depend on the fields in it; why: the reason, where the result does not.
-    """
-    if RESULT not in decides and not why:
-        raise TypeError(f"a section without influence on the result must say why ({title!r})")
-    return dataclasses.field(default=default, metadata={"about": About(title, decides=tuple(decides), why=why)})
+def section(title: str, default: Any = MISSING) -> Any:
+    """A field that holds nested settings; title: of their group in --help."""
+    return dataclasses.field(default=default, metadata={"about": About(title)})
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,10 @@ class Field:
 def leaves(cls: type, decides: str) -> Iterator[Field]:
     """The fields of a dataclass of settings, and of its sections, on which the result, or the time, depends."""
     for f in fields_of(cls):
-        if decides in f.about.decides:
-            yield from leaves(f.section, decides) if f.section else (f,)
+        if f.section:
+            yield from leaves(f.section, decides)
+        elif decides in f.about.decides:
+            yield f
 
 
 def fields_of(cls: type) -> tuple[Field, ...]:
@@ -387,12 +384,10 @@ def record(settings: Any, decides: str = RESULT) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields_of(type(settings)):
         value = getattr(settings, f.name)
-        if decides not in f.about.decides:
-            continue
-        if not f.section:
-            found[f.name] = plain(value)
-        elif value is not None:
+        if f.section and value is not None:
             found |= record(value, decides)
+        elif decides in f.about.decides and not f.section:
+            found[f.name] = plain(value)
     return found
 
 

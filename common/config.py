@@ -24,6 +24,7 @@ SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
 MOST_YAML_BYTES = 2**20
+TASK = "task of the network (beats --config_path)"  # a group of --help
 BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp")
 CLASSIFIER_TYPES = (
     "attention_probe",
@@ -173,15 +174,17 @@ class Config(Checked):
 
     model: str = option("uvit", choices=MODELS, flag=False)
     model_params: UViTConfig = section("architecture of the network (beats --config_path)")
-    classifier_type: str | None = option(None, "probes of an early-exit model", choices=CLASSIFIER_TYPES)
-    parametrization: str = option("predict_noise", "output of the network", choices=PARAMETRIZATIONS)
+    classifier_type: str | None = option(None, "probes of an early-exit model", choices=CLASSIFIER_TYPES, group=TASK)
+    parametrization: str = option("predict_noise", "output of the network", choices=PARAMETRIZATIONS, group=TASK)
     diffusion_params: DiffusionConfig = section("noise schedule of the network", DiffusionConfig())
     autoencoder: AutoencoderConfig | None = option(None, flag=False)  # None: the network makes pixels
     dataset: str | None = option(None, flag=False)  # the training data
     crop: str | None = option(None, flag=False)  # how its images were made square, see data.transforms
-    real_classes: int = option(None, "classes with images (default: all); one more is no class", least=0, most=10**6)
-    t_min: int = option(0, "lowest timestep of training", least=0, most=99_999)
-    t_max: int = option(None, "highest timestep of training (default: T - 1)", least=0, most=99_999)
+    real_classes: int = option(
+        None, "classes with images (default: all); one more is no class", least=0, most=10**6, group=TASK
+    )
+    t_min: int = option(0, "lowest timestep of training", least=0, most=99_999, group=TASK)
+    t_max: int = option(None, "highest timestep of training (default: T - 1)", least=0, most=99_999, group=TASK)
 
     def __post_init__(self) -> None:
         num_classes, last = self.model_params.num_classes, self.diffusion_params.num_timesteps - 1

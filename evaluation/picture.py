@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from common import plots
@@ -67,7 +68,7 @@ def draw(path: Path, summaries: Sequence[Summary], metric: str) -> None:
     plots.save(figure, path)
 
 
-def first_samples(folder: Path) -> np.ndarray:
+def first_samples(folder: Path) -> NDArray[np.uint8]:
     """The first samples beside each other, uint8 (H, W, 3)."""
     images = []
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:

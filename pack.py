@@ -1,4 +1,4 @@
-"""Decode a dataset once, into one array that training reads at the speed of the disk."""
+"""Decode a dataset once into one array, which training reads at disk speed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
 
 
 def encoded(images: ImageDataset, settings: PackSettings) -> ImageDataset:
-    """The images as latents."""
+    """The dataset with its images encoded as latents."""
     from common.devices import pick_device
     from data.packing.latents import LatentSource
     from models.autoencoder import load_autoencoder

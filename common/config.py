@@ -1,4 +1,4 @@
-"""The description of a network: its architecture, its output, and the noise schedule it was made for.
+"""The description of a network: its architecture, its output and its noise schedule.
 
 One description serves the YAML files, the command line and the checkpoints. No torch in here, so that --help stays
 quick.
@@ -22,7 +22,7 @@ MODELS = ("uvit", "deediff_uvit")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous")
 SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
-PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
+PUBLIC_SCALE_FACTOR = 0.18215  # scale of the latents of the public U-ViT weights
 MOST_YAML_BYTES = 2**20
 TASK = "task of the network (beats --config_path)"  # a group of --help
 BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp")
@@ -42,14 +42,14 @@ class UViTConfig(Checked):
     patch_size: int = option(help="side of a patch, in the same unit", least=1, most=4096)
     in_chans: int = option(3, "channels: 3 colour, 1 grey", least=1, most=256)
     embed_dim: int = option(512, "width of the tokens", least=1, most=16384)
-    # depth // 2 blocks in, one in the middle, depth // 2 out: 12 and 13 are the same network, which is called 13 here.
-    depth: int = option(13, "blocks; an even depth has one more", least=1, most=999)
+    # depth // 2 in blocks, one middle block, depth // 2 out blocks: 12 and 13 are the same network, stored as 13.
+    depth: int = option(13, "number of blocks; an even depth is raised by one", least=1, most=999)
     num_heads: int = option(8, "attention heads", least=1, most=1024)
-    mlp_ratio: float = option(4.0, "MLP width over token width", least=0, most=64, above=True)
+    mlp_ratio: float = option(4.0, "MLP width divided by token width", least=0, most=64, above=True)
     qkv_bias: bool = option(False, "bias in the attention's projections")
     mlp_time_embed: bool = option(False, "an MLP on the timestep embedding")
-    num_classes: int = option(-1, "-1: unconditional", least=-1, most=1_000_000)
-    normalize_timesteps: bool = option(False, "give the network t / 1000")
+    num_classes: int = option(-1, "number of classes; -1: unconditional", least=-1, most=1_000_000)
+    normalize_timesteps: bool = option(False, "divide the time input by 1000")
     conv: bool = option(True, "a final 3 x 3 convolution; the public huge weights have none")
 
     def __post_init__(self) -> None:
@@ -78,12 +78,12 @@ class DiTConfig(Checked):
     hidden_size: int = option(1152, "width of the tokens", least=1, most=16384)
     depth: int = option(28, "blocks", least=1, most=999)
     num_heads: int = option(16, "attention heads", least=1, most=1024)
-    mlp_ratio: float = option(4.0, "MLP width over token width", least=0, most=64, above=True)
-    # More than 0: there is one more class, num_classes, that stands for none.
-    class_dropout_prob: float = option(0.1, "how often training drops the class", least=0, most=1)
+    mlp_ratio: float = option(4.0, "MLP width divided by token width", least=0, most=64, above=True)
+    # More than 0: the network has one more class, num_classes, which means "no class".
+    class_dropout_prob: float = option(0.1, "probability of dropping the class in training", least=0, most=1)
     num_classes: int = option(1000, 'without "no class"; -1: unconditional', least=-1, most=1_000_000)
     # False takes weights of either kind.
-    learn_sigma: bool = option(False, "the weights make a variance too, which is dropped")
+    learn_sigma: bool = option(False, "the weights also predict a variance, which is dropped")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +125,7 @@ def check_num_classes(num_classes: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Checked):
-    """The noise schedule, and how a network is told where on it an image is: the keys of `diffusion_params`.
+    """The noise schedule and the time input of a network: the keys of `diffusion_params`.
 
     beta_schedule: betas linear, or linear in their square root (scaled_linear), from beta_start to beta_end; or those
     between T points of the continuous VP process (continuous_vp), whose beta rises from T beta_start to T beta_end in
@@ -135,8 +135,8 @@ class DiffusionConfig(Checked):
     expect 0.999 (t + 1), which is 999 times the continuous time, or t + 1.
     """
 
-    num_timesteps: int = option(1000, "T, of the noise schedule", least=1, most=100_000)
-    beta_schedule: str = option("linear", "how betas rise with t", choices=BETA_SCHEDULES)
+    num_timesteps: int = option(1000, "number of timesteps T of the noise schedule", least=1, most=100_000)
+    beta_schedule: str = option("linear", "course of the betas over t", choices=BETA_SCHEDULES)
     beta_start: float = option(1e-4, "beta at t = 0", least=0, most=1, above=True)
     beta_end: float = option(0.02, "beta at t = T - 1", least=0, most=1, above=True)
     time_scale: float = option(1.0, "the time input is time_scale (t + time_shift)", least=0, most=1000, above=True)
@@ -158,15 +158,15 @@ class DiffusionConfig(Checked):
 class AutoencoderConfig(Checked):
     """The autoencoder between the network's latents and images: the keys of `autoencoder`."""
 
-    scale_factor: float = option(  # so that the standard deviation of latents is about 1
+    scale_factor: float = option(  # makes the standard deviation of latents about 1
         PUBLIC_SCALE_FACTOR, "latents are multiplied by it", least=0, most=1000, above=True
     )
-    checkpoint_path: str | None = None  # not carried by checkpoints: it is another on every machine
+    checkpoint_path: str | None = None  # not stored in checkpoints: the path differs between machines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Checked):
-    """A network as the YAML files and the checkpoints describe it.
+    """The description of a network in YAML files and checkpoints.
 
     Defaults that depend on other fields are filled in: real_classes, t_min and t_max are None only where they do not
     apply.
@@ -204,12 +204,12 @@ class Config(Checked):
 
     @property
     def classes(self) -> range:
-        """The classes there are images of; empty for an unconditional network."""
+        """The classes with images; empty for an unconditional network."""
         return range(self.real_classes)
 
     @property
     def trained_timesteps(self) -> range:
-        """The timesteps that training draws; the network was not trained on others."""
+        """The timesteps on which the network was trained."""
         return range(self.t_min, self.t_max + 1)
 
     @property
@@ -219,7 +219,7 @@ class Config(Checked):
 
     @property
     def conventions(self) -> str:
-        """For people: the noise schedule, and what the network is told of t."""
+        """The noise schedule and the time input, as text for messages."""
         diffusion, normalize = self.diffusion_params, self.model_params.normalize_timesteps
         scale, shift = diffusion.time_scale, diffusion.time_shift
         told = f"t {'-' if shift < 0 else '+'} {abs(shift):g}" if shift else "t"
@@ -235,7 +235,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise InputError(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
-# What YAML 1.1 takes for a number and means another one by than most who write it: 1:30 is 90 there, and 010 is 8.
+# Numbers that YAML 1.1 reads in an unexpected way: 1:30 is 90, and 010 is 8.
 AMBIGUOUS_NUMBER = re.compile(r".*:.*|[-+]?0[\d_]+")
 
 

@@ -289,7 +289,7 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
     text = f.about.help
     if f.default not in (MISSING, None, False, ()):
         values = f.default if f.many else (f.default,)
-        text += f" (default {' '.join(map(str, values))})"
+        text += f" (default: {' '.join(map(str, values))})"
     about: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if f.about.metavar:
         about["metavar"] = f.about.metavar

@@ -123,8 +123,8 @@ def test_help_groups_and_defaults(capsys):
     with pytest.raises(SystemExit):
         parsed("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "inner: --width WIDTH width (default 3)" in said
-    assert "default: None" not in said and "default False" not in said
+    assert "inner: --width WIDTH width (default: 3)" in said
+    assert "default: None" not in said and "default: False" not in said
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,7 @@ class ExitRecorder:
 
     def __init__(self, trace: Callable[[Tensor, int, Tensor | None], ExitTrace], passes: int = 1):
         self.trace, self.passes = trace, passes
-        self._steps: list[
-            tuple[Tensor, Tensor]
-        ] = []  # exit layers, uncertainties of the current batch
+        self._steps: list[tuple[Tensor, Tensor]] = []  # exit layers, uncertainties of the current batch
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
         """x_t: (B, C, H, W). y: (B,) classes, or None. Returns the model output (B, C, H, W)."""

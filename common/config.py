@@ -240,7 +240,7 @@ AMBIGUOUS_NUMBER = re.compile(r".*:.*|[-+]?0[\d_]+")
 
 
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no types
-    """Plain values, each written out: aliases of aliases of aliases could fill the memory from a few lines.
+    """Loads plain values without aliases: nested aliases could fill the memory from a few lines.
 
     A key that is given twice is an error, and numbers that YAML 1.1 reads in an unexpected way are text.
     """
@@ -273,7 +273,7 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no type
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 _PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_yaml_float)
 
-# Where the original authors' files have a setting, and its place here.
+# Keys of the original authors' files, and their keys here.
 ORIGINAL_PLACES = {
     ("model_params", "classifier_type"): (None, "classifier_type"),
     ("autoencoder", "autoencoder_checkpoint_path"): ("autoencoder", "checkpoint_path"),
@@ -281,10 +281,10 @@ ORIGINAL_PLACES = {
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings a YAML file gives, as nested dicts; sections and keys are checked, defaults not filled in.
+    """The settings in a YAML file as nested dicts; sections and keys are checked, defaults are not filled in.
 
-    The original authors' files are read too. Raises InputError for a file that is no YAML mapping, a key nobody reads
-    or a value of the wrong type.
+    Also reads the original authors' files. Raises InputError for a file without a YAML mapping, an unknown key or a
+    value of the wrong type.
     """
     given = read_mapping(path, "model_params", dict)
     for (part, key), (own_part, own_key) in ORIGINAL_PLACES.items():
@@ -301,9 +301,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
-    """The mapping in a YAML file of plain values, of which only one section's kind is checked.
+    """The mapping of plain values in a YAML file. section, kind: a required key and its type; no other key is checked.
 
-    Raises InputError for a file that is none.
+    Raises InputError for other files.
     """
     check_regular(path)
     try:
@@ -322,12 +322,12 @@ def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
 
 
 def build_config(settings: Mapping[str, Any], where: str) -> Config:
-    """A complete Config from nested plain values. where: the file, named in the InputError of what does not fit."""
+    """A complete Config from nested plain values. where: the file to name in an InputError."""
     return build(Config, settings, where)
 
 
 def carried_settings(config: Config) -> dict[str, Any]:
-    """The settings that go into a checkpoint: those that are the same on every machine."""
+    """The settings for a checkpoint, without those that depend on the machine."""
     settings: dict[str, Any] = plain(config)
     if config.autoencoder is not None:
         del settings["autoencoder"]["checkpoint_path"]
@@ -335,12 +335,12 @@ def carried_settings(config: Config) -> dict[str, Any]:
 
 
 def contradictions(carried: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:
-    """The keys that both state, with different values: ["model_params.depth (13 and 3)", ...]. None states nothing."""
+    """Keys with different values in both: ["model_params.depth (13 and 3)", ...]. None counts as missing."""
     return differences(_overlap(carried, stated), _overlap(stated, carried))
 
 
 def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `one` whose keys both state."""
+    """The part of `one` whose keys are in both."""
     return {
         key: _overlap(value, other[key]) if isinstance(value, Mapping) and isinstance(other[key], Mapping) else value
         for key, value in one.items()

@@ -17,13 +17,13 @@ from common.settings import Checked, option
 class ExportSettings(Checked):
     """Settings of export.py."""
 
-    source: Path = option(help="a checkpoint", exists="file", positional=True, metavar="IN")
-    target: Path = option(help="replaced if it is there", positional=True, metavar="OUT.safetensors")
-    weights: str = option("ema", "averaged, or of the last step", choices=("ema", "raw"))
+    source: Path = option(help="checkpoint to read", exists="file", positional=True, metavar="IN")
+    target: Path = option(help="file to write or replace", positional=True, metavar="OUT.safetensors")
+    weights: str = option("ema", "averaged (ema), or of the last step (raw)", choices=("ema", "raw"))
 
 
 def parse_settings(argv: Sequence[str] | None) -> ExportSettings:
-    description = "Write a checkpoint's weights as safetensors, with their description."
+    description = "Write the weights of a checkpoint, and the description of the network, as safetensors."
     return Parser(prog="export.py", description=description).settings(ExportSettings, argv, network=False)
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export(source: Path, target: Path, weights: str) -> str:
-    """Write the weights of a checkpoint, with its description, as safetensors. Returns what was written."""
+    """Write the weights of a checkpoint, and the description, as safetensors. Returns a text about the weights."""
     from safetensors.torch import save_file
 
     from models.weights import check_numbers, read_weights

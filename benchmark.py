@@ -1,4 +1,4 @@
-"""Measure how fast sampling, early exit and training are on this machine, beside what their FLOPs promise."""
+"""Measure the speed of sampling, early exit and training on this machine, and compare it with their FLOPs."""
 
 from __future__ import annotations
 
@@ -127,15 +127,15 @@ def prepare_training(settings: TrainingBenchmark, device: torch.device) -> tuple
     return measure, training_table
 
 
-Prepare = Callable[[Any, "torch.device"], tuple[Measurement, ToText]]  # each takes settings of its own kind
+Prepare = Callable[[Any, "torch.device"], tuple[Measurement, ToText]]  # each takes its own settings class
 COMMANDS: dict[str, Prepare] = {"sample": prepare_sampling, "early-exit": prepare_early_exit, "train": prepare_training}
 
 
 def open_network(path: Path, kind: type[M], settings: BenchmarkSettings | None = None) -> Network[M]:
     """The network of a checkpoint, or one of random weights from a YAML file.
 
-    kind: the class that is wanted, nn.Module for any. settings: where flags describe the network. Raises InputError
-    for files that are neither.
+    kind: the required class, nn.Module for any. settings: the flags that describe the network, if any. Raises
+    InputError for other files.
     """
     from common.config import build_config
     from models.loading import Network, build_network, load_network, name_of, stated_settings
@@ -155,7 +155,7 @@ def open_network(path: Path, kind: type[M], settings: BenchmarkSettings | None =
 
 
 def copy_of(network: Network[M], device: torch.device) -> Network[M]:
-    """One to be measured, which changes its weights: into a precision, or by training."""
+    """A copy on the device, because a measurement changes the weights (their precision, or by training)."""
     return replace(network, module=copy.deepcopy(network.module).to(device))
 
 

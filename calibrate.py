@@ -1,4 +1,4 @@
-"""Find out where to switch: the cost and the divergence of two or more networks at every timestep, and the best stages.
+"""Choose where to switch: measure the cost and divergence of two or more networks at every timestep.
 
 The result is a file of stages for sampler.py --stages.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from models.backbone import Backbone
     from models.loading import Network
 
-BESIDE = (".json", ".png")  # the file of stages
+BESIDE = (".json", ".png")  # written in addition to the file of stages
 
 
 def parse_settings(argv: Sequence[str] | None) -> CalibrateSettings:
@@ -75,7 +75,7 @@ def measurement_of(settings: CalibrateSettings, precision: str) -> Measurement:
 
 
 def check_output(settings: CalibrateSettings) -> None:
-    """Raises InputError where a file would be replaced that no calibration wrote."""
+    """Raises InputError if the output would replace a file that is not a calibration."""
     from common.files import writable_folder
     from generation.stages import is_calibration
 
@@ -89,7 +89,7 @@ def check_output(settings: CalibrateSettings) -> None:
 
 
 def check_verifying(settings: CalibrateSettings, full: Network[Backbone], device: torch.device) -> None:
-    """Raises InputError where samples could not be scored, before they are made."""
+    """Raises InputError, before sampling, if the samples could not be scored."""
     from evaluation.features import load_extractor
 
     verifying, data_path = settings.verifying, settings.choice.data_path
@@ -99,7 +99,7 @@ def check_verifying(settings: CalibrateSettings, full: Network[Backbone], device
 
 
 def verify(settings: CalibrateSettings, calibration: Calibration) -> dict[int, list[float]]:
-    """Scores of samples, one a seed, by the number of the option: of the full network, the chosen option and others."""
+    """Sample and score some options. Returns the scores of each, one per seed, by the number of the option."""
     import fid
     import sampler
     from calibration.report import name_of, stages_of
@@ -128,7 +128,7 @@ def verified_options(settings: CalibrateSettings, calibration: Calibration) -> l
     options, wanted = calibration.options, settings.verifying.verify or 0
     chosen = options.index(calibration.chosen)
     numbers = {0, chosen, *np.linspace(0, len(options) - 1, wanted).round().astype(int).tolist()}
-    while len(numbers) > max(wanted, len({0, chosen})):  # drop those nearest to the two that must stay
+    while len(numbers) > max(wanted, len({0, chosen})):  # drop the nearest to the two that must stay
         numbers.remove(min(numbers - {0, chosen}, key=lambda number: min(number, abs(number - chosen))))
     return sorted(numbers)
 

@@ -1,4 +1,4 @@
-"""Put scored runs side by side, over several seeds each if need be: a table, and a picture of score against time."""
+"""Compare scored runs, with one or several seeds each: a table, and a picture of score against time."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class CompareSettings(Checked):
     """Settings of compare.py."""
 
     runs: tuple[Any, ...] = option(
-        help="scored samples; the first is the standard. A label that is given several times has several seeds",
+        help="folder of scored samples; the first label is the baseline; repeat a label for several seeds",
         parse=labelled,
         positional=True,
         metavar="LABEL=FOLDER",
     )
-    metric: str = option("fid", "the score, of those in report/metrics.json")
-    output: Path = option(Path("comparison.png"), "the picture")
-    json: Path | None = option(None, "also write all numbers to this file")
+    metric: str = option("fid", "name of the score in report/metrics.json")
+    output: Path = option(Path("comparison.png"), "file of the picture")
+    json: Path | None = option(None, "also write all numbers to this JSON file")
 
     def __post_init__(self) -> None:
         super().__post_init__()

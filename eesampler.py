@@ -1,4 +1,4 @@
-"""Generate images with an early-exit model, which stops computing an image at the layer where it may."""
+"""Generate images with an early-exit model, in which each image exits at the first layer that is certain enough."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
 
 
 def load(settings: EarlyExitSettings, plan: Plan, device: torch.device) -> Network[EarlyExitUViT]:
+    """Load the early-exit model. Raises InputError for a file that does not fit."""
     from models.early_exit import EarlyExitUViT
     from models.loading import described_by, load_network, stated_settings
 
@@ -114,7 +115,7 @@ def load(settings: EarlyExitSettings, plan: Plan, device: torch.device) -> Netwo
 def describe_work(
     network: Network[EarlyExitUViT], exits: Mapping[str, np.ndarray], batches: int, settings: EarlyExitSettings
 ) -> dict[str, Any]:
-    """Where the images left the network, and what that saved, for the report. exits: of `save_exits`."""
+    """The mean exit layer and the FLOPs, for the report. exits: the arrays returned by `save_exits`."""
     import numpy as np
 
     from models.flops import early_exit_flops

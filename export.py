@@ -1,4 +1,4 @@
-"""Write a checkpoint's weights as safetensors, with their description."""
+"""Write the weights of a checkpoint, and the description of the network, as safetensors."""
 
 from __future__ import annotations
 

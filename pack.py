@@ -1,4 +1,4 @@
-"""Decode a dataset once, into one array that training reads at the speed of the disk."""
+"""Decode a dataset once into one array, which training reads at disk speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generate images with one backbone, with a shallow and a full one (DuoDiff), or with stages of any number."""
+"""Generate images with one backbone, with a shallow and a full one (DuoDiff), or with any number of stages."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
 
 
 def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Backbone]]:
-    """The networks, which fit each other and the timesteps of their stages."""
+    """Load the networks. Raises InputError unless they fit each other and the timesteps of the stages."""
     from models.loading import load_together
 
     place = idle_place(settings, device)
@@ -102,7 +102,7 @@ def idle_place(settings: SamplerSettings, device: torch.device) -> torch.device 
 
 
 def shared_config(networks: Sequence[Network[Backbone]]) -> Config:
-    """The last network's description, with the autoencoder that any of them names."""
+    """The description of the last network, with the first autoencoder path of all networks."""
     config = networks[-1].config
     named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
     return replace(config, autoencoder=named[0]) if named else config
@@ -115,9 +115,11 @@ def settled_plan(
     schedule: NoiseSchedule,
     device: torch.device,
 ) -> tuple[Plan, Calibration | None]:
-    """The plan with a timestep for --logsnr_switch, or for --t_switch auto: of the run that goes on, or measured.
+    """Replace --logsnr_switch or --t_switch auto by a timestep: for auto the recorded one of a continued run, or the
+    measured best one.
 
-    Times vary, so a run that goes on must not choose anew. On process 0 also the measurement, if one was made now.
+    A continued run keeps its switch, because a second measurement may choose another. Process 0 also returns the
+    measurement, if this call made one.
     """
     if settings.logsnr_switch is not None:
         clean = [t for t in range(schedule.num_timesteps) if schedule.log_snr(t) >= settings.logsnr_switch]
@@ -135,7 +137,7 @@ def settled_plan(
 
     def choose() -> int:
         nonlocal calibration
-        samples_in(settings.output_folder)  # a folder of something else is refused before the measurement
+        samples_in(settings.output_folder)  # refuse a folder with other files before the measurement
         if not settings.overwrite and (t_switch := recorded_switch(settings.output_folder)) is not None:
             print(f"t_switch {t_switch}, as it was chosen when this run began")
             return t_switch
@@ -149,7 +151,7 @@ def settled_plan(
             allow_outside_range=settings.allow_outside_range,
             quiet=settings.machine.quiet,
         )
-        # Copies: measuring puts weights into the working precision, which is done once.
+        # Copies, because the measurement converts the weights to the working precision.
         copies = [replace(network, module=copy.deepcopy(network.module)) for network in networks]
         calibration = calibrate(measurement, copies, device)
         print(in_words(calibration))
@@ -174,7 +176,7 @@ def make_stages(
     timesteps: Sequence[int],
     device: torch.device,
 ) -> tuple[list[Stage], list[BackboneDenoiser]]:
-    """The stages, and the networks in them. Raises InputError where a network does not suit its stage."""
+    """The stages and their networks. Raises InputError if a network was not trained on the timesteps of its stage."""
     from common.devices import DTYPES
     from diffusion.matching import own_timesteps
     from diffusion.sampling import Stage, split_timesteps
@@ -207,7 +209,7 @@ def make_stages(
 def make_caches(
     settings: SamplerSettings, plan: Plan, networks: Sequence[Network[Backbone]], own: Sequence[Sequence[int]]
 ) -> list[MiddleCache | None]:
-    """Of each network the cache that --cache_interval asks for; None where it has no middle, or all is to be run.
+    """The cache of each network for --cache_interval; None for a network without middle blocks or without caching.
 
     own: the timesteps of each stage.
     """
@@ -231,7 +233,7 @@ def make_caches(
 
 
 def name_idle(plan: Plan, networks: Sequence[Network[Backbone]], stages: Sequence[Stage]) -> None:
-    """Say which stages have none of the run's timesteps."""
+    """Warn about stages without a timestep of the run."""
     visited = [t for stage in stages for t in stage.timesteps]
     for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
         if not stage.timesteps:
@@ -243,7 +245,7 @@ def name_idle(plan: Plan, networks: Sequence[Network[Backbone]], stages: Sequenc
 
 
 def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
-    """Say where a file of stages was made for sampling that differs from this."""
+    """Warn if the file of stages was calibrated for another solver or number of steps."""
     made_for = plan.calibration or {}
     for name, value in (("solver", settings.solver.solver), ("steps", settings.solver.steps)):
         if made_for.get(name, value) != value:
@@ -257,13 +259,13 @@ def describe_work(
     stages: Sequence[Stage],
     batches: int,
 ) -> list[dict[str, Any]]:
-    """How often each network ran, for the report."""
+    """The number of calls and the FLOPs of each network, for the report."""
     from models.flops import backbone_flops
 
     described = []
     for k, (name, network, backbone) in enumerate(zip(plan.names, networks, backbones, strict=True)):
         visited = [
-            (t, 2 if planned.guidance_scale else 1)  # guidance runs each image twice, with its class and without
+            (t, 2 if planned.guidance_scale else 1)  # guidance runs each image with and without its class
             for planned, stage in zip(plan.stages, stages, strict=True)
             for t in stage.timesteps
             if planned.network == k

@@ -1,1 +1,1 @@
-"""How fast the networks are on this machine, and how much of that the samplers and the training get."""
+"""Measure the speed of networks, sampling and training on this machine."""

@@ -1,4 +1,4 @@
-"""What leaving early saves: exits forced to each depth, and to all depths within one batch."""
+"""Measure the time that early exit saves: exits forced to each layer, and spread over all layers in one batch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ T = 500  # the timestep of all calls; with the exits forced it makes no differen
 
 
 class ForcedProbes(nn.Module):
-    """The probes with a bias for each image, which decides where it leaves: they cost what they cost.
+    """The probes with a bias for each image that decides its exit layer, at the real cost of the probes.
 
-    exit_at: (B,). Images are told apart by their timesteps, which must be 0..B-1.
+    exit_at: (B,), the exit layer of each image. The timesteps must be 0..B-1, as the numbers of the images.
     """
 
     def __init__(self, probes: nn.Module, exit_at: Tensor):
@@ -42,7 +42,7 @@ class ForcedProbes(nn.Module):
 def measure_early_exit(
     settings: ExitBenchmark, network: Network[EarlyExitUViT], precision: str, device: torch.device
 ) -> dict[str, Any]:
-    """Times with exits forced, beside the ideal: the sum of the parts that ran, each measured by itself."""
+    """Times with forced exits, and the ideal times: the sums of the parts that ran, each measured alone."""
     model = network.module
     depth, size = model.num_layers, settings.batch_size
     x = torch.randn(size, *model.uvit.config.image_shape, device=device)
@@ -70,7 +70,7 @@ def measure_early_exit(
     seconds = in_turns(tasks, settings.rounds, device, settings.machine.quiet)
 
     def ideal(exit_at: Tensor) -> list[float]:
-        """Each part's time, times the share of the images that come to it."""
+        """The ideal time: the time of each part multiplied by its share of the images. exit_at: (B,)."""
         at = exit_at.float()
         spent = [("embed", 1.0), ("decode", float((at == depth).float().mean()))]
         for k in range(depth):
@@ -103,7 +103,7 @@ def measure_early_exit(
 
 
 def part_tasks(model: EarlyExitUViT, x: Tensor, time: Tensor, y: Tensor | None) -> dict[str, Callable[[], object]]:
-    """Every part of the model by itself, on the whole batch."""
+    """A task for each part of the model alone, on the whole batch."""
     uvit = model.uvit
     tokens = uvit.embed(x, time, y)
     tasks: dict[str, Callable[[], object]] = {

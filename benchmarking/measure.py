@@ -15,7 +15,7 @@ from diffusion.sampling import Denoiser
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures are of."""
+    """The device, the CPU or GPU and the torch version of the measurements."""
     about: dict[str, Any] = {"device": str(device), "torch": str(torch.__version__)}
     if device.type == "cuda":
         about["name"] = torch.cuda.get_device_name(device)
@@ -27,7 +27,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 class MatrixProduct:
-    """A product of two large square matrices: what a device can do at most, in a precision."""
+    """A product of two large square matrices, for the highest speed of a device in a precision."""
 
     def __init__(self, device: torch.device, precision: str):
         self.side = 8192 if device.type == "cuda" else 2048
@@ -46,14 +46,14 @@ class MatrixProduct:
 
 
 class CallTimer:
-    """Takes the time that calls of denoisers take, on CUDA without waiting for them."""
+    """Measures the time of calls of denoisers, on CUDA without waiting for them."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._marks: list[tuple[Any, Any]] = []
 
     def of(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser, with its calls timed."""
+        """The denoiser with timed calls."""
 
         def timed(x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
             before = self._mark()
@@ -72,7 +72,7 @@ class CallTimer:
         return time.perf_counter()
 
     def take_seconds(self) -> float:
-        """Of all calls since it was last asked."""
+        """The seconds of all calls since the last reading."""
         synchronize(self.device)
         seconds: float
         if self.device.type == "cuda":
@@ -84,7 +84,7 @@ class CallTimer:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of tensors on a GPU, of the process otherwise; None where the system does not tell."""
+    """The peak memory in bytes: of tensors on a GPU, else of the process; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

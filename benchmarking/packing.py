@@ -1,4 +1,4 @@
-"""How fast images come from a packed dataset, beside JPEGs decoded each time: python pack.py --benchmark."""
+"""Compare the speed of a packed dataset with that of decoding JPEGs: python pack.py --benchmark."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUM_LARGE = 250_000  # images of the set that memory is measured with: 3 GB
 
 
 class Generated(ImageDataset):
-    """Images that need no decoding, as many as wanted."""
+    """A dataset of random images without decoding."""
 
     def __init__(self, num_images: int):
         self.num_images = num_images
@@ -47,7 +47,7 @@ class Generated(ImageDataset):
 
 
 def run(place: Path | None, num_workers: int) -> None:
-    """Measure and print. place: where the images are made, and removed again."""
+    """Measure and print. place: the folder for temporary images."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=place and writable_folder(place)) as folder:
         root = Path(folder)
@@ -79,7 +79,7 @@ def report(what: str, images_per_second: float, remark: str = "") -> None:
 
 
 def make_jpegs(folder: Path) -> None:
-    """Smooth noise: about as many bytes as photographs of this size."""
+    """Write JPEGs of smooth noise, with about the size of photographs."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(NUM_JPEGS):
@@ -118,7 +118,7 @@ def packing_rate(dataset: ImageDataset, output: Path, num_workers: int) -> float
 
 
 def random_reads(folder: Path) -> tuple[float, str]:
-    """Images per second over one epoch in random order, and the most memory resident meanwhile."""
+    """The images per second over one epoch in random order, and the peak resident memory."""
     before, most = resident_bytes(), 0
     packed = PackedDataset(folder, read_manifest(folder))
     batches = training_batches(packed, BATCH, 0, 0, 0, pin_memory=False)
@@ -136,7 +136,7 @@ def random_reads(folder: Path) -> tuple[float, str]:
 
 
 def resident_bytes() -> int:
-    """0 where the system does not tell."""
+    """The resident memory of this process; 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

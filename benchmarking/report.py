@@ -104,9 +104,9 @@ def training_table(result: Mapping[str, Any]) -> str:
 
 
 def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """The picture of what has been measured into a folder: results by sub-command, those that there are.
+    """Draw the picture of a folder. results: the present measurements, by sub-command.
 
-    What was measured is drawn by its ratio to what was measured in the same rounds; see `in_turns`.
+    Measured times are drawn by their ratio to other times in the same rounds; see `in_turns`.
     """
     panels = {"sample": draw_switches, "early-exit": draw_exits}
     there = {name: results[name]["measured"] for name in panels if name in results and results[name]["measured"]}
@@ -137,7 +137,7 @@ def draw_switches(axes: Axes, measured: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_exits(axes: Axes, measured: Sequence[Mapping[str, Any]]) -> None:
-    """Batches that leave at one layer as points and lines, those spread over all layers as stars."""
+    """Draw batches that exit at one layer as points and lines, and batches spread over all layers as stars."""
 
     def point(result: Mapping[str, Any]) -> tuple[float, float]:
         return result["mean_exit_layer"], result["seconds_per_image_ideal"] / result["ideal_over_measured"]

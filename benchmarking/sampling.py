@@ -1,4 +1,4 @@
-"""The cost of a call of each backbone, and the time that a switch saves."""
+"""Measure the time of a call of each backbone, and the time that a switch saves."""
 
 from __future__ import annotations
 

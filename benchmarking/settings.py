@@ -17,13 +17,15 @@ NETWORK = "a YAML file (the weights are then random) or a checkpoint"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings(Checked):
-    """What the three benchmarks share."""
+    """Settings of all three benchmarks."""
 
-    rounds: int = option(3, "times that everything is measured, in turns", least=1, most=10_000)
-    precision: tuple[str, ...] = option((), "one or several (default: that of sampler.py)", choices=PRECISIONS)
+    rounds: int = option(3, "number of measurements of everything, alternating", least=1, most=10_000)
+    precision: tuple[str, ...] = option(
+        (), "one or several precisions (default: the default of sampler.py)", choices=PRECISIONS
+    )
     compile: bool = option(False, "compile the networks first (torch.compile)")
-    output_folder: Path = option(Path("out/benchmark"), "JSON and a picture go here")
-    config_path: Path | None = option(None, "YAML file of a checkpoint without a description", exists="file")
+    output_folder: Path = option(Path("out/benchmark"), "folder for the JSON files and the picture")
+    config_path: Path | None = option(None, "YAML file for a checkpoint without a description", exists="file")
     described: Mapping[str, Any] = option({}, flag=False)  # the network's own flags, nested
     machine: MachineSettings = section("machine", MachineSettings())
 
@@ -34,10 +36,10 @@ class SamplingBenchmark(BenchmarkSettings):
 
     full: Path = option(CONFIGS / "uvit_celeba.yaml", NETWORK, exists="file")
     shallow: Path = option(CONFIGS / "uvit_celeba_3.yaml", NETWORK, exists="file")
-    batch_size: int = option(8, "samples made at a time", least=1, most=MOST_BATCH)
-    solver: tuple[str, ...] = option(("ddpm", "dpmsolver++"), "one or several", choices=SOLVERS)
+    batch_size: int = option(8, "samples per batch", least=1, most=MOST_BATCH)
+    solver: tuple[str, ...] = option(("ddpm", "dpmsolver++"), "one or several solvers", choices=SOLVERS)
     steps: int = option(20, "network calls per image", least=1, most=100_000)
-    t_switch: tuple[int, ...] = option((300, 500, 699), "one or several", least=-1, most=99_999)
+    t_switch: tuple[int, ...] = option((300, 500, 699), "one or several switches", least=-1, most=99_999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,13 @@ class ExitBenchmark(BenchmarkSettings):
     """exits forced to every layer, and spread over the layers"""
 
     model: Path = option(CONFIGS / "deediff_celeba.yaml", NETWORK, exists="file")
-    batch_size: int = option(64, "images in a call", least=1, most=MOST_BATCH)
-    min_group: tuple[int, ...] = option((1, 8), "one or several, of the spread", least=1, most=MOST_BATCH)
+    batch_size: int = option(64, "images per call", least=1, most=MOST_BATCH)
+    min_group: tuple[int, ...] = option(
+        (1, 8),
+        "one or several values of --min_group of eesampler.py, for exits spread over the layers",
+        least=1,
+        most=MOST_BATCH,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,4 +62,4 @@ class TrainingBenchmark(BenchmarkSettings):
 
     model: Path = option(CONFIGS / "uvit_celeba.yaml", NETWORK, exists="file")
     batch_size: int = option(16, "images per step", least=1, most=MOST_BATCH)
-    freeze_backbone: bool = option(False, "of an early-exit model")
+    freeze_backbone: bool = option(False, "freeze the backbone of an early-exit model")

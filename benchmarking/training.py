@@ -1,4 +1,4 @@
-"""Steps per second of training, as the training scripts do them."""
+"""Measure the steps per second of training, with the steps of the training scripts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training.step import Learner, train_step
 
 
 class RandomImages(InMemoryDataset):
-    """Noise in the shape that a network takes."""
+    """A dataset of noise in the image shape of a network."""
 
     def __init__(self, shape: tuple[int, int, int], num_images: int, num_classes: int):
         self.images = torch.randint(256, (num_images, *shape), dtype=torch.uint8)
@@ -86,7 +86,7 @@ def measure_training(
 
 
 def task_of(module: nn.Module, freeze_backbone: bool) -> tuple[Objective, int]:
-    """The objective, and the operations of one image's training step."""
+    """The objective, and the FLOPs of a training step per image."""
     if isinstance(module, EarlyExitUViT):
         module.uvit.requires_grad_(not freeze_backbone)
         return early_exit_objective(freeze_backbone, False), early_exit_training_flops(module, freeze_backbone)

@@ -1,7 +1,7 @@
-"""Which network should run at which timestep: what each choice costs and gives, and which one to take.
+"""Choose the network for each timestep, by its time and its divergence.
 
-A choice gives every step a network. It saves time, and its divergence (or squared shift, see diffusion.divergence)
-from the full network alone is the sum over its steps.
+An option assigns a network to every step. It saves time, and its divergence (or squared shift, see
+diffusion.divergence) from the full network alone is the sum over its steps.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """One choice, and what it comes to: means over images, and their standard errors, per dimension."""
+    """A network for each step, and its results: means over images and standard errors, per dimension."""
 
-    networks: np.ndarray  # (S,) which runs at each step
+    networks: np.ndarray  # (S,) number of the network at each step
     speed_up: float  # predicted from the times of calls
     divergence: float
     divergence_se: float
@@ -56,7 +56,7 @@ class Option:
 
 
 def evaluated(steps: Steps, networks: np.ndarray) -> Option:
-    """What a choice comes to. networks: (S,)."""
+    """The option of these networks. networks: (S,)."""
     places = networks, np.arange(len(networks))
     divergence, excess = (table[places].sum(axis=0) for table in (steps.divergence, steps.excess))  # (N,)
     return Option(
@@ -73,9 +73,9 @@ def mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def switches(steps: Steps) -> list[Option]:
-    """Of two networks, every timestep at which the full one can take over, the latest last."""
+    """For two networks, the option of each possible switch, the latest switch last."""
     able = np.isfinite(steps.divergence[0]).all(axis=-1)
-    most = int(np.argmin(able)) if not able.all() else len(able)  # steps that the shallow one can do in a row
+    most = int(np.argmin(able)) if not able.all() else len(able)  # most steps of the shallow network from the start
     orders = (np.where(np.arange(len(able)) < n, 0, 1) for n in range(most + 1))
     return [evaluated(steps, order) for order in orders]
 
@@ -191,9 +191,9 @@ def chosen_of_other_images(
     budget: float | None = None,
     draws: int = 200,
 ) -> list[Option]:
-    """What `choose` takes when as many images are drawn from those measured, with replacement (the bootstrap).
+    """The choices of `choose` for images resampled with replacement (the bootstrap).
 
-    How far these choices lie apart is how far the chosen one is to be trusted.
+    Their spread shows the uncertainty of the choice.
     """
     places = np.arange(len(steps.timesteps))
     per_image = np.array([steps.divergence[option.networks, places].sum(axis=0) for option in options])  # (O, N)

@@ -1,4 +1,4 @@
-"""What each network predicts on real images, noised as the sampler meets them, and what a call of it costs."""
+"""Measure the predictions of each network on noised real images, and the time of a call."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from diffusion.solvers import Solver
 class Predictions(NamedTuple):
     """K networks, S timesteps, N images: mean squares over the D numbers of an image, float64.
 
-    NaN where a network does not know the timestep. Images that are broken are not among the N.
+    NaN at timesteps on which a network was not trained. Broken images are not among the N.
     """
 
-    error: np.ndarray  # (K, S, N) of eps against the noise that was added
-    distance: np.ndarray  # (K, S, N) of eps to the last network's
+    error: np.ndarray  # (K, S, N) of the predicted eps minus the added noise
+    distance: np.ndarray  # (K, S, N) of the predicted eps minus that of the last network
     dimensions: int  # D
 
 
 def choose_images(dataset: ImageDataset, n: int, seed: int) -> list[int]:
-    """n of the images, each as likely. Raises InputError if there are fewer."""
+    """The indices of n random images, rising. Raises InputError if there are fewer."""
     if n > len(dataset):
         raise InputError(f"--n_images {n}: the dataset has {len(dataset)} images")
     return sorted(np.random.default_rng(seed).choice(len(dataset), n, replace=False).tolist())
@@ -53,12 +53,11 @@ def measure_predictions(
     device: torch.device,
     quiet: bool = False,
 ) -> Predictions:
-    """Let every network predict the noise of the same noisy images, at each of the timesteps.
+    """Predict the noise of the same noisy images with every network, at each timestep.
 
-    known: of each network, the timesteps that it may be asked about. solver: what makes eps of a model output.
-    conditional: give the networks the images' labels. The noise depends on the seed, the image's place among the
-    indices and the timestep's in its list. Broken images are left out and named in a warning. Raises InputError where
-    fewer than two are whole.
+    known: the allowed timesteps of each network. solver: converts model outputs to eps. conditional: pass the labels of
+    the images to the networks. The noise depends on the seed, the position of the image in the indices and the position
+    of the timestep. Broken images are skipped with a warning. Raises InputError if fewer than two images are readable.
     """
     shape = (len(denoisers), len(timesteps), len(indices))
     error, distance = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -104,7 +103,7 @@ def measure_predictions(
 
 
 def mean_square(difference: Tensor) -> np.ndarray:
-    """(B, C, H, W) -> (B,) float64."""
+    """The mean square of each image: (B, C, H, W) -> (B,) float64."""
     return difference.square().mean(dim=(1, 2, 3)).cpu().double().numpy()  # MPS has no float64
 
 
@@ -117,11 +116,11 @@ def seconds_per_call(
     batch_size: int,
     device: torch.device,
 ) -> list[float]:
-    """Of each denoiser, at its timestep, with a batch of that size; measured in turns.
+    """The seconds of a call of each denoiser at its timestep, measured alternately.
 
-    It is the last one's median, times the ratio to it, which is taken within each turn.
+    Computed as the median of the last denoiser, times the median ratio to it within each round.
 
-    classes: how many the networks know; 0 for none.
+    classes: the number of classes of the networks; 0 for unconditional ones.
     """
     x = torch.randn(batch_size, *image_shape, device=device)
     y = torch.arange(batch_size, device=device) % classes if classes else None

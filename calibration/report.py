@@ -1,4 +1,4 @@
-"""A calibration in words, as a table, as files and as a picture."""
+"""Report a calibration as text, as a table, as files and as a picture."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from generation.stages import StageEntry, StageFile, write_stages
 from models.backbone import Backbone
 from models.loading import Network
 
-ROWS = 14  # of the table, beside the chosen one
-WIDE = 0.05  # of all timesteps: how far the choice may wander over resampled images before that is said
+ROWS = 14  # rows of the table, without the chosen one
+WIDE = 0.05  # spread of the choice, as a part of all timesteps, that leads to a note
 
 
 def in_words(calibration: Calibration) -> str:
-    """What was chosen, by which rule, and how certain that is."""
+    """The choice, its rule and its uncertainty, as text."""
     chosen, timesteps = calibration.chosen, calibration.steps.timesteps
     n = calibration.predictions.error.shape[-1]
     lines = [f"chosen: {name_of(calibration, chosen)}, predicted {chosen.speed_up:.2f}x ({why(calibration)})"]
@@ -51,7 +51,7 @@ def in_words(calibration: Calibration) -> str:
 
 
 def why(calibration: Calibration) -> str:
-    """The rule, and where it found nothing to choose between."""
+    """The rule of the choice, or the reason why there was no other option."""
     rule, options, chosen = calibration.rule, calibration.options, calibration.chosen
     if len(options) == 1:
         return "no other network knows the first timesteps"
@@ -69,7 +69,7 @@ def why(calibration: Calibration) -> str:
 
 
 def name_of(calibration: Calibration, option: Option) -> str:
-    """For a line: the switch, or how many timesteps each network has."""
+    """The name of an option: the switch, or the number of timesteps of each network."""
     if calibration.of_switches:
         return f"t_switch {option.t_switch(calibration.steps.timesteps)}"
     return " + ".join(map(str, counts(calibration, option))) + " timesteps"
@@ -85,7 +85,7 @@ def counts(calibration: Calibration, option: Option) -> list[int]:
 
 
 def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | None = None) -> str:
-    """Some options, the chosen one among them, marked. scores: by the number of the option, one a seed."""
+    """A table of some options with the chosen one marked. scores: one per seed, by the number of the option."""
     options, dimensions = calibration.options, calibration.predictions.dimensions
     number = options.index(calibration.chosen)
     shown = {*np.linspace(0, len(options) - 1, min(ROWS, len(options))).round().astype(int).tolist(), number}
@@ -145,7 +145,7 @@ def mean_and_se_of(scores: Sequence[float]) -> tuple[float, float]:
 def stages_of(
     calibration: Calibration, option: Option, files: Sequence[tuple[Path, Path | None]]
 ) -> tuple[StageEntry, ...]:
-    """files: weights and description of each network. A guidance scale of 0 is left out."""
+    """The stages of an option. files: weights and YAML file of each network. A guidance scale of 0 is omitted."""
     timesteps, networks = calibration.steps.timesteps, option.networks
     starts = [i for i in range(len(networks)) if i == 0 or networks[i] != networks[i - 1]]
     highest = [timesteps[i] for i in starts]
@@ -162,7 +162,7 @@ def stages_of(
 
 
 def about(calibration: Calibration) -> dict[str, Any]:
-    """The settings that the result depends on, and the rule, as plain values."""
+    """The settings that decide the result, and the rule, as plain values."""
     settings = calibration.settings
     return {
         **record(settings.solver),
@@ -195,9 +195,9 @@ def save(
     files: Sequence[tuple[Path, Path | None]],
     scores: Mapping[int, Sequence[float]] | None = None,
 ) -> None:
-    """Write the stages to path (.yaml), and beside it all numbers (.json) and the picture (.png).
+    """Write the stages to path (.yaml), all numbers to the .json and the picture to the .png of the same name.
 
-    files: weights and description of each network. scores: see `as_table`.
+    files: weights and YAML file of each network. scores: see `as_table`.
     """
     chosen, timesteps = calibration.chosen, calibration.steps.timesteps
     values, stages = option_values(calibration, chosen), stages_of(calibration, chosen, files)
@@ -233,7 +233,7 @@ def save(
 
 
 def over_images(values: np.ndarray) -> dict[str, list[float | None]]:
-    """Mean and standard error of (S, N) over images; None where they are not known."""
+    """The mean and standard error over images of values (S, N); None for NaN."""
     mean, error = mean_and_se(values)
     return {
         name: [float(x) if np.isfinite(x) else None for x in numbers]
@@ -242,7 +242,7 @@ def over_images(values: np.ndarray) -> dict[str, list[float | None]]:
 
 
 def draw(path: Path, calibration: Calibration, scores: Mapping[int, Sequence[float]]) -> None:
-    """Divergence and speed-up of every option, scores where there are some, and the networks' errors over t.
+    """Draw the divergence and speed-up of every option, the scores if any, and the errors of the networks over t.
 
     scores: see `as_table`.
     """
@@ -280,7 +280,7 @@ def draw(path: Path, calibration: Calibration, scores: Mapping[int, Sequence[flo
 
 
 def draw_divergence(axes: Axes, calibration: Calibration, x: np.ndarray, chosen: int) -> None:
-    """x: (O,) of the options, rising in speed. chosen: the number of the one that was chosen."""
+    """Draw the divergence. x: (O,), one value per option, rising in speed. chosen: the number of the chosen option."""
     dimensions = calibration.predictions.dimensions
     mean = dimensions * np.array([option.divergence for option in calibration.options])
     error = dimensions * np.array([option.divergence_se for option in calibration.options])
@@ -289,12 +289,12 @@ def draw_divergence(axes: Axes, calibration: Calibration, x: np.ndarray, chosen:
     axes.fill_between(x, mean - 2 * error, mean + 2 * error, color=plots.BLUE, alpha=0.25, linewidth=0)
     axes.set_title("What a switch costs, and what it saves" if calibration.of_switches else "What speed costs")
     axes.set_ylabel(label, color=plots.BLUE)
-    # Near the image divergence grows out of all proportion; what is to be seen lies before that.
+    # Divergence grows extremely close to the image; the relevant part is before that.
     axes.set_ylim(0, max(4 * mean[chosen], mean[-1] / 20, 1e-12))
 
 
 def draw_errors(axes: Axes, labels: Sequence[str], timesteps: np.ndarray, errors: np.ndarray) -> None:
-    """timesteps: (S,). errors: (K, S, N), squared errors of eps, NaN where a network does not know the timestep."""
+    """Draw the errors. timesteps: (S,). errors: (K, S, N), squared errors of eps, NaN at timesteps without training."""
     lines = []
     for i, values in enumerate(errors):
         known = np.isfinite(values).all(axis=-1)

@@ -38,31 +38,31 @@ KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by t
 
 
 class Calibration(NamedTuple):
-    """What was measured of K networks, the full one last, and what follows from it.
+    """The measurement of K networks, the full one last, the options and the choice.
 
-    last_shift: (K,) squared shift per dimension at the last step, which adds no noise; NaN where a network does not
-    know it.
+    last_shift: (K,) squared shift per dimension at the last step, which adds no noise; NaN for a network that was not
+    trained there.
     """
 
     settings: Measurement
     networks: Sequence[Network[Backbone]]
-    of_switches: bool  # there are two, and the full one takes over once: an option is a switch
+    of_switches: bool  # two networks and one switch: each option is a switch
     predictions: Predictions
     steps: Steps
-    random: bool  # the sampler is, and divergence in nats of its path; if not, it is the squared shift
+    random: bool  # a stochastic sampler: divergence in nats; else squared shifts
     last_shift: np.ndarray
     options: list[Option]  # rising in speed
-    last_judged: Option  # the last of those among which the rule chose
+    last_judged: Option  # the last option that the rule considered
     chosen: Option
-    others: list[Option]  # chosen of other images as likely
+    others: list[Option]  # choices for resampled images
     rule: str
     images_there: int  # in the dataset
 
 
 def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], device: torch.device) -> Calibration:
-    """Measure, and choose. Puts the networks into their working precision.
+    """Measure the networks and choose. Converts the networks to the working precision.
 
-    Raises InputError where they do not fit, or cannot do what is asked.
+    Raises InputError if they do not fit each other, or cannot reach the requested speed-up.
     """
     full, choice = networks[-1], settings.choice
     config = full.config
@@ -109,7 +109,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], devi
     def options_of(steps: Steps) -> list[Option]:
         return switches(steps) if of_switches else cascades(steps, settings.free)
 
-    if choice.speedup is not None:  # what is out of reach is known before the predictions are
+    if choice.speedup is not None:  # refuse an impossible speed-up before the measurement
         able = np.array([[0.0 if t in of_one else np.nan for t in timesteps] for of_one in known])
         both = np.stack([able, able], axis=-1)
         blank = Predictions(both, both, dimensions=1)
@@ -134,7 +134,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], devi
         choose(judged, choice.speedup, choice.budget),
         *chosen_of_other_images(judge, judged, choice.speedup, choice.budget),
     ]
-    # Of switches ddpm's are the first of the solver's own, which may let the shallow network do the last step too.
+    # The switches of ddpm are the first of the solver's own, which may include the shallow network at the last step.
     options = options_of(steps) if of_switches else [evaluated(steps, option.networks) for option in judged]
     chosen, *others = (options[judged.index(option)] for option in choices)
     last = step_weights(solver, timesteps).shift[-1] ** 2 * predictions.distance[:, -1].mean(axis=-1)
@@ -158,7 +158,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], devi
 def weighed(
     predictions: Predictions, solver: Solver, timesteps: Sequence[int], costs: Sequence[float]
 ) -> tuple[Steps, bool]:
-    """What the predictions come to under a solver, and whether that draws noise: divergence, or squared shifts."""
+    """The divergence (or squared shift) at each step of a solver, and whether the solver is stochastic."""
     weights = step_weights(solver, timesteps)
     weight = np.where(weights.random, weights.kl, weights.shift**2)[:, None]  # (S, 1)
     divergence, excess = weight * predictions.distance, weight * (predictions.error - predictions.error[-1])
@@ -175,7 +175,7 @@ def rule_of(choice: CalibrationSettings) -> str:
 
 
 def check_growing(networks: Sequence[Network[Backbone]]) -> None:
-    """Raises InputError unless each network calculates at least as much as the one before it, so that it is slower."""
+    """Raises InputError unless each network has at least as many FLOPs as the one before it."""
     for one, other in itertools.pairwise(networks):
         if backbone_flops(one.module) > backbone_flops(other.module):
             raise InputError(

@@ -16,14 +16,18 @@ from generation.settings import CalibrationSettings
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings(Checked):
-    """Scores of samples beside the calibration."""
+    """Sampling and scoring of switches."""
 
     verify: int | None = option(
-        None, "sample and score so many switches, the chosen one among them", least=2, most=100_000
+        None, "sample and score this many switches, including the chosen one", least=2, most=100_000
     )
-    n_samples: int = option(1000, "samples of each switch and seed", least=2, most=10_000_000)
-    sample_seeds: tuple[int, ...] = option((0,), "the same for every switch", least=0, most=MOST_SEED)
-    reference: Path | None = option(None, "score against this, see fid.py --help (default: --dataset)", exists="path")
+    n_samples: int = option(1000, "samples for each switch and seed", least=2, most=10_000_000)
+    sample_seeds: tuple[int, ...] = option(
+        (0,), "seeds of the samples, the same for every switch", least=0, most=MOST_SEED
+    )
+    reference: Path | None = option(
+        None, "real images to score against, see fid.py --help (default: --dataset)", exists="path"
+    )
     feature_extractor: str = option("inception", "see fid.py --help")
     feature_extractor_weights: Path | None = option(None, "see fid.py --help", exists="file")
     autoencoder_checkpoint_path: Path | None = option(None, "see sampler.py --help", exists="path")
@@ -43,26 +47,26 @@ class CalibrateSettings(Checked):
     """Settings of calibrate.py."""
 
     checkpoint_path: tuple[Path, ...] = option(
-        help="two networks or more, from small to large, the full one last", exists="path"
+        help="at least two networks, from small to large, the full one last", exists="path"
     )
     config_path: tuple[Path | Literal["none"], ...] = option(
-        (), "a YAML file for each, for weights that came without a description; none for the others"
+        (), 'a YAML file for each network whose weights have no description, "none" for the others'
     )
     weights: str = option("ema", "which weights of the checkpoints", choices=("ema", "raw"))
-    batch_size: int = option(128, "images in a call, whose time is measured too", least=1, most=MOST_BATCH)
-    seed: int = option(0, "of the choice of images and their noise", least=0, most=MOST_SEED)
+    batch_size: int = option(128, "images per network call; calls of this size are timed", least=1, most=MOST_BATCH)
+    seed: int = option(0, "seed of the images and their noise", least=0, most=MOST_SEED)
     precision: str | None = option(None, PRECISION, choices=PRECISIONS)
-    guidance_scale: float = option(0.0, "measure under guidance, see sampler.py --help", least=0, most=1000)
-    free: bool = option(False, "let networks follow each other in any order, not the full one last")
-    allow_outside_range: bool = option(False, "ask networks about timesteps that they were not trained on")
-    output: Path = option(Path("calibration.yaml"), "the file of stages; beside it a .json and a .png")
+    guidance_scale: float = option(0.0, "measure with guidance, see sampler.py --help", least=0, most=1000)
+    free: bool = option(False, "allow any order of the networks (default: the given order)")
+    allow_outside_range: bool = option(False, "run networks at timesteps on which they were not trained")
+    output: Path = option(Path("calibration.yaml"), "the file of stages; a .json and a .png go to the same folder")
     overwrite: bool = option(
-        False, "replace an --output that is no calibration, and samples that --verify made with other settings"
+        False, "replace an --output that is not a calibration, and --verify samples with other settings"
     )
     described: Mapping[str, Any] = option({}, flag=False)  # the networks' own flags, nested
-    choice: CalibrationSettings = section("images, and the rule of the choice")
+    choice: CalibrationSettings = section("images, and rule of the choice")
     solver: SolverSettings = section("solver", SolverSettings())
-    verifying: VerifySettings = section("scores of samples beside it", VerifySettings())
+    verifying: VerifySettings = section("sampling and scoring of switches", VerifySettings())
     machine: MachineSettings = section("machine", MachineSettings())
 
     def __post_init__(self) -> None:
@@ -86,14 +90,14 @@ class CalibrateSettings(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """How networks are measured and by which rule is chosen, for `calibration.run.calibrate`."""
+    """The settings of a measurement and of the choice, for `calibration.run.calibrate`."""
 
     choice: CalibrationSettings
     solver: SolverSettings
     precision: str  # a key of common.devices.DTYPES
-    batch_size: int  # images in a call, whose time is measured too
-    seed: int  # of the choice of images and of their noise
+    batch_size: int  # images per network call; calls of this size are timed
+    seed: int  # seed of the images and their noise
     guidance_scale: float = 0.0
-    allow_outside_range: bool = False  # ask networks about timesteps that they were not trained on
-    free: bool = False  # networks may follow each other in any order
+    allow_outside_range: bool = False  # run networks at timesteps on which they were not trained
+    free: bool = False  # allow any order of the networks
     quiet: bool = False

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that ends on a wrong option in one line."""
+    """An argument parser that reports a wrong option in one line."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         for text in words:
-            if text.startswith("--") and text.endswith("=--"):  # argparse takes it for a list of no values
+            if text.startswith("--") and text.endswith("=--"):  # argparse would read an empty list
                 self.error(f"{text}: '--' is no value")
         return super().parse_known_args(words, namespace)
 
@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
     def settings(self, cls: type[T], argv: Sequence[str] | T | None, *, network: bool = True, **more: Any) -> T:
         """Settings from the command line: a flag for each field.
 
-        argv: the words; or settings, which are what is returned. network: add a flag for each field of a network's
-        description; they are the field `described`, nested as a YAML file would have them. more: fields that are not
-        on the command line.
+        argv: the words of the command line; or settings, which are returned unchanged. network: also add the flags
+        of a network's description; their values become the field `described`, nested as in a YAML file. more: fields
+        without a flag.
         """
         if isinstance(argv, cls):
             return argv

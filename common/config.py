@@ -1,4 +1,4 @@
-"""The description of a network: its architecture, its output, and the noise schedule it was made for.
+"""The description of a network: its architecture, its output and its noise schedule.
 
 One description serves the YAML files, the command line and the checkpoints. No torch in here, so that --help stays
 quick.
@@ -24,13 +24,14 @@ MODELS = (*TRAINABLE, "diffusers")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous", "predict_v", "predict_velocity")
 SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
-PUBLIC_SCALE_FACTOR = 0.18215  # of the latents that the public U-ViT weights are of
+PUBLIC_SCALE_FACTOR = 0.18215  # scale of the latents of the public U-ViT weights
 MOST_YAML_BYTES = 2**20
 BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp", "cosine", "rectified_flow")
-# Of samplers that do not take their network's own; of latent diffusion for scaled_linear, of DDPM for the others.
+# Of samplers that do not use the network's schedule: latent diffusion's betas for scaled_linear, DDPM's for the others.
 SAMPLING_SCHEDULES: dict[str, dict[str, Any]] = {
     name: {"beta_schedule": name, "beta_start": 1e-4, "beta_end": 0.02} for name in BETA_SCHEDULES
 } | {"scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}}
+TASK = "task of the network (beats --config_path)"  # a group of --help
 CLASSIFIER_TYPES = (
     "attention_probe",
     "mlp_probe_per_layer",
@@ -47,14 +48,14 @@ class UViTConfig(Checked):
     patch_size: int = option(help="side of a patch, in the same unit", least=1, most=4096)
     in_chans: int = option(3, "channels: 3 colour, 1 grey", least=1, most=256)
     embed_dim: int = option(512, "width of the tokens", least=1, most=16384)
-    # depth // 2 blocks in, one in the middle, depth // 2 out: 12 and 13 are the same network, which is called 13 here.
-    depth: int = option(13, "blocks; an even depth has one more", least=1, most=999)
+    # depth // 2 in blocks, one middle block, depth // 2 out blocks: 12 and 13 are the same network, stored as 13.
+    depth: int = option(13, "number of blocks; an even depth is raised by one", least=1, most=999)
     num_heads: int = option(8, "attention heads", least=1, most=1024)
-    mlp_ratio: float = option(4.0, "MLP width over token width", least=0, most=64, above=True)
+    mlp_ratio: float = option(4.0, "MLP width divided by token width", least=0, most=64, above=True)
     qkv_bias: bool = option(False, "bias in the attention's projections")
     mlp_time_embed: bool = option(False, "an MLP on the timestep embedding")
-    num_classes: int = option(-1, "-1: unconditional", least=-1, most=1_000_000)
-    normalize_timesteps: bool = option(False, "give the network t / 1000")
+    num_classes: int = option(-1, "number of classes; -1: unconditional", least=-1, most=1_000_000)
+    normalize_timesteps: bool = option(False, "divide the time input by 1000")
     conv: bool = option(True, "a final 3 x 3 convolution; the public huge weights have none")
 
     def __post_init__(self) -> None:
@@ -93,13 +94,13 @@ class DiTConfig(Checked):
     hidden_size: int = option(1152, "width of the tokens", least=1, most=16384)
     depth: int = option(28, "blocks", least=1, most=999)
     num_heads: int = option(16, "attention heads", least=1, most=1024)
-    mlp_ratio: float = option(4.0, "MLP width over token width", least=0, most=64, above=True)
-    # More than 0: there is one more class, num_classes, that stands for none.
-    class_dropout_prob: float = option(0.1, "how often training drops the class", least=0, most=1)
+    mlp_ratio: float = option(4.0, "MLP width divided by token width", least=0, most=64, above=True)
+    # More than 0: the network has one more class, num_classes, which means "no class".
+    class_dropout_prob: float = option(0.1, "probability of dropping the class in training", least=0, most=1)
     num_classes: int = option(1000, 'without "no class"; -1: unconditional', least=-1, most=1_000_000)
     normalize_timesteps: ClassVar[bool] = False
     # False takes weights of either kind.
-    learn_sigma: bool = option(False, "the weights make a variance too, which is dropped")
+    learn_sigma: bool = option(False, "the weights also predict a variance, which is dropped")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,7 +169,7 @@ def check_num_classes(num_classes: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(Checked):
-    """The noise schedule, and how a network is told where on it an image is: the keys of `diffusion_params`.
+    """The noise schedule and the time input of a network: the keys of `diffusion_params`.
 
     beta_schedule: betas linear, or linear in their square root (scaled_linear), from beta_start to beta_end; or those
     between T points of the continuous VP process (continuous_vp), whose beta rises from T beta_start to T beta_end in
@@ -181,8 +182,8 @@ class DiffusionConfig(Checked):
     or t + 1; SiT 1 - (t + 1/2) / 1000. toward_data: the network's time and velocity run from noise to data, as in SiT.
     """
 
-    num_timesteps: int = option(1000, "T, of the noise schedule", least=1, most=100_000)
-    beta_schedule: str = option("linear", "how betas rise with t", choices=BETA_SCHEDULES)
+    num_timesteps: int = option(1000, "number of timesteps T of the noise schedule", least=1, most=100_000)
+    beta_schedule: str = option("linear", "course of the betas over t", choices=BETA_SCHEDULES)
     beta_start: float = option(1e-4, "beta at t = 0", least=0, most=1, above=True)
     beta_end: float = option(0.02, "beta at t = T - 1", least=0, most=1, above=True)
     time_scale: float = option(1.0, "the time input is time_scale (t + time_shift)", least=0, most=1000, above=True)
@@ -212,15 +213,15 @@ class DiffusionConfig(Checked):
 class AutoencoderConfig(Checked):
     """The autoencoder between the network's latents and images: the keys of `autoencoder`."""
 
-    scale_factor: float = option(  # so that the standard deviation of latents is about 1
+    scale_factor: float = option(  # makes the standard deviation of latents about 1
         PUBLIC_SCALE_FACTOR, "latents are multiplied by it", least=0, most=1000, above=True
     )
-    checkpoint_path: str | None = None  # not carried by checkpoints: it is another on every machine
+    checkpoint_path: str | None = None  # not stored in checkpoints: the path differs between machines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Checked):
-    """A network as the YAML files and the checkpoints describe it.
+    """The description of a network in YAML files and checkpoints.
 
     Defaults that depend on other fields are filled in: real_classes, t_min and t_max are None only where they do not
     apply.
@@ -232,15 +233,17 @@ class Config(Checked):
         kinds={"uvit": UViTConfig, "dit": DiTConfig, "deediff_uvit": UViTConfig, "diffusers": DiffusersConfig},
         chosen_by="model",
     )
-    classifier_type: str | None = option(None, "probes of an early-exit model", choices=CLASSIFIER_TYPES)
-    parametrization: str = option("predict_noise", "output of the network", choices=PARAMETRIZATIONS)
+    classifier_type: str | None = option(None, "probes of an early-exit model", choices=CLASSIFIER_TYPES, group=TASK)
+    parametrization: str = option("predict_noise", "output of the network", choices=PARAMETRIZATIONS, group=TASK)
     diffusion_params: DiffusionConfig = section("noise schedule of the network", DiffusionConfig())
     autoencoder: AutoencoderConfig | None = option(None, flag=False)  # None: the network makes pixels
     dataset: str | None = option(None, flag=False)  # the training data
     crop: str | None = option(None, flag=False)  # how its images were made square, see data.transforms
-    real_classes: int = option(None, "classes with images (default: all); one more is no class", least=0, most=10**6)
-    t_min: int = option(0, "lowest timestep of training", least=0, most=99_999)
-    t_max: int = option(None, "highest timestep of training (default: T - 1)", least=0, most=99_999)
+    real_classes: int = option(
+        None, "classes with images (default: all); one more is no class", least=0, most=10**6, group=TASK
+    )
+    t_min: int = option(0, "lowest timestep of training", least=0, most=99_999, group=TASK)
+    t_max: int = option(None, "highest timestep of training (default: T - 1)", least=0, most=99_999, group=TASK)
 
     def __post_init__(self) -> None:
         num_classes, last = self.model_params.num_classes, self.diffusion_params.num_timesteps - 1
@@ -265,12 +268,12 @@ class Config(Checked):
 
     @property
     def classes(self) -> range:
-        """The classes there are images of; empty for an unconditional network."""
+        """The classes with images; empty for an unconditional network."""
         return range(self.real_classes)
 
     @property
     def trained_timesteps(self) -> range:
-        """The timesteps that training draws; the network was not trained on others."""
+        """The timesteps on which the network was trained."""
         return range(self.t_min, self.t_max + 1)
 
     @property
@@ -283,7 +286,7 @@ class Config(Checked):
 
     @property
     def conventions(self) -> str:
-        """For people: the noise schedule, and what the network is told of t."""
+        """The noise schedule and the time input, as text for messages."""
         diffusion, normalize = self.diffusion_params, self.model_params.normalize_timesteps
         scale, shift = diffusion.time_line
         told = f"t {'-' if shift < 0 else '+'} {abs(shift):g}" if shift else "t"
@@ -299,12 +302,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise InputError(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
-# What YAML 1.1 takes for a number and means another one by than most who write it: 1:30 is 90 there, and 010 is 8.
+# Numbers that YAML 1.1 reads in an unexpected way: 1:30 is 90, and 010 is 8.
 AMBIGUOUS_NUMBER = re.compile(r".*:.*|[-+]?0[\d_]+")
 
 
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no types
-    """Plain values, each written out: aliases of aliases of aliases could fill the memory from a few lines.
+    """Loads plain values without aliases: nested aliases could fill the memory from a few lines.
 
     A key that is given twice is an error, and numbers that YAML 1.1 reads in an unexpected way are text.
     """
@@ -337,7 +340,7 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no type
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 _PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_yaml_float)
 
-# Where the original authors' files have a setting, and its place here.
+# Keys of the original authors' files, and their keys here.
 ORIGINAL_PLACES = {
     ("model_params", "classifier_type"): (None, "classifier_type"),
     ("autoencoder", "autoencoder_checkpoint_path"): ("autoencoder", "checkpoint_path"),
@@ -345,10 +348,10 @@ ORIGINAL_PLACES = {
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings a YAML file gives, as nested dicts; sections and keys are checked, defaults not filled in.
+    """The settings in a YAML file as nested dicts; sections and keys are checked, defaults are not filled in.
 
-    The original authors' files are read too. Raises InputError for a file that is no YAML mapping, a key nobody reads
-    or a value of the wrong type.
+    Also reads the original authors' files. Raises InputError for a file without a YAML mapping, an unknown key or a
+    value of the wrong type.
     """
     given = read_mapping(path, "model_params", dict)
     for (part, key), (own_part, own_key) in ORIGINAL_PLACES.items():
@@ -365,9 +368,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
-    """The mapping in a YAML file of plain values, of which only one section's kind is checked.
+    """The mapping of plain values in a YAML file. section, kind: a required key and its type; no other key is checked.
 
-    Raises InputError for a file that is none.
+    Raises InputError for other files.
     """
     check_regular(path)
     try:
@@ -386,12 +389,12 @@ def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
 
 
 def build_config(settings: Mapping[str, Any], where: str) -> Config:
-    """A complete Config from nested plain values. where: the file, named in the InputError of what does not fit."""
+    """A complete Config from nested plain values. where: the file to name in an InputError."""
     return build(Config, settings, where)
 
 
 def carried_settings(config: Config) -> dict[str, Any]:
-    """The settings that go into a checkpoint: those that are the same on every machine."""
+    """The settings for a checkpoint, without those that depend on the machine."""
     settings: dict[str, Any] = plain(config)
     if config.autoencoder is not None:
         del settings["autoencoder"]["checkpoint_path"]
@@ -399,12 +402,12 @@ def carried_settings(config: Config) -> dict[str, Any]:
 
 
 def contradictions(carried: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:
-    """The keys that both state, with different values: ["model_params.depth (13 and 3)", ...]. None states nothing."""
+    """Keys with different values in both: ["model_params.depth (13 and 3)", ...]. None counts as missing."""
     return differences(_overlap(carried, stated), _overlap(stated, carried))
 
 
 def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `one` whose keys both state."""
+    """The part of `one` whose keys are in both."""
     return {
         key: _overlap(value, other[key]) if isinstance(value, Mapping) and isinstance(other[key], Mapping) else value
         for key, value in one.items()

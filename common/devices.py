@@ -1,4 +1,4 @@
-"""Where the work runs, and how fast it went."""
+"""Devices, precisions and stopwatches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError for a device that is not there.
+    """The device of this name; `auto` is CUDA, else MPS, else the CPU. Raises InputError for a missing device.
 
     On CUDA, fp32 products may round their factors to TF32 from here on.
     """
@@ -36,7 +36,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware is called: "cpu", "mps", "NVIDIA H100 80GB HBM3"."""
+    """The name of the hardware: "cpu", "mps", "NVIDIA H100 80GB HBM3"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -44,9 +44,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
-    """A key of DTYPES; None takes bf16 where the device calculates in it, else fp32.
+    """A key of DTYPES; for None bf16 if the device has instructions for it, else fp32.
 
-    Raises InputError for fp16 on a CPU that does not calculate in it. bf16 works everywhere, if slowly.
+    Raises InputError for fp16 on a CPU without fp16 instructions. bf16 works everywhere, but may be slow.
     """
     if name is None:
         return "bf16" if in_hardware("bf16", device) else "fp32"
@@ -56,7 +56,7 @@ def pick_precision(name: str | None, device: torch.device) -> str:
 
 
 def in_hardware(precision: str, device: torch.device) -> bool:
-    """Whether the device has instructions for products in this precision, rather than an emulation of them."""
+    """Whether the device has instructions for products in this precision, not only an emulation."""
     if precision == "fp32":
         return True
     if device.type == "cuda":
@@ -64,17 +64,17 @@ def in_hardware(precision: str, device: torch.device) -> bool:
             precision == "fp16" or torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
         )
     if device.type == "mps":
-        return precision == "fp16"  # which chips have bf16, torch does not tell
+        return precision == "fp16"  # torch does not report which chips have bf16
     if platform.machine() in ("aarch64", "arm64"):
-        # False also where torch was built without the library that would use them.
+        # Also False if torch was built without the library for these instructions.
         return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")())
-    # Asked of torch by names that differ between its releases; an answer it does not know is no.
+    # The names of these functions differ between torch releases; a missing function counts as no.
     names = {"bf16": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), "fp16": ("_is_amx_fp16_supported",)}
     return any(getattr(torch.cpu, name, lambda: False)() for name in names[precision])
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises InputError where torch.compile has nothing to compile with."""
+    """Raises InputError if torch.compile lacks a compiler."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise InputError("--compile: torch.compile needs triton on CUDA; install it, or leave --compile out")
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
@@ -85,7 +85,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,7 +1,6 @@
-"""Several processes that do one job, as torchrun starts them; without it there is one, which is all of them.
+"""Several processes that share one job under torchrun; without torchrun there is one process.
 
-torchrun tells each process its place in RANK, WORLD_SIZE and LOCAL_RANK. No torch at import, so that reading
-options stays quick.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK in each process. No torch at import, so that reading options stays quick.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-LONGEST_WAIT = timedelta(days=1)  # of a process for another, which may be at its last batch for hours
+LONGEST_WAIT = timedelta(days=1)  # a process may wait hours for the last batch of another
 
 
 def rank() -> int:
@@ -28,7 +27,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes share the job, on all machines."""
+    """The number of processes of the job, on all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -37,23 +36,23 @@ def is_main() -> bool:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of a sequence: every world_size()-th item. The parts make up the whole."""
+    """The part of a sequence for this process: every world_size()-th item."""
     return items[rank() :: world_size()]
 
 
 def part_of(total: int) -> slice:
-    """This process's part of `total` rows: neighbours, as many as the others have, or one more."""
+    """The part of `total` rows for this process: consecutive rows; parts differ by at most one row."""
     return slice(total * rank() // world_size(), total * (rank() + 1) // world_size())
 
 
 @contextmanager
 def joined_processes(device_name: str) -> Iterator[torch.device]:
-    """Within the block the processes can talk to each other. Yields the device of this one.
+    """A context in which the processes can communicate. Yields the device of this process.
 
-    Warnings are process 0's to give: the others would repeat them.
+    Only process 0 logs warnings, because the others would repeat them.
 
-    device_name: as in `pick_device`; on CUDA each process takes the GPU of its LOCAL_RANK.
-    Raises InputError where there are fewer GPUs than processes on this machine, or one GPU is named for several.
+    device_name: as in `pick_device`; on CUDA each process uses the GPU of its LOCAL_RANK. Raises InputError if this
+    machine has fewer GPUs than processes, or device_name is one GPU for several processes.
     """
     from common.devices import pick_device
 
@@ -87,7 +86,7 @@ def joined_processes(device_name: str) -> Iterator[torch.device]:
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process calls this."""
     if world_size() > 1:
         from torch import distributed
 
@@ -95,7 +94,7 @@ def barrier() -> None:
 
 
 def gather(item: T) -> list[T] | None:
-    """What every process gave, by rank, on process 0; None on the others. For plain values and CPU arrays."""
+    """The items of all processes, by rank, on process 0; None on the others. For plain values and CPU arrays."""
     if world_size() == 1:
         return [item]
     from torch import distributed
@@ -106,7 +105,7 @@ def gather(item: T) -> list[T] | None:
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of what every process gives, on all of them; `values` are changed."""
+    """The sum of `values` over all processes, on all of them, in place. values: of any shape, the same everywhere."""
     if world_size() > 1:
         from torch import distributed
 
@@ -115,9 +114,9 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` gives on process 0, on every process; it runs there alone. For plain values.
+    """Run `work` on process 0 and return its result on every process. For plain values.
 
-    An InputError that process 0 meets ends the others as well, in silence: it says what there is to say.
+    After an InputError on process 0 the other processes end too, without a message.
     """
     if world_size() == 1:
         return work()
@@ -139,7 +138,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Process 0 goes through the block before the others: it may download what they then find."""
+    """A context that process 0 runs before the others, so that it can download files for them."""
     if not is_main():
         barrier()
     yield

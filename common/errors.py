@@ -1,4 +1,4 @@
-"""Errors a user can cause, and how a script ends on one."""
+"""Errors that a user can cause, and how scripts report them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ P = ParamSpec("P")
 NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 ENDING = (*ASKING_TO_END, signal.SIGINT)
 
-_running: ContextVar[ExitStack | None] = ContextVar("running", default=None)  # the command, if there is one
+_running: ContextVar[ExitStack | None] = ContextVar("running", default=None)  # the running command
 
 
 class InputError(ValueError):
-    """Something the user gave does not fit; the message says what came, what was wanted, what to do."""
+    """Wrong input by the user. The message names the input, the expected input and the remedy."""
 
 
 class WriteError(InputError):
-    """A file that could not be written, and on which disk; what was there before is as it was.
+    """A file could not be written; the previous file is unchanged. The message names the disk.
 
-    remedy: what to do first. Who catches it knows what was kept, and how to go on.
+    remedy: the first step of the user, to which the caller adds how to continue.
     """
 
     def __init__(self, path: Path, number: int):
@@ -41,15 +41,15 @@ class WriteError(InputError):
 
 
 def mount_point(path: Path) -> Path:
-    """Where the disk begins that a file is on."""
+    """The mount point of the disk of a file."""
     return next(folder for folder in path.absolute().parents if os.path.ismount(folder) or folder == folder.parent)
 
 
 @contextmanager
 def writing(path: Path, *also: Path) -> Iterator[None]:
-    """Raises WriteError where the block fails in writing `path`, or the files beside it in `also`.
+    """A context that raises WriteError if writing `path` or a file in `also` fails.
 
-    Not where it fails with a file of another name, that is read for one.
+    Errors about other files, such as files that the block reads, are unchanged.
     """
     try:
         yield
@@ -61,7 +61,7 @@ def writing(path: Path, *also: Path) -> Iterator[None]:
 
 
 def _errno_of(error: Exception, names: set[str | None]) -> int | None:
-    """Of the system call that failed. torch raises something else on the way, safetensors has but a text."""
+    """The errno of the failed system call. torch wraps it in another error, safetensors only has a text."""
     for each in (error, error.__context__):
         if isinstance(each, OSError) and each.errno is not None:
             return each.errno if each.filename is None or os.fspath(each.filename) in names else None
@@ -70,20 +70,20 @@ def _errno_of(error: Exception, names: set[str | None]) -> int | None:
 
 
 def at_end_of_command(work: Callable[[], object]) -> None:
-    """Call `work` when the command that runs ends, however it does; never, where none runs."""
+    """Call `work` when the running command ends, for any reason; never, if no command runs."""
     if (running := _running.get()) is not None:
         running.callback(work)
 
 
 def command(main: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a script's `main`: what a user can cause ends in one line on stderr and status 2.
+    """Decorator for a script's `main`: errors that a user can cause end in one line on stderr and status 2.
 
-    So do, with a status of 128 + its number, Ctrl-C and the signals that ask a process to end. Output that cannot be
-    written is dropped. Every other error keeps its traceback: it is ours to mend.
+    Ctrl-C and the signals that ask a process to end give status 128 + their number. Output that cannot be written is
+    dropped. All other errors keep their traceback, because they are bugs.
     """
     script = Path(main.__code__.co_filename).name
 
-    ends_process = main.__module__ == "__main__"  # nothing may disturb its last steps
+    ends_process = main.__module__ == "__main__"  # then signals are ignored in its last steps
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -102,7 +102,7 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
                     ignore(ENDING)
                 if int(os.environ.get("RANK", 0)) == 0:
                     said = f"stopped ({interrupt})" if isinstance(interrupt, Stopped) else "interrupted"
-                    beside = "\n" if sys.stderr.isatty() else ""  # of ^C, or of a progress bar
+                    beside = "\n" if sys.stderr.isatty() else ""  # ends the line with ^C or a progress bar
                     print(f"{beside}{script}: {said}", file=sys.stderr, flush=True)
                 raise SystemExit(status_of(interrupt)) from None
 
@@ -110,19 +110,19 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
 
 
 def _guarded(main: Callable[[], None], script: str) -> None:
-    """Call main; what a user can cause ends by `fail`."""
+    """Call main, and report errors that a user can cause with `fail`."""
     try:
         main()
     except WriteError as error:
         fail(script, f"{error}; what was there before is as it was: {error.remedy}, then give the same command again")
     except InputError as error:
-        # One that a loading process met comes with that process's traceback before it.
+        # The error of a loading process starts with the traceback of that process.
         fail(script, str(error).rpartition("InputError: ")[2])
-    except OSError as error:  # no permission, a file that went away
+    except OSError as error:  # no permission, or a file was removed
         advice = "; make room, then give the same command again" if error.errno in NO_ROOM else ""
         fail(script, (f"{error.filename}: {error.strerror}" if error.filename else str(error)) + advice)
     except (MemoryError, RuntimeError) as error:
-        # torch's own error has a type on accelerators, but only a text on the CPU.
+        # On accelerators torch raises a type of its own; on the CPU only the text identifies the error.
         texts = ("can't allocate memory", "not enough memory", "DataLoader worker (pid")
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if lost_another_process(error):
@@ -137,15 +137,16 @@ def _guarded(main: Callable[[], None], script: str) -> None:
 
 
 def lost_another_process(error: BaseException) -> bool:
-    """Whether torch.distributed gave up on the processes torchrun started beside this one."""
+    """Whether torch.distributed lost another process of the same torchrun."""
     distributed = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and (distributed or "gloo" in str(error))
 
 
 def fail(script: str, message: str) -> NoReturn:
-    """End with one line and status 2. Of several processes that torchrun started process 0 speaks at once.
+    """End with one line and status 2.
 
-    The others wait a little: mostly they met the same as process 0, and torchrun ends them meanwhile.
+    Under torchrun process 0 prints at once. The others wait a little, because they mostly have the same error, and
+    torchrun ends them in the meantime.
     """
     if process := int(os.environ.get("RANK", 0)):
         time.sleep(3)

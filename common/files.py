@@ -1,4 +1,4 @@
-"""Files: written so that a crash leaves the old one or the new one, read so that nobody's file does harm."""
+"""Write files so that a crash leaves the old file or the new one, and read untrusted files safely."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_ARRAY_BYTES = 2**29  # of the arrays of one .npz
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from file systems that have none
-LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # the names that `replacing` writes to
+MOST_ARRAY_BYTES = 2**29  # of all arrays in one .npz
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems without locks
+LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # temporary names of `replacing`
 
 
 @contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; it is renamed when the block ends well.
+    """A context that yields a temporary path in the same folder, and renames it to `path` at a successful end.
 
-    durable: flush it to disk first, so that not even a power cut leaves half of it; slow for many small files.
-    Raises WriteError where the disk does not take it; the old file stays.
+    durable: flush the file to disk first, so that it survives a power cut; slow for many small files. Raises WriteError
+    if the disk is full or fails; the old file stays.
     """
     with writing(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
@@ -54,17 +54,17 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while `replacing` left in a folder that is written by this one alone."""
+    """Remove the temporary files of killed processes from a folder that only this process writes."""
     for path in folder.glob(".*"):
         if LEFTOVER.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 
 def lock(path: Path, busy: str) -> AbstractContextManager[object]:
-    """Keeps two processes from the same work until the block ends; without one, until the command ends or the process.
+    """Lock a file until the end of the `with` block, or without one until the end of the command or process.
 
-    path: a file for the lock, which stays; the lock itself goes with the process, however that ends. Raises InputError
-    where another process has it: `busy`, and which one it is.
+    path: the file of the lock, which is not removed; the lock always ends with the process. busy: the message of the
+    InputError if another process has the lock; the process is appended.
     """
     from filelock import FileLock, Timeout
 
@@ -90,7 +90,7 @@ def lock(path: Path, busy: str) -> AbstractContextManager[object]:
 
 
 def _sign(descriptor: int) -> None:
-    """Write into a lock's file who has it. Not in its first byte, which is locked: Windows lets nobody read that."""
+    """Write the owner into the lock file. The first byte is locked, and Windows refuses to read it, so skip it."""
     with suppress(OSError):  # a full disk
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f" {os.getpid()} {socket.gethostname()}".encode())
@@ -118,9 +118,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises InputError for a folder, FIFO, device or socket in the place of a file: to open one may wait for ever.
+    """Raises InputError for a folder, FIFO, device or socket in place of a file: opening one may block for ever.
 
-    A path that is not there passes. Links count as what they lead to.
+    Missing paths pass. Links are followed.
     """
     try:
         mode = path.stat().st_mode
@@ -133,7 +133,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises InputError where the file is missing, no JSON, or has numbers in it that are not finite."""
+    """Read a JSON file. Raises InputError if it is missing, is not JSON, or has numbers that are not finite."""
     check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
@@ -150,9 +150,9 @@ def _finite(text: str) -> float:
 
 
 def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, or those of the names that are there; others are not read, and may be of any size.
+    """The arrays of an .npz by name. names: read only these arrays, if they exist; the others may have any size.
 
-    Raises InputError for a file that is none, that holds pickles or too much.
+    Raises InputError for other files, for pickles, and for arrays that are too large.
     """
     import numpy as np
 
@@ -168,21 +168,21 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, n
             return {name: file[name] for name in file.files if names is None or name in names}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # zipfile and numpy meet any bytes there are, and fail in any way there is
+    except Exception as error:  # damaged bytes make zipfile and numpy raise any error
         raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
 
 
 def array_names(path: Path) -> list[str]:
-    """Of the arrays in an .npz, none of which is read. Raises InputError for a file that is none."""
+    """The names of the arrays in an .npz, without reading them. Raises InputError for other files."""
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
-    except Exception as error:  # zipfile meets any bytes there are, and fails in any way there is
+    except Exception as error:  # damaged bytes make zipfile raise any error
         raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, or of the weights in a folder, such as diffusers saves, and in the folders in it."""
+    """The SHA-256 of a file, or of the .safetensors files in a folder and its subfolders."""
     digest = hashlib.sha256()
     for part in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
         with part.open("rb", buffering=0) as file:
@@ -192,7 +192,7 @@ def sha256_of(path: Path) -> str:
 
 
 def writable_folder(path: Path) -> Path:
-    """Make the folder if need be and try to write into it; raises InputError where that fails."""
+    """Make the folder if needed and try to write into it. Raises InputError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

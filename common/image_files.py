@@ -1,4 +1,4 @@
-"""The one way to read an image file: upright, opaque, 8 bits. Whatever reads images comes here."""
+"""Read image files: upright, opaque, 8 bits. All code that reads images uses this module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from common.files import check_regular
 T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
-BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of TIFF; the last one is of EXIF too
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of TIFF; the last one is also in EXIF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,48 +36,46 @@ TURNS = {
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks that the pixels need
 MOST_OF_16_BITS, MOST_OF_FEW_BITS = 65535, {"L;2": 3, "L;4": 15}
-DEEP_COLOUR = re.compile(
-    r"((?:RGB|RGBA|RGBX|CMYK);16)([BLN])"
-)  # a layout in Pillow's words, and the order of its bytes
+DEEP_COLOUR = re.compile(r"((?:RGB|RGBA|RGBX|CMYK);16)([BLN])")  # Pillow's name of a layout, and the byte order
 
 
 class BrokenImage(ValueError):
-    """A file that is no image, or not a whole one. The message says why, in the same words every time."""
+    """A file is not an image, or is incomplete. The message gives the reason, and is the same every time."""
 
 
 def read_image(file: Path | BinaryIO) -> Image.Image:
-    """An image file as it is looked at: upright, opaque, 8 bits; of mode L, or RGB where `in_chans_of` says 3.
+    """Read an image file: upright, opaque, 8 bits, mode L, or RGB if `in_chans_of` is 3.
 
-    What is transparent lies on white. 16 bits are divided by 257 and rounded. Of several frames it is the first.
-    Only the usual formats are tried, since decoders of others start programs, and within Pillow's limit of pixels.
+    Transparent pixels are blended with white. 16 bits are divided by 257 and rounded. Only the first frame is read.
+    Only common formats within Pillow's limit of pixels are decoded, because decoders of others start programs.
 
-    file: a path, or a stream that can seek. Raises BrokenImage; OSError where the disk or the permissions fail.
+    file: a path, or a stream that can seek. Raises BrokenImage; OSError for faults of the disk or the permissions.
     """
     return _with_opened(file, _as_looked_at)
 
 
 def in_chans_of(file: Path | BinaryIO) -> int:
-    """3 for an image in colour, 1 for a grey one, by its header: no pixels are decoded. Raises what `read_image` does.
+    """3 for a colour image, 1 for a grey one, from its header without decoding. Raises the errors of `read_image`.
 
-    Grey that was saved as RGB is colour. A palette is in colour if any of its entries is.
+    A grey image in RGB counts as colour, a palette counts as colour if any of its entries is.
     """
     return _with_opened(file, lambda image: 3 if _has_colour(image) else 1)
 
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Whatever a decoder raises in the block comes out as BrokenImage: it meets any bytes there are.
+    """A context that turns all errors of a decoder into BrokenImage, because damaged bytes make it raise any error.
 
-    What is not the file's fault passes: a disk or permissions that fail, want of memory.
+    Errors with other causes pass: the disk, the permissions, the memory.
     """
     try:
         yield
     except (BrokenImage, MemoryError):
         raise
-    except UnidentifiedImageError:  # its own words hold an address in memory
+    except UnidentifiedImageError:  # its message contains a memory address
         raise BrokenImage("not readable as an image") from None
     except Exception as error:
-        # EINVAL is a seek to where a damaged header points.
+        # EINVAL: a damaged header gives a wrong position for a seek.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         why = " ".join(str(error).split()) or type(error).__name__
@@ -85,7 +83,7 @@ def decoding() -> Iterator[None]:
 
 
 def _with_opened(file: Path | BinaryIO, work: Callable[[ImageFile.ImageFile], T]) -> T:
-    """What `work` makes of the image in a file, none of whose pixels are decoded yet."""
+    """Apply `work` to the opened image, whose pixels are not decoded yet."""
     if isinstance(file, Path):
         with decoding():
             check_regular(file)
@@ -102,16 +100,16 @@ def _with_opened(file: Path | BinaryIO, work: Callable[[ImageFile.ImageFile], T]
 def _attempt(stream: BinaryIO, work: Callable[[ImageFile.ImageFile], T]) -> T:
     stream.seek(0)
     with decoding(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of damaged metadata, which name no file
+        warnings.simplefilter("ignore")  # about damaged metadata, without a file name
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(stream, formats=FORMATS) as image:
             return work(image)
 
 
 def _bare_png(stream: BinaryIO) -> BinaryIO | None:
-    """A PNG without its texts and profiles, of which Pillow takes only so much; None for another file.
+    """A PNG without its texts and profiles, whose size Pillow limits; None for other files.
 
-    The image is whole whatever their size or damage. EXIF that is whole stays, for the orientation in it.
+    Damage to these chunks does not affect the image. Undamaged EXIF stays, for its orientation.
     """
     stream.seek(0)
     if stream.read(8) != PNG_SIGNATURE:
@@ -132,13 +130,13 @@ def _bare_png(stream: BinaryIO) -> BinaryIO | None:
 def _as_looked_at(image: ImageFile.ImageFile) -> Image.Image:
     mode = "RGB" if _has_colour(image) else "L"
     flat = _opaque(image).convert(mode)
-    # Pillow turns TIFFs as it loads them.
+    # Pillow rotates TIFFs itself.
     turn = None if isinstance(image, TiffImageFile) else TURNS.get(_orientation(image))
     return flat if turn is None else flat.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The one tag, so that damage to others does not matter; 1, upright, where it cannot be read."""
+    """The orientation in EXIF, independent of damage to other tags; 1 (upright) if it cannot be read."""
     try:
         value = image.getexif().get(ORIENTATION)
     except Exception:  # EXIF may be any bytes
@@ -159,7 +157,7 @@ def _has_colour(image: ImageFile.ImageFile) -> bool:
 
 
 def _opaque(image: ImageFile.ImageFile) -> Image.Image:
-    """8 bits, on white, in any colour space."""
+    """The image with 8 bits, blended with white, in any colour space."""
     key = None if image.mode in ("P", "PA") else image.info.get("transparency")  # one transparent colour
     deep = _pixels_of_16_bits(image)
     if deep is not None:
@@ -167,7 +165,7 @@ def _opaque(image: ImageFile.ImageFile) -> Image.Image:
     if image.mode in ("I", "F"):
         raise BrokenImage(f"its pixels (mode {image.mode} of Pillow) have no known range; wanted 8 or 16 bits")
     if key is not None:
-        most = MOST_OF_FEW_BITS.get(_layout(image))  # the colour is in the file's few bits, the pixels are in 8
+        most = MOST_OF_FEW_BITS.get(_layout(image))  # the key has the file's few bits, the pixels have 8
         pixels = np.array(image.convert("L") if image.mode == "1" else image)
         pixels[_equal(pixels, key * 255 // most if most else key)] = 255
         return Image.fromarray(pixels)
@@ -182,9 +180,9 @@ def _opaque(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _opaque_of_16_bits(pixels: np.ndarray, mode: str, key: int | tuple[int, ...] | None) -> Image.Image:
-    """pixels: (H, W), (H, W, 3), of CMYK or RGBX, or with alpha: (H, W, 2), (H, W, 4). Rounded once, at the end."""
+    """pixels: (H, W), (H, W, 3), CMYK or RGBX (H, W, 4), or with alpha (H, W, 2), (H, W, 4). Rounded at the end."""
     pixels = pixels.astype(np.uint64)
-    if mode == "RGBX":  # as some releases of Pillow call colours beside an unused channel
+    if mode == "RGBX":  # colours and an unused channel in some releases of Pillow
         pixels = pixels[..., :3]
     if pixels.shape[2:] == (2,) or mode == "RGBA":
         alpha = pixels[..., -1:]
@@ -202,16 +200,16 @@ def _opaque_of_16_bits(pixels: np.ndarray, mode: str, key: int | tuple[int, ...]
 
 
 def _equal(pixels: np.ndarray, colour: int | tuple[int, ...]) -> np.ndarray:
-    """(H, W) bool."""
+    """Whether each pixel of (H, W) or (H, W, C) has this colour: (H, W) bool."""
     equal: np.ndarray = (pixels == np.asarray(colour)).reshape(*pixels.shape[:2], -1).all(axis=-1)
     return equal
 
 
 def _pixels_of_16_bits(image: ImageFile.ImageFile) -> np.ndarray | None:
-    """(H, W) or (H, W, C) in 0..65535 of an image of more than 8 bits; None of 8 bits or of no known range.
+    """Pixels (H, W) or (H, W, C) in 0..65535 of an image with more than 8 bits; None for 8 bits or an unknown range.
 
-    Pillow keeps 16 bits of grey alone. Of colours it keeps the high bytes: the low ones come from a second reading,
-    as if the file had its bytes in the other order.
+    Pillow keeps 16 bits only for grey. For colours it keeps the high bytes; a second reading with swapped byte order
+    gives the low bytes.
     """
     layout, stream = _layout(image), image.fp
     if isinstance(image, TiffImageFile) and len(layout) == 1 and max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8:
@@ -219,12 +217,12 @@ def _pixels_of_16_bits(image: ImageFile.ImageFile) -> np.ndarray | None:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.uint64)
         if isinstance(image, TiffImageFile):
-            most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # there are 12 bits too
+            most = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1  # may also be 12 bits
             grey = (grey * MOST_OF_16_BITS + most // 2) // most
             if image.tag_v2.get(PHOTOMETRIC) == 0:  # 0 is white
                 grey = MOST_OF_16_BITS - grey
         return grey
-    if layout == "LA;16B":  # four bytes, as many as RGBA has
+    if layout == "LA;16B":  # four bytes per pixel, as in RGBA
         both = np.asarray(_laid_out(image, "RGBA")).astype(np.uint32)
         deep: np.ndarray = both[..., 0::2] * 256 + both[..., 1::2]
         return deep
@@ -240,15 +238,15 @@ def _pixels_of_16_bits(image: ImageFile.ImageFile) -> np.ndarray | None:
 
 
 def _layout(image: ImageFile.ImageFile) -> str:
-    """How the pixels lie in the file, in Pillow's words ("rawmode")."""
+    """The layout of the pixels in the file, Pillow's "rawmode"."""
     about = image.tile[0][3] if image.tile else ""
     return str(about[0] if isinstance(about, tuple) else about)
 
 
 def _laid_out(image: ImageFile.ImageFile, layout: str) -> ImageFile.ImageFile:
-    """The image with its pixels taken to lie otherwise in the file."""
+    """The image read with another layout of its pixels."""
     image.tile = [
-        # Pillow names the four since version 11.
+        # A named tuple since Pillow 11.
         (decoder, extents, offset, (layout, *about[1:]) if isinstance(about, tuple) else layout)  # type: ignore[misc]
         for decoder, extents, offset, about in image.tile
     ]

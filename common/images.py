@@ -1,4 +1,4 @@
-"""Pixels: between 8 bits and the range of the networks, and as pictures on disk."""
+"""Convert pixels between 8 bits and the range of the networks, and write and read pictures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from common.image_files import read_image
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
+    """uint8 -> float32 in [-1, 1], of any shape."""
     return pixels.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8, clipped and rounded; the inverse of `from_uint8`."""
+    """[-1, 1] -> uint8 of the same shape, clipped and rounded; the inverse of `from_uint8`."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -39,7 +39,7 @@ def save_png(path: Path, pixels: Tensor) -> int:
 
 
 def read_png(path: Path) -> Tensor:
-    """What `save_png` wrote, uint8 (C, H, W)."""
+    """Read a file of `save_png`: uint8 (C, H, W)."""
     image = read_image(path)
     return to_tensor(image, in_chans=1 if image.mode == "L" else 3)
 
@@ -47,7 +47,7 @@ def read_png(path: Path) -> Tensor:
 def save_grid(path: Path, pixels: Tensor, at_most: int = 100, least_side: int = 64) -> None:
     """Save the first images as one picture, nearly square.
 
-    Tiny images are enlarged, smoothly: a person makes out an 8 x 8 digit that way, and not by its squares.
+    Small images are enlarged smoothly, because a smooth 8 x 8 digit is easier to read than one of squares.
     pixels: uint8 (N, C, H, W).
     """
     tiles = enlarge(pixels[:at_most].cpu(), least_side)
@@ -60,7 +60,7 @@ def save_grid(path: Path, pixels: Tensor, at_most: int = 100, least_side: int = 
 
 
 def enlarge(pixels: Tensor, least_side: int) -> Tensor:
-    """uint8 (N, C, H, W), a whole number of times larger if smaller than least_side."""
+    """Enlarge images smaller than least_side by a whole factor. uint8 (N, C, H, W) -> uint8 (N, C, zoom H, zoom W)."""
     zoom = max(1, least_side // pixels.shape[-1])
     if zoom == 1:
         return pixels

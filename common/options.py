@@ -16,15 +16,20 @@ MOST_SEED, MOST_BATCH = 2**63 - 1, 2**20
 class SolverSettings(Checked):
     """Solver."""
 
-    solver: str = option("ddpm", "how x_t moves to the next timestep", choices=SOLVERS)
+    solver: str = option("ddpm", "solver of the sampling steps", choices=SOLVERS)
     steps: int | None = option(
-        None, "network calls per image (default: every t for ddpm, 50 for ddim, 20 for others)", least=1, most=100_000
+        None,
+        "network calls per image (default: every timestep for ddpm, 50 for ddim, 20 for the others)",
+        least=1,
+        most=100_000,
     )
-    eta: float | None = option(None, "of ddim: 0 is deterministic (default), 1 as random as ddpm", least=0, most=1)
+    eta: float | None = option(
+        None, "noise of ddim: 0 is deterministic, 1 has the variance of ddpm (default: 0)", least=0, most=1
+    )
     sampling_schedule: str | None = option(
         None, "noise schedule of the sampler (default: that of the last network)", choices=BETA_SCHEDULES
     )
-    clip_x0: bool = option(False, "hold the predicted clean image to [-1, 1]")
+    clip_x0: bool = option(False, "clip the predicted clean image to [-1, 1]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,7 +41,7 @@ class SolverSettings(Checked):
             object.__setattr__(self, "steps", DEFAULT_STEPS[self.solver])
 
 
-PRECISION = "precision of the networks (default: bf16 where the device computes in it, else fp32)"
+PRECISION = "precision of the networks (default: bf16 if the device has instructions for it, else fp32)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +51,14 @@ class SpeedSettings(Checked):
     precision: str | None = option(None, PRECISION, choices=PRECISIONS, decides=(RESULT, CONDITIONS))
     compile: bool = option(
         False,
-        "compile the networks first (torch.compile): a minute",
+        "compile the networks first (torch.compile); takes about a minute",
         decides=(CONDITIONS,),
         why="compiled networks differ in rounding alone",
     )
 
     @property
     def chosen_precision(self) -> str:
-        """The precision, of settings in which it is chosen, see `generation.run.settled_speed`."""
+        """The precision; only for settings from `generation.run.settled_speed`."""
         assert self.precision is not None, "the precision is not chosen yet"
         return self.precision
 

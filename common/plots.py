@@ -1,4 +1,4 @@
-"""What all pictures share. Drawn without pyplot, so that nothing depends on a display or on global state."""
+"""Common functions for plots, without pyplot, so that they need no display and no global state."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from common.tables import escaped
 
 BLUE, GREY, ORANGE = "#2a6f97", "#8d99ae", "#bc6c25"
 MARKERS = "os^Dv<>pP*XhHd"
-LONGEST = 60  # characters of a label; those in the middle of a longer one are left out
+LONGEST = 60  # characters of a label; longer labels are cut in the middle
 
 
 def drawable(label: str) -> str:
-    """A label as a picture can show it: letters that the font lacks escaped, and at most LONGEST characters."""
+    """A label with escapes for letters that the font lacks, cut to LONGEST characters."""
     letters = get_font(findfont(FontProperties())).get_charmap()
     label = escaped(label, lambda character: ord(character) in letters)
     return label if len(label) <= LONGEST else f"{label[: LONGEST // 2]}…{label[1 - LONGEST // 2 :]}"
 
 
 def add_legend(owner: Axes | SubFigure, handles: Sequence[Any], labels: Sequence[str], **where: Any) -> None:
-    """Labels to the letter: matplotlib itself leaves out those that begin with _, and takes $ for mathematics.
+    """Add a legend with literal labels: matplotlib itself skips labels with a leading _, and reads $ as mathematics.
 
     handles: lines, or containers of error bars, which the types of a figure's legend leave out.
     """

@@ -1,8 +1,8 @@
-"""Settings as frozen dataclasses: a field is a flag, a YAML key and an entry in the record of a run, all at once.
+"""Settings as frozen dataclasses: each field is a flag, a YAML key and an entry in the record of a run.
 
-Each field carries its help, its range and what depends on it (see `option`). The command line, the checks of YAML
-files and checkpoints, the record of a run and the comparison of two runs read that and nothing else. No torch in
-here, so that --help stays quick.
+Each field has its help text, its range and its influence on the result (see `option`). The command line, the checks of
+YAML files and checkpoints, the record of a run and the comparison of two runs all use these fields. No torch in here,
+so that --help stays quick.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from common.errors import InputError
 
 T = TypeVar("T")
-RESULT, CONDITIONS = "result", "conditions"  # a field decides the images, weights or scores; or how they are made
+RESULT, CONDITIONS = "result", "conditions"  # decides the images, weights or scores; or how they are made
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 MOST_DIGITS = 300  # Python refuses to read numbers of thousands of digits
@@ -37,12 +37,12 @@ class About:
     most: float | None = None
     above: bool = False  # least itself is out of range
     choices: tuple[str, ...] | None = None
-    exists: Literal["file", "folder", "path"] | None = None  # what a path must name already
+    exists: Literal["file", "folder", "path"] | None = None  # kind of file that must exist
     decides: tuple[str, ...] = (RESULT,)
-    why: str = ""  # the result does not depend on it
+    why: str = ""  # the reason why the result does not depend on it
     flag: bool = True  # False: set by the script, not by the command line
     group: str = ""  # of --help
-    parse: Callable[[str], Any] | None = None  # a value from the text of the command line, where it is of no plain type
+    parse: Callable[[str], Any] | None = None  # makes a value of no plain type from text
     positional: bool = False
     metavar: str | None = None
     aliases: tuple[str, ...] = ()  # other names of the flag, which --help leaves out
@@ -55,14 +55,14 @@ def option(
 ) -> Any:
     """A field of settings.
 
-    default: none makes it required; of a dict each instance has a copy. help: for --help, which adds the default.
-    least, most: the range, both included, or without `least` where `above` is given; of the items where the field is
-    a tuple. choices: the strings that are allowed. exists: "file", "folder" or "path", which a path must name
-    already. decides: RESULT, CONDITIONS (how long a run takes, where its data lie, how often it logs), both or
-    neither. why: the reason, where the result does not depend on the field. flag: False for a field that is not on
-    the command line. group, metavar: of --help. parse: makes a value of the text on the command line, for types that
-    are not plain. positional: the values stand on the command line without the name. aliases: other names of the
-    flag, such as "--old", which work like it and are left out of --help; not of required fields.
+    default: a field without one is required; each instance gets a copy of a dict. help: the text of --help, which adds
+    the default. least, most: the range of the value, or of the items of a tuple; both are included, but `least` is not
+    if `above` is set. choices: the allowed strings. exists: "file", "folder" or "path", the kind of file that must
+    exist. decides: RESULT, CONDITIONS (such as the time, the place of the data, the logs), both or neither. why: the
+    reason if the result does not depend on the field. flag: False for a field without a flag. group, metavar: see
+    --help. parse: makes a value from the text on the command line, for types that are not plain. positional: a
+    positional argument in place of a flag. aliases: other names of the flag, such as "--old", which are not in --help;
+    not for required fields.
     """
     if RESULT not in decides and not why:
         raise TypeError(f"a field without influence on the result must say why ({help!r})")
@@ -74,33 +74,21 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(
-    title: str,
-    default: Any = MISSING,
-    *,
-    decides: Sequence[str] = (RESULT, CONDITIONS),
-    why: str = "",
-    kinds: Mapping[str, type] | None = None,
-    chosen_by: str = "",
-) -> Any:
-    """A field that holds nested settings.
+def section(title: str, default: Any = MISSING, *, kinds: Mapping[str, type] | None = None, chosen_by: str = "") -> Any:
+    """A field with nested settings.
 
-    title: of their group in --help. decides: what may depend on the fields in it; why: the reason, where the result
-    does not. kinds, chosen_by: where it may be of several classes, the class by the value of the field `chosen_by`,
-    which stands beside it. Classes may have fields of the same name and type.
+    title: the title of their group in --help. kinds, chosen_by: for a field of several classes, the class for each
+    value of the field `chosen_by` of the same settings. The classes may share fields of the same name and type.
     """
-    if RESULT not in decides and not why:
-        raise TypeError(f"a section without influence on the result must say why ({title!r})")
-    about = About(title, decides=tuple(decides), why=why, kinds=kinds, chosen_by=chosen_by)
-    return dataclasses.field(default=default, metadata={"about": about})
+    return dataclasses.field(default=default, metadata={"about": About(title, kinds=kinds, chosen_by=chosen_by)})
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field with its type taken apart."""
+    """A field and its analysed type."""
 
     name: str
-    kinds: tuple[Any, ...]  # the types a value may have, None left out; of the items, for a tuple
+    kinds: tuple[Any, ...]  # the possible types without None; those of the items for a tuple
     many: bool  # it is a tuple
     optional: bool  # None is a value: "not applicable"
     default: Any
@@ -108,17 +96,17 @@ class Field:
 
     @property
     def nested(self) -> type[Any] | None:
-        """The dataclass of the value, the first of several; of the items, for a tuple."""
+        """The dataclass of the value, or of the items of a tuple; the first of several."""
         return next(iter(self._dataclasses), None)
 
     @property
     def section(self) -> type[Any] | None:
-        """The dataclass, of a field that holds nested settings; the first of several."""
+        """The dataclass of nested settings, if the field is a section; the first of several."""
         return next(iter(self.sections), None)
 
     @property
     def sections(self) -> tuple[type[Any], ...]:
-        """The dataclasses, of a field that holds nested settings."""
+        """The dataclasses of nested settings, if the field is a section."""
         return () if self.many else self._dataclasses
 
     @property
@@ -126,9 +114,9 @@ class Field:
         return tuple(kind for kind in self.kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind))
 
     def of(self, beside: Mapping[Any, Any], cls: type, where: str) -> Field:
-        """The field with one class, where it may be of several.
+        """The field with its one class, if it may have several.
 
-        beside: the values of the fields of `cls` that are given. Raises InputError where they choose no class.
+        beside: the given values of the fields of `cls`. Raises InputError if they choose no class.
         """
         if self.about.kinds is None:
             return self
@@ -143,15 +131,14 @@ class Field:
 def leaves(cls: type, decides: str) -> Iterator[Field]:
     """The fields of a dataclass of settings, and of its sections, on which the result, or the time, depends."""
     for f in fields_of(cls):
-        if decides in f.about.decides:
-            for nested in f.sections:
-                yield from leaves(nested, decides)
-            if not f.sections:
-                yield f
+        for nested in f.sections:
+            yield from leaves(nested, decides)
+        if not f.sections and decides in f.about.decides:
+            yield f
 
 
 def fields_of(cls: type) -> tuple[Field, ...]:
-    """The fields of a dataclass of settings; one that was not made by `option` has no help and no range."""
+    """The fields of a settings dataclass; fields without `option` have no help and no range."""
     return _fields_of(cls)
 
 
@@ -184,7 +171,7 @@ class Checked:
 
 
 def check(f: Field, value: Any, where: str) -> None:
-    """Raises InputError, which begins with `where`, for a value that the field cannot have."""
+    """Raises InputError, which begins with `where`, for a value outside the choices or the range of the field."""
     if value is None and f.optional:
         return
     for item in value if f.many else (value,):
@@ -201,7 +188,7 @@ def _in_range(about: About, value: float) -> bool:
 
 
 def range_of(about: About) -> str:
-    """The range, for a message: "1..4096", "more than 0 and at most 64"."""
+    """The range as text: "1..4096", "more than 0 and at most 64"."""
     if about.above:
         return f"more than {about.least:g} and at most {about.most:g}"
     if isinstance(about.least, int) and isinstance(about.most, int):
@@ -210,7 +197,7 @@ def range_of(about: About) -> str:
 
 
 def shown(value: object) -> str:
-    """A value for a message: not long, however large or nested it is."""
+    """A value as short text for a message."""
     if value is None:
         return "none"
     if isinstance(value, int) and value.bit_length() > 256:
@@ -272,7 +259,7 @@ def _typed_item(f: Field, value: Any, where: str) -> Any:
         if type(value) is (get_origin(kind) or kind) and not (kind is int and abs(value) >= 2**63):
             return value
         if kind is float and isinstance(value, str) and EXPONENT.fullmatch(value):
-            return float(value)  # YAML takes 1.0e-4 for a number, and 1e-4 for text
+            return float(value)  # YAML reads 1.0e-4 as a number, but 1e-4 as text
     names = " or ".join(KINDS.get(get_origin(kind) or kind, "a mapping") for kind in f.kinds)
     raise InputError(f"{where} is {shown(value)}, wanted {names}")
 
@@ -291,7 +278,7 @@ def _check_own(f: Field, kind: type, value: Mapping[Any, Any], where: str) -> No
 def build(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass `cls`, and of those in it, from nested plain values.
 
-    where: the file, named in every message. Raises InputError.
+    where: the file to name in messages. Raises InputError.
     """
     given = check_types(cls, given, where)
     values: dict[str, Any] = {}
@@ -322,9 +309,9 @@ def add_options(
 ) -> None:
     """A flag for each field; nested settings are a group of --help.
 
-    Flags that were not given are left out of what the parser returns, see `from_flags`. partial: another source may
-    give what these flags do not, so none is required, and each bool has a flag for False too. apart_from: fields that
-    have a flag already, of another class of the section.
+    The parser returns only the flags on the command line, see `from_flags`. partial: another source may set the fields
+    too, so no flag is required, and each bool also has a flag for False. apart_from: fields that already have a flag,
+    of another class of the section.
     """
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
 
@@ -363,7 +350,7 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
     text = f.about.help
     if f.default not in (MISSING, None, False, ()):
         values = f.default if f.many else (f.default,)
-        text += f" (default {' '.join(map(str, values))})"
+        text += f" (default: {' '.join(map(str, values))})"
     about: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if f.about.metavar:
         about["metavar"] = f.about.metavar
@@ -375,7 +362,7 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
     if f.many and (f.about.positional or not f.about.parse):
         about["nargs"] = "+"
     elif f.about.positional and f.default is not MISSING:
-        about |= {"nargs": "?", "default": f.default}  # argparse would take SUPPRESS for the value
+        about |= {"nargs": "?", "default": f.default}  # argparse would use SUPPRESS as the value
     if f.about.choices:
         return about | {"choices": f.about.choices}
     return about | {"type": f.about.parse or parser_of(f)}
@@ -426,9 +413,9 @@ def _check_exists(path: Path, exists: str) -> None:
 
 
 def from_flags(cls: type[T], given: Mapping[str, Any], **more: Any) -> T:
-    """Settings from the flags that were given (`vars` of what the parser returned).
+    """Settings from the flags on the command line (`vars` of the parser's result).
 
-    more: fields that are not on the command line. Raises InputError.
+    more: fields without a flag. Raises InputError.
     """
     values = dict(more)
     for f in fields_of(cls):
@@ -440,7 +427,7 @@ def from_flags(cls: type[T], given: Mapping[str, Any], **more: Any) -> T:
 
 
 def given_of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the flags that were given those of a dataclass, nested as a YAML file would have them."""
+    """The flags on the command line that belong to a dataclass, nested as in a YAML file."""
     found: dict[str, Any] = {}
     for f in fields_of(cls):
         if f.section and f.about.flag:
@@ -451,25 +438,23 @@ def given_of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-# Records, and what differs between two
+# Records and their differences
 
 
 def record(settings: Any, decides: str = RESULT) -> dict[str, Any]:
-    """The fields on which the result, or the time, depends, as plain values; nested settings' fields beside them."""
+    """The fields that decide the result, or the conditions, as plain values in one flat mapping."""
     found: dict[str, Any] = {}
     for f in fields_of(type(settings)):
         value = getattr(settings, f.name)
-        if decides not in f.about.decides:
-            continue
-        if not f.section:
-            found[f.name] = plain(value)
-        elif value is not None:
+        if f.section and value is not None:
             found |= record(value, decides)
+        elif decides in f.about.decides and not f.section:
+            found[f.name] = plain(value)
     return found
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: paths are text, tuples lists, settings mappings."""
+    """The value as JSON types: paths become text, tuples lists, and settings mappings."""
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -480,7 +465,7 @@ def plain(value: Any) -> Any:
 
 
 def flat(settings: Any) -> dict[str, Any]:
-    """All fields as plain values, those of nested settings beside the others: what --help lists."""
+    """All fields, also those of nested settings, as plain values in one flat mapping."""
     found: dict[str, Any] = {}
     for f in fields_of(type(settings)):
         value = getattr(settings, f.name)
@@ -489,7 +474,7 @@ def flat(settings: Any) -> dict[str, Any]:
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain values of which `upper` wins."""
+    """Merge nested plain values; `upper` overrides `lower`."""
     merged = dict(lower)
     for key, value in upper.items():
         below = merged.get(key)
@@ -498,9 +483,9 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two nested plain values differ: ["seed (0 and 1)", "networks.0.model_params.depth (3 and 5)"].
+    """The differences of two nested plain values: ["seed (0 and 1)", "networks.0.model_params.depth (3 and 5)"].
 
-    A key that one of them lacks counts as none.
+    A missing key counts as None.
     """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         pairs = [(f"{name}.{key}".lstrip("."), one.get(key), other.get(key)) for key in {**one, **other}]

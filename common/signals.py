@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-# Of a service that ends, a terminal that goes away, a queue whose time is nearly up. Windows has the first alone.
+# Sent by a stopping service, a closing terminal, and a queue before its time limit. Windows only has the first.
 ASKING_TO_END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-SAME_WISH = 1.0  # seconds within which another signal is of the same wish: a terminal and a launcher may both send one
+SAME_WISH = 1.0  # seconds in which further signals are ignored: a terminal and a launcher may both send one
 
 
 class Stopped(KeyboardInterrupt):
@@ -23,16 +23,15 @@ class Stopped(KeyboardInterrupt):
 
 
 def status_of(interrupt: KeyboardInterrupt) -> int:
-    """What a script ends with: 128 + the signal, as shells have it."""
+    """The exit status of a script: 128 + the signal number, as in shells."""
     return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 
 @contextmanager
 def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Within the block the handler is called on the signals, but for those that are ignored, as under nohup.
+    """A context in which `handler` handles the signals, except ignored ones (as under nohup).
 
-    Only the main thread may set handlers; in any other nothing changes. Neither does it for a signal that something
-    outside Python handles.
+    Other threads than the main thread cannot set handlers, so nothing changes there. Handlers from outside Python stay.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -47,9 +46,9 @@ def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -
 
 
 def interrupting() -> Callable[[int, object], None]:
-    """A handler that raises Stopped, or KeyboardInterrupt for Ctrl-C; once for signals that follow each other closely.
+    """A handler that raises Stopped, or KeyboardInterrupt for Ctrl-C; once for signals in quick succession.
 
-    What is cleaned up after the first is not disturbed by the second. A process that was forked meanwhile ends at once.
+    So a second signal does not disturb the clean-up after the first. A forked process ends at once.
     """
     process, last = os.getpid(), -SAME_WISH
 
@@ -68,7 +67,7 @@ def interrupting() -> Callable[[int, object], None]:
 
 
 def ignore(numbers: Iterable[int]) -> None:
-    """From now on, for the last steps of a process."""
+    """Ignore these signals from now on, for the last steps of a process."""
     if threading.current_thread() is threading.main_thread():
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Standard output and error that never end the work, whatever becomes of who reads them."""
+"""Standard output and error streams that survive the end of their reader."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any, TextIO
 
 
 class _Lasting(io.FileIO):
-    """A descriptor that leads nowhere once it cannot be written any more."""
+    """A descriptor that is redirected to the null device after a failed write."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
-        except OSError:  # the reader went away, or the terminal; or a log's disk is full
+        except OSError:  # a closed pipe or terminal, or a full disk
             _lead_nowhere(self.fileno())
             return len(data)
 
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Within the block standard output and error exist and take everything.
+    """A context in which writing to standard output and error never fails.
 
-    Where they were closed (2>&-, pythonw), or when their reader goes away (| head -1), what is written is lost, in
-    silence. Characters that they cannot encode are written as escapes.
+    Output to closed streams (2>&-, pythonw), or after the end of the reader (| head -1), is dropped. Characters
+    outside the encoding are written as escapes.
     """
-    for descriptor in range(3):  # or the next file that is opened, a checkpoint perhaps, would be standard error
+    for descriptor in range(3):  # else the next opened file, such as a checkpoint, would become standard error
         try:
             os.fstat(descriptor)
         except OSError:
@@ -48,12 +48,12 @@ def _lasting(stream: TextIO | None) -> Iterator[TextIO]:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
             yield nowhere
         return
-    if not isinstance(stream, io.TextIOWrapper):  # a notebook's, or a test's: they have their own ways
+    if not isinstance(stream, io.TextIOWrapper):  # a stream of a notebook or of a test
         yield stream
         return
     errors = "backslashreplace" if stream.errors == "strict" else stream.errors
     raw = getattr(stream.buffer, "raw", stream.buffer)
-    if type(raw) is not io.FileIO:  # made already, or the console of Windows
+    if type(raw) is not io.FileIO:  # a nested call, or the Windows console
         errors_before = stream.errors
         stream.reconfigure(errors=errors)
         try:
@@ -75,7 +75,7 @@ def _lasting(stream: TextIO | None) -> Iterator[TextIO]:
 
 def _lead_nowhere(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere == descriptor:  # it was closed, and thus the next to be opened
+    if nowhere == descriptor:  # the descriptor was closed, so os.open returned it
         os.set_inheritable(nowhere, True)
         return
     os.dup2(nowhere, descriptor)
@@ -83,6 +83,6 @@ def _lead_nowhere(descriptor: int) -> None:
 
 
 def say_in_handler(text: str) -> None:
-    """On standard error, from a signal handler: print may be what the signal interrupted."""
-    with suppress(OSError, ValueError):  # none that can be written, or a test's
+    """Write to standard error from a signal handler, without print, which the signal may have interrupted."""
+    with suppress(OSError, ValueError):  # a closed stream, or that of a test
         os.write(sys.stderr.fileno(), text.encode())

@@ -1,4 +1,4 @@
-"""Text for the terminal: tables, and characters that it may not have."""
+"""Text for the terminal: tables, and escapes for characters that it cannot show."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 
 def escaped(text: str, can_show: Callable[[str], bool]) -> str:
-    """text with what cannot be shown, and what is no printable character, by its code point: \\n, \\u6f22."""
+    """Replace characters that cannot be shown or printed by their code points: \\n, \\u6f22."""
     return "".join(c if c.isprintable() and can_show(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def on_terminal(text: str) -> str:
-    """A line as standard output can take it, whatever its encoding: ± as +-, what else it lacks escaped."""
+    """A line in the encoding of standard output: ± becomes +-, other missing characters are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
 
     def can_show(character: str) -> bool:
@@ -26,7 +26,7 @@ def on_terminal(text: str) -> str:
 
 
 def columns_of(text: str) -> int:
-    """How wide text is on a terminal: Chinese letters take two columns, combining ones none."""
+    """The width of text on a terminal: Chinese letters take two columns, combining characters none."""
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
@@ -34,7 +34,7 @@ def columns_of(text: str) -> int:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 0) -> str:
-    """Columns under their names: the first `left` of them to the left, numbers to the right."""
+    """A table with a header. The first `left` columns are left-aligned, the others right-aligned."""
     cells = [[on_terminal(str(cell)) for cell in row] for row in [head, *rows]]
     widths = [max(columns_of(row[k]) for row in cells) for k in range(len(head))]
     lines = []

@@ -1,4 +1,4 @@
-"""Times of several tasks that are to be compared."""
+"""Measure the times of several tasks for comparison."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from tqdm import tqdm
 
 from common.devices import Stopwatch
 
-LEAST_SECONDS = 0.2  # of a task's turn
+LEAST_SECONDS = 0.2  # for each task in each round
 
 
 def in_turns(
     tasks: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, quiet: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each task, one of each per round: {name: (rounds,)}.
+    """The seconds of each task in each round: {name: (rounds,)}.
 
-    Tasks take turns because machines are not equally fast all the time: a ratio of two tasks is to be taken
-    within each round. A short task is run several times in its turn, for the median. One round is run before and
-    not counted.
+    The tasks alternate, because the speed of a machine changes over time: compute ratios within each round. A short
+    task runs several times per round, and its median counts. A first warm-up round does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     with tqdm(total=(rounds + 1) * len(tasks), unit="run", disable=True if quiet else None) as bar:

@@ -1,4 +1,4 @@
-"""Datasets by name. To add one: a file like those beside this one, and an entry in DATASETS.
+"""Datasets by name. To add one, write a module in this package and an entry in DATASETS.
 
 No torch in here, so that reading options stays quick; a module is imported when its dataset is opened.
 """
@@ -16,18 +16,18 @@ from common.errors import InputError
 if TYPE_CHECKING:
     from data.dataset import ImageDataset
 
-DEFAULT_PATH = Path("datasets")  # where datasets lie unless --data_path says otherwise
+DEFAULT_PATH = Path("datasets")  # the default of --data_path
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a dataset before it is opened."""
+    """The facts about a dataset that are needed before it is opened."""
 
     module: str
-    opener: str  # a class or a function of the module, see `open_source` for what it is called with
-    crops: tuple[str, ...]  # the ways to make its images square, the default first
-    num_classes: int | None  # real classes, without "no class"; None: it has none, or any number
-    fetch: str | None = None  # what to get by hand where it is not found; None: it cannot be fetched
+    opener: str  # a class or function of the module; for its arguments see `open_source`
+    crops: tuple[str, ...]  # the possible crops, the default first
+    num_classes: int | None  # real classes, without "no class"; None: no classes, or any number
+    fetch: str | None = None  # the files to download by hand if it is missing; None: there are none
     can_download: bool = False
 
 
@@ -57,7 +57,7 @@ CROPS = tuple(sorted({crop for entry in DATASETS.values() for crop in entry.crop
 
 
 def crop_of(name: str, crop: str | None) -> str:
-    """The crop to use: the one asked for, if the dataset offers it, or the dataset's default."""
+    """The crop, or for None the default of the dataset. Raises InputError for a crop that the dataset does not have."""
     check_choice("dataset", name, tuple(DATASETS))
     crops = DATASETS[name].crops
     if crop is not None:
@@ -77,12 +77,11 @@ def open_dataset(
 ) -> ImageDataset:
     """The training images of a dataset, as (in_chans, img_size, img_size).
 
-    A packed copy (see data.packing) is taken where there is one that fits.
+    Uses a packed copy (see data.packing) if there is one that fits.
 
-    data_path: where it lies, `datasets/` for None; not needed for one that ships with the project; may be a
-    packed dataset itself. num_classes: of the network; -1 asks for no labels. crop: one of the dataset's, its
-    default for None. download: fetch it first, if it is not there. Raises InputError where the dataset is
-    missing or does not fit.
+    data_path: the path of the dataset or of a packed dataset, `datasets/` for None; not needed for the digits.
+    num_classes: the classes of the network; -1 for no labels. crop: a crop of the dataset, its default for None.
+    download: download the dataset first, if it is missing. Raises InputError if the dataset is missing or does not fit.
     """
     crop = crop_of(name, crop)
     wanted: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, "crop": crop}
@@ -100,7 +99,7 @@ def open_source(
     crop: str | None = None,
     download: bool = False,
 ) -> ImageDataset:
-    """Like `open_dataset`, from the files as they are distributed; packed copies are passed over."""
+    """Like `open_dataset`, but always from the distributed files, not from packed copies."""
     crop = crop_of(name, crop)
     entry = DATASETS[name]
     if download and not entry.can_download:
@@ -115,5 +114,5 @@ def open_source(
 
 
 def missing(name: str, root: Path) -> InputError:
-    """The error of a dataset that is not under `root`: what to get and where to put it."""
+    """The error for a dataset that is not under `root`, with the files to download and their place."""
     return InputError(f"{name} is not under {root}: get {DATASETS[name].fetch} and put it there, or give --data_path")

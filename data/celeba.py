@@ -1,4 +1,4 @@
-"""CelebA (Liu et al. 2015), aligned and cropped: the archive or the folder as it is distributed."""
+"""CelebA (Liu et al. 2015), aligned and cropped, from the distributed archive or its folder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from data import DEFAULT_PATH, missing
 from data.files import FolderSource, ImageFiles, Source, ZipSource
 
 SPLIT_FILE = "list_eval_partition.txt"
-LAST_TRAINING_IMAGE = 162_770  # the official split goes by number: 1..162770 train, then validation and test
+LAST_TRAINING_IMAGE = 162_770  # the official split is by number: 1..162770 train, then validation and test
 
 
 class CelebA(ImageFiles):
     """The training images of CelebA, without labels.
 
-    Found under data_path: img_align_celeba.zip or the folder img_align_celeba, there or in celeba/, or
-    data_path itself. list_eval_partition.txt beside it names the training images; without it their
-    numbers do, which comes to the same.
+    data_path is the images or the folder that contains img_align_celeba.zip or img_align_celeba/, itself or in celeba/.
+    list_eval_partition.txt in the same folder lists the training images; without it their numbers give the same split.
     """
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009): the 50,000 training images, from the batches as they are distributed or from PNGs."""
+"""CIFAR-10 (Krizhevsky 2009): the 50,000 training images, from the distributed batches or from PNGs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARCHIVE = "cifar-10-python.tar.gz"
 URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
 FOLDER = "cifar-10-batches-py"
 BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
-# Of the files as they are distributed. They are pickles, which can run anything: no others are opened.
+# MD5 of the distributed files. They are pickles, which can run any code, so no other files are opened.
 MD5 = {
     ARCHIVE: "c58f30108f718f92721af3b95e74349a",
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -40,9 +40,9 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 def open_cifar10(
     data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str
 ) -> CIFAR10 | CIFAR10Pictures:
-    """The archive, the extracted batches or a folder of PNGs: in this order, under data_path, or it itself.
+    """The archive, the extracted batches or a folder of PNGs, in this order; data_path or a path in it.
 
-    Also looked for in cifar10/ and, for PNGs, in train/.
+    Also searches in cifar10/ and, for PNGs, in train/.
     """
     if (img_size, in_chans) != (32, 3):
         raise InputError(
@@ -66,7 +66,7 @@ def open_cifar10(
 class CIFAR10(InMemoryDataset):
     """The images of the five pickled batches, held in memory (150 MB).
 
-    path: cifar-10-python.tar.gz, which is read where it is, or the folder of the extracted batches.
+    path: cifar-10-python.tar.gz, which is read without extraction, or the folder of the extracted batches.
     """
 
     def __init__(self, path: Path, num_classes: int = -1):
@@ -113,7 +113,7 @@ _CLASS_OF_FOLDER = {name: k for k, name in enumerate(CLASSES)} | {str(k): k for 
 
 
 def download(root: Path) -> None:
-    """Fetch the archive into `root`, unless it is there or further down. Raises InputError without network."""
+    """Download the archive to `root`, if the dataset is not there. Raises InputError without network."""
     if any(path.exists() for base in (root, root / "cifar10") for path in (base / ARCHIVE, base / FOLDER)):
         return
     from torchvision.datasets.utils import download_url
@@ -121,13 +121,13 @@ def download(root: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".download.", dir=writable_folder(root)) as folder:
         try:
             download_url(URL, folder, ARCHIVE, MD5[ARCHIVE])
-        except (OSError, RuntimeError) as error:  # no network, no such page; not what was wanted
+        except (OSError, RuntimeError) as error:  # no network, no such page, or a wrong file
             raise InputError(f"--download: {URL} failed ({error}); get it by hand and put it into {root}") from None
         shutil.move(Path(folder) / ARCHIVE, root / ARCHIVE)
 
 
 def _read_archive(path: Path) -> Iterator[bytes]:
-    """The training batches in the tar archive; nothing is extracted."""
+    """The training batches in the tar archive, read without extraction."""
     with path.open("rb") as file:
         _check(path, ARCHIVE, file)
         file.seek(0)
@@ -149,7 +149,7 @@ def _read_folder(path: Path) -> Iterator[bytes]:
 
 
 def _check(path: Path, name: str, file: BinaryIO) -> None:
-    """Raises InputError for a file that is not, byte for byte, the one that is distributed by this name."""
+    """Raises InputError unless the file equals the distributed file of this name, by its MD5."""
     digest = hashlib.md5(usedforsecurity=False)
     while block := file.read(2**20):
         digest.update(block)
@@ -163,6 +163,6 @@ def _check(path: Path, name: str, file: BinaryIO) -> None:
 def _parse(content: bytes) -> tuple[Tensor, Tensor]:
     """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of an official batch."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of numpy, about how it wrote arrays when the batches were made
+        warnings.simplefilter("ignore")  # numpy warns about the old format of the arrays
         batch = pickle.loads(content, encoding="bytes")  # its MD5 was checked
     return torch.from_numpy(batch[b"data"].reshape(-1, 3, 32, 32)), torch.tensor(batch[b"labels"])

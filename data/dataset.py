@@ -1,4 +1,4 @@
-"""What every dataset offers, and the order in which training sees it."""
+"""The interface of datasets, and the batches of training."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 
 
 class ImageDataset(Dataset[tuple[Tensor, Tensor]], ABC):
-    """Images as uint8 tensors, with labels 0..K-1 (0 where it has none)."""
+    """Images as uint8 tensors, with labels 0..K-1 (all 0 for a dataset without labels)."""
 
-    random_flip = True  # whether training mirrors images unless told otherwise
-    needs_decoding = False  # whether its images are files that take time
-    kind: str = "pixels"  # of its rows in a packed dataset, see data.packing.packed
-    dtype: type[np.generic] = np.uint8  # of them
-    names: Sequence[str] | None = None  # of the images' files; None: images are no files of their own
-    labels: Sequence[int] | np.ndarray | Tensor | None = None  # of all images, 0..K-1; None: it has none
-    left_out: Mapping[str, str] = MappingProxyType({})  # files that are no images, and why
+    random_flip = True  # whether training mirrors images by default
+    needs_decoding = False  # whether its images are files that must be decoded
+    kind: str = "pixels"  # the kind of its packed dataset, see data.packing.packed
+    dtype: type[np.generic] = np.uint8  # type of its packed rows
+    names: Sequence[str] | None = None  # file names of the images; None: the images are not single files
+    labels: Sequence[int] | np.ndarray | Tensor | None = None  # labels of all images, 0..K-1; None: no labels
+    left_out: Mapping[str, str] = MappingProxyType({})  # unreadable files and the reasons
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -47,18 +47,18 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Everything the pixels depend on, as plain values: the provenance of scores, the key of caches."""
+        """All facts that decide the pixels, as plain values: the provenance of scores, and the key of caches."""
 
     def identity(self) -> dict[str, Any]:
-        """What tells these images from others, wherever they lie, as plain values.
+        """Plain values that identify the images independently of their path.
 
-        Of `files_sha256` and `contents_sha256` (where a dataset has it) one that is the same is enough.
+        Two datasets are equal if `files_sha256` or `contents_sha256` (where present) is equal, and all else.
         """
         return {key: value for key, value in self.describe().items() if key != "source"}
 
     @cached_property
     def row_shape(self) -> tuple[int, ...]:
-        """(C, H, W), of one image."""
+        """The shape (C, H, W) of one image."""
         return tuple(self[0][0].shape)
 
     @property
@@ -70,27 +70,26 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         return images[0], labels[0]
 
     def to_x0(self, images: Tensor, mirrored: Tensor | None, normal: Callable[..., Tensor]) -> Tensor:
-        """From what `__getitems__` gives, on any device, to what the network learns: float (B, C, H, W).
+        """Convert images of `__getitems__`, on any device, to training images: float (B, C, H, W).
 
-        mirrored: (B,) bool, which images to mirror; None for none. normal: called with a shape, gives that much
-        noise for each image (B, *shape), for datasets that draw.
+        mirrored: (B,) bool, the images to mirror; None for no image. normal: called with a shape, returns noise
+        (B, *shape), for datasets that draw latents.
         """
         x0 = from_uint8(images)
         return x0 if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
 
     def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
-        """For what counts images (packing, scores, calibration): images (B, C, H, W) in the order of their indices,
-        and why some of them are broken.
+        """Images (B, C, H, W) in the order of the indices, and the reasons for broken ones by index.
 
-        Broken images are zeros here, where `__getitems__` puts others in their place.
+        Packing, scores and calibration use it. Broken images are zeros here; `__getitems__` replaces them by others.
         """
         return self.__getitems__(indices)[0], {}
 
     def check_rows(self, rows: np.ndarray) -> None:
-        """For packing: raises InputError where the first rows that were packed show that something is wrong."""
+        """Check the first packed rows (N, *row_shape). Raises InputError if they cannot be right."""
 
     def name_of(self, index: int) -> str:
-        """The file of an image, or its number where images are no files of their own."""
+        """The file name of an image, or its number if the images are not single files."""
         return self.names[index] if self.names else str(index)
 
 
@@ -109,12 +108,12 @@ class InMemoryDataset(ImageDataset):
 
 
 class SeededBatches(Sampler[list[int]]):
-    """Batches of indices from `start_step` on, for ever; each epoch is a permutation of its own.
+    """Endless batches of indices from `start_step` on; each epoch is a new permutation.
 
-    Which images make the batch of a step follows from (seed, step) alone, so training can go on from
-    any step. A batch may reach over the end of an epoch, so that every image is seen equally often.
+    The images of a batch depend only on the seed and the step, so training can continue from any step. A batch may
+    cross the end of an epoch, so that all images occur equally often.
 
-    part: which rows of each batch to give, where several processes share it.
+    part: the rows of each batch for this process.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, start_step: int = 0, part: slice = slice(None)):
@@ -147,9 +146,9 @@ def training_batches(
     pin_memory: bool,
     part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (images uint8 (B, C, H, W), labels (B,)); the batch of each step follows from the seed.
+    """Endless pairs of images uint8 (B, C, H, W) and labels (B,); each batch depends only on the seed and the step.
 
-    part: the rows of each batch that are wanted; no others are read.
+    part: the rows of each batch for this process; the others are not read.
     """
     if batch_size > len(dataset):
         raise InputError(f"--batch_size {batch_size} is more than the {len(dataset)} images of the dataset")
@@ -168,7 +167,7 @@ def training_batches(
     return _apart(iter(loader), wanted)
 
 
-FIRST_FEW = 3  # files that are named one by one, where there may be thousands
+FIRST_FEW = 3  # files that are named in a message, out of possibly thousands
 
 
 def some_of(left_out: Mapping[str, str]) -> str:
@@ -180,7 +179,7 @@ def some_of(left_out: Mapping[str, str]) -> str:
 
 
 def say_left_out(left_out: Mapping[str, str], source: object) -> None:
-    """Warn that files are left out, in one line. left_out: by name, and why."""
+    """Warn about skipped files in one line. left_out: reasons by file name."""
     if left_out:
         log.warning("%s: %s", source, some_of(left_out))
 
@@ -191,11 +190,11 @@ def check_labels(highest: int, num_classes: int, source: object) -> None:
         raise InputError(f"{source} has labels 0..{highest}, the network takes num_classes={num_classes}")
 
 
-# From a worker to its parent. A message costs about a millisecond, more than a batch of small images that need no
-# decoding, so several of those travel as one; and a tensor in it half of that, so labels go as an array.
+# Messages from a worker to its parent. A message takes about a millisecond, more than a batch of small images without
+# decoding, so a message contains several batches. A tensor takes half of that, so labels are sent as an array.
 
 MESSAGE_BYTES, MOST_BATCHES = 2**23, 4
-FILES_PER_WORKER = 6  # open in the parent: four ends of pipes, and the memory of two messages on their way
+FILES_PER_WORKER = 6  # in the parent: four ends of pipes, and the memory of two queued messages
 
 
 def _batches_per_message(dataset: ImageDataset, batch_size: int) -> int:
@@ -205,7 +204,7 @@ def _batches_per_message(dataset: ImageDataset, batch_size: int) -> int:
 
 
 class _Joined(Sampler[list[int]]):
-    """Endless batches of indices, several as one."""
+    """Endless batches of indices, several joined into one."""
 
     def __init__(self, batches: SeededBatches, count: int):
         self.batches, self.count = batches, count
@@ -217,7 +216,7 @@ class _Joined(Sampler[list[int]]):
 
 
 def _as_message(batch: Any) -> tuple[Tensor, np.ndarray]:
-    images, labels = batch  # of `ImageDataset.__getitems__`, which the loader takes for a list of items
+    images, labels = batch  # of `ImageDataset.__getitems__`, which the loader passes on like a list of items
     return images, labels.numpy()
 
 
@@ -225,14 +224,14 @@ def _apart(messages: Iterator[tuple[Tensor, np.ndarray]], batch_size: int) -> It
     try:
         for images, labels in messages:
             yield from zip(images.split(batch_size), torch.from_numpy(labels).split(batch_size), strict=True)
-    except (OSError, RuntimeError) as error:  # the loader's own comes with a worker's traceback
+    except (OSError, RuntimeError) as error:  # the loader's error includes the traceback of a worker
         if "Too many open files" not in str(error):
             raise
         raise InputError("too many open files; raise their limit (ulimit -n), or give fewer --num_workers") from None
 
 
 def _obey_parent_alone(worker: int) -> None:
-    """Of a loading process: Ctrl-C and a queue's signals reach it too, but whether to end is its parent's to say."""
+    """In a loading process: ignore Ctrl-C and other signals, and end only on a SIGTERM by the parent."""
     ignore({signal.SIGINT, *ASKING_TO_END} - {signal.SIGTERM})
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return

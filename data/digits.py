@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of 8 x 8 pixels that ship with the project (see digits.md for their source)."""
+"""The 1,797 handwritten digits of 8 x 8 pixels in this project (see digits.md for their source)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = Path(__file__).with_name("digits.npz")
 
 
 class Digits(InMemoryDataset):
-    random_flip = False  # a mirrored 3 is no digit
+    random_flip = False  # a mirrored 3 is not a digit
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
         if data_path is not None:

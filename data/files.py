@@ -25,33 +25,33 @@ from data.transforms import to_square
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-MOST_FILE_BYTES = 2**28  # of an image in an archive
+MOST_FILE_BYTES = 2**28  # limit for an image in an archive
 
 
 class Source(ABC):
-    """Named files."""
+    """Image files with names, in a folder or an archive."""
 
     path: Path
-    names: list[str]  # of everything named like an image, sorted, with / between folders
+    names: list[str]  # all names with an image suffix, sorted, with / between folders
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """Raises BrokenImage where an archive's member is damaged, OSError where the disk or the permissions fail."""
+        """Raises BrokenImage for a damaged archive member, OSError for faults of the disk or the permissions."""
 
     @abstractmethod
     def fingerprint(self, names: Sequence[str]) -> str:
-        """Changes when a file is added, removed or replaced."""
+        """A hash that changes when a file is added, removed or replaced."""
 
     def contents(self, names: Sequence[str]) -> str:
-        """The same for a copy of the files elsewhere."""
+        """A hash that is equal for a copy of the files elsewhere."""
         return self.fingerprint(names)
 
 
 def image_names(folder: Path) -> Iterator[str]:
-    """What is named like an image below a folder, with / between folders, in no order; nothing hidden.
+    """Names with an image suffix below a folder, with / between folders and in no order, without hidden files.
 
-    The pictures in the report of a folder of samples are none of its images.
-    Links to folders are followed, to each folder once: they may lead in a circle.
+    Pictures in the report of a folder of samples are skipped. Links to folders are followed, but each folder is visited
+    once, because links may form a circle.
     """
     seen = set()
     for path, folders, files in os.walk(folder, followlinks=True):
@@ -69,7 +69,7 @@ def image_names(folder: Path) -> Iterator[str]:
 
 
 def _as_bytes(line: str) -> bytes:
-    """In UTF-8, also where a name in it is not: Python holds the bytes of such a name as surrogates."""
+    """The text in UTF-8. Python stores bytes of names that are not UTF-8 as surrogates, which are kept."""
     return line.encode("utf-8", "surrogatepass")
 
 
@@ -78,20 +78,20 @@ def _is_report(folder: Path) -> bool:
 
 
 def lands_outside(member: str) -> bool:
-    """Whether an archive's member, if it were extracted, would leave its folder."""
-    windows = PureWindowsPath(member)  # takes / and \\ for separators
+    """Whether extraction of an archive member would write outside the folder."""
+    windows = PureWindowsPath(member)  # accepts / and \\ as separators
     return bool(windows.anchor) or ".." in windows.parts or PurePosixPath(member).is_absolute()
 
 
 class FolderSource(Source):
-    """The images below a folder; hidden ones are left out."""
+    """The images below a folder, without hidden ones."""
 
     def __init__(self, path: Path):
         self.path = path
         self.names = sorted(image_names(path))
 
     def open(self, name: str) -> BinaryIO:
-        with decoding():  # a pipe or device is no image
+        with decoding():  # a pipe or device is not an image
             check_regular(self.path / name)
         return (self.path / name).open("rb")
 
@@ -110,7 +110,7 @@ class FolderSource(Source):
 
 
 class ZipSource(Source):
-    """The images in a zip archive, read where they are: nothing is extracted, so no member can escape."""
+    """The images in a zip archive, read without extraction, so that no file is written outside the folder."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -126,7 +126,7 @@ class ZipSource(Source):
 
     @property
     def archive(self) -> zipfile.ZipFile:
-        """An archive of this process: workers must not share a file position."""
+        """The archive, opened by each process itself because processes must not share a file position."""
         if self._archive is None or self._process != os.getpid():
             self._archive, self._process = zipfile.ZipFile(self.path), os.getpid()
         return self._archive
@@ -137,7 +137,7 @@ class ZipSource(Source):
     def open(self, name: str) -> BinaryIO:
         if self.infos[name].file_size > MOST_FILE_BYTES:
             raise BrokenImage(f"the image is broken ({self.infos[name].file_size:,} bytes when unpacked)")
-        with decoding():  # all of it at once, so that the checksum is checked
+        with decoding():  # the whole member, so that its checksum is checked
             return io.BytesIO(self.archive.read(name))
 
     def fingerprint(self, names: Sequence[str]) -> str:
@@ -150,7 +150,7 @@ class ZipSource(Source):
 class ImageFiles(ImageDataset):
     """Image files with labels, made square by a named crop.
 
-    A file that cannot be read is named in a warning, once, and the next readable one takes its place.
+    The next readable file replaces an unreadable one, which is named once in a warning.
     """
 
     needs_decoding = True
@@ -184,7 +184,7 @@ class ImageFiles(ImageDataset):
         return torch.stack(images), torch.tensor(labels)
 
     def _readable(self, index: int) -> tuple[int, Tensor]:
-        """The image, or the next one that can be read: the same one every time, so runs can be repeated."""
+        """The index and image (C, H, W), or those of the next readable image, which is always the same."""
         for step in range(len(self.names)):
             i = (index + step) % len(self.names)
             if i in self._broken:
@@ -193,13 +193,13 @@ class ImageFiles(ImageDataset):
                 return i, self.decode(i)
             except (BrokenImage, OSError) as error:
                 if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise  # this process has too many files open; the image is not to blame
+                    raise  # too many open files in this process; the image is not broken
                 self._broken.add(i)
                 self._tell_of(i, error)
         raise InputError(f"{self.source.path}: no image can be read")
 
     def _tell_of(self, index: int, error: Exception) -> None:
-        """Name the first broken files that this process meets; of thousands tell the number now and then."""
+        """Warn about the first broken files by name, and about many by their number."""
         count = len(self._broken)
         if count <= FIRST_FEW:
             log.warning("skipped %s in %s: %s", self.names[index], self.source.path, error)
@@ -217,7 +217,7 @@ class ImageFiles(ImageDataset):
         return images, broken
 
     def decode(self, index: int) -> Tensor:
-        """uint8 (C, H, W). Raises BrokenImage, also for an image that does not suit the crop."""
+        """The image as uint8 (C, H, W). Raises BrokenImage, also for an image that does not fit the crop."""
         with self.source.open(self.names[index]) as file:
             image = read_image(file)
         with decoding():

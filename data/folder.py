@@ -45,7 +45,7 @@ class ImageFolder(ImageFiles):
 
     @staticmethod
     def _unreadable(path: Path) -> str | None:
-        """Why the header is not that of an image; the pixels are met when they are needed."""
+        """The reason why the header is not that of an image, or None; the pixels are decoded later."""
         try:
             in_chans_of(path)
         except (BrokenImage, OSError) as error:

@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 IMAGENET_CLASSES = 1000
 SYNSETS = Path(__file__).with_name("imagenet_synsets.txt")  # the 1000 WordNet ids, sorted: line k has label k
 WORDNET_ID = re.compile(r"n\d{8}")
-PLACES = ("ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "train", ".")  # of the class folders
+PLACES = ("ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train", "train", ".")  # possible parents of the class folders
 
 
 class ImageNet(ImageFiles):
-    """Training images of ImageNet, labelled by the folder they lie in.
+    """Training images of ImageNet, labelled by their folders.
 
-    Folders named by WordNet ids have labels 0..999, their places among all 1000 sorted ids, even where some are
-    missing. Other names have labels 0..K-1 in their sorted order.
+    The label of a folder with a WordNet id is its position 0..999 in the sorted list of all 1000 ids, even if some
+    folders are missing. Folders with other names have labels 0..K-1 in sorted order.
     """
 
     def __init__(self, dataset: str, folder: Path, *, img_size: int, in_chans: int, num_classes: int, crop: str):
@@ -43,13 +43,13 @@ class ImageNet(ImageFiles):
 
 
 def find_classes(dataset: str, root: Path) -> Path:
-    """The folder whose sub-folders are the classes. Raises InputError where there is none under root."""
+    """The folder whose sub-folders are the classes. Raises InputError if there is none under root."""
     named = [root / name / place for name in (dataset, "imagenet") for place in PLACES]
     here = [root / place for place in PLACES]
     for folder in (*named, *here):
         if any(WORDNET_ID.fullmatch(name) for name in class_folders(folder)):
             return folder
-    # Folders of other names can be anything: not where all kinds of datasets lie.
+    # Folders with other names may be anything, so do not search for them in the default folder of all datasets.
     for folder in named if root == DEFAULT_PATH else (*named, *here):
         if any(file.suffix.lower() in SUFFIXES for name in class_folders(folder) for file in (folder / name).iterdir()):
             return folder
@@ -57,7 +57,7 @@ def find_classes(dataset: str, root: Path) -> Path:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the sub-folders; `packed` holds packed datasets."""
+    """Names of the sub-folders, without `packed`, which contains packed datasets."""
     if not folder.is_dir():
         return []
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name != "packed")

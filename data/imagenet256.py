@@ -1,6 +1,6 @@
 """ImageNet (ILSVRC 2012) at 256 x 256 pixels.
 
-Networks of this size work on latents of an autoencoder: those are a packed dataset of another kind.
+Networks of this size work on latents of an autoencoder, which are a packed dataset of kind "latents".
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from data.imagenet import ImageNet, find_classes
 def open_imagenet256(data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str) -> ImageNet:
     """The folder of class folders: data_path, or imagenet256/ or imagenet/ in it, or train/ in one of these.
 
-    Raises InputError for a network of latents: these are found packed, or not at all.
+    Raises InputError for a network of latents, because latents only exist as a packed dataset.
     """
     if in_chans not in (1, 3):
         raise InputError(

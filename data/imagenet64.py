@@ -1,4 +1,4 @@
-"""ImageNet at 64 x 64 pixels: the downsampled batches (Chrabaszcz et al. 2017), or the full images made small."""
+"""ImageNet at 64 x 64 pixels: the downsampled batches (Chrabaszcz et al. 2017), or the full images, resized."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def open_imagenet64(
 class Downsampled(ImageDataset):
     """train_data_batch_1.npz .. _10.npz: `data` (N, 12288) uint8, channels first, and `labels` 1..1000.
 
-    Batches that are stored are read in place. Compressed ones are loaded when they are needed, and kept.
+    Uncompressed batches are read from disk row by row. Compressed batches are loaded at their first use and kept.
     """
 
     labels: Tensor
@@ -77,7 +77,7 @@ class Downsampled(ImageDataset):
         images = super().whole_and_broken(indices)
         for batch, end in zip(self.batches, self.starts[1:], strict=True):
             if end <= max(indices):
-                batch.loaded = None  # packing goes in order and does not come back
+                batch.loaded = None  # packing reads in order, so it does not need this batch again
         return images
 
     def describe(self) -> dict[str, Any]:
@@ -89,12 +89,12 @@ class Downsampled(ImageDataset):
             "images": len(self),
             "img_size": 64,
             "in_chans": 3,
-            "crop": self.crop,  # of images that have their size it leaves everything
+            "crop": self.crop,  # does not change images of this size
         }
 
 
 class _Batch:
-    """One file: labels (N,) int64 in 0..999, and the images where they lie. Raises InputError where it does not fit."""
+    """One file: labels (N,) int64 in 0..999, and its images. Raises InputError for a wrong file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -114,7 +114,7 @@ class _Batch:
             if info.compress_type == zipfile.ZIP_STORED:
                 offset = content_offset(path, info) + header
                 self.stored = RowsFile(path, offset, self.shape, dtype)
-        except Exception as error:  # zipfile and numpy meet any bytes there are, and fail in any way there is
+        except Exception as error:  # damaged bytes make zipfile and numpy raise any error
             raise InputError(
                 f"{path}: not readable as .npz with data and labels, or cut short ({error!s:.120})"
             ) from None
@@ -133,7 +133,7 @@ class _Batch:
         return self.__dict__ | {"loaded": None}
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 (B, 3, 64, 64)."""
+        """Images as uint8 (B, 3, 64, 64). indices: (B,) in 0..N-1."""
         if self.stored is not None:
             return self.stored.read(indices).reshape(-1, 3, 64, 64)
         if self.loaded is None:

@@ -1,4 +1,4 @@
-"""Rows of equal size in a file, read when they are asked for."""
+"""Read single rows of an array in a file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _READ_HEADER: dict[tuple[int, int], Callable[..., Any]] = {
 
 
 class RowsFile:
-    """An array in a file of which only the rows that are read come into memory.
+    """An array in a file, of which only the requested rows are read into memory.
 
-    Reading beats mapping the file here: pages of a map count as resident memory once they were touched, and
-    giving them back costs more than the copy. Each process opens the file for itself; threads must not share.
+    Reading is better than mapping the file here: touched pages of a map count as resident memory, and releasing them
+    costs more than the copy. Each process opens the file itself; threads must not share it.
 
-    path: the file. offset: where the first row begins, in bytes. shape: (N, ...) of the array.
+    path: the file. offset: the start of the first row, in bytes. shape: (N, ...), the shape of the array.
     """
 
     def __init__(self, path: Path, offset: int, shape: Sequence[int], dtype: np.dtype[Any] | type = np.uint8):
@@ -39,11 +39,11 @@ class RowsFile:
 
     @classmethod
     def of_npy(cls, path: Path) -> RowsFile:
-        """Raises InputError for a file that is missing, no .npy, or shorter than its header says."""
+        """Open an .npy file. Raises InputError if it is missing, not an .npy file, or cut short."""
         check_regular(path)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy meets any bytes there are, and fails in any way there is
+        except Exception as error:  # damaged bytes make numpy raise any error
             raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
         if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
             raise InputError(f"{path}: wanted an array in C order")
@@ -53,7 +53,7 @@ class RowsFile:
         return self.shape[0]
 
     def close(self) -> None:
-        """Close the file, which the next read opens again."""
+        """Close the file; the next read opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -62,7 +62,7 @@ class RowsFile:
         return self.__dict__ | {"_file": None}
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Returns (B, ...); indices: 0..N-1 in any order, or negative to count from the end."""
+        """The rows (B, ...). indices: B numbers in 0..N-1 in any order; negative ones count from the end."""
         indices = np.asarray(indices, dtype=np.int64)
         if not len(indices):
             return np.empty((0, *self.shape[1:]), self.dtype)
@@ -86,10 +86,10 @@ class RowsFile:
 
 
 class RowsInZip:
-    """An array of an .npz, compressed or not, of which only rows of a few images come into memory.
+    """An array of an .npz, compressed or not, of which only the requested rows are kept in memory.
 
-    path: the .npz. name: of the array. Raises InputError for a file that is no .npz, has no such array, or holds
-    more or fewer bytes of it than its header says.
+    path: the .npz. name: the name of the array. Raises InputError for other files, a missing array, or an array whose
+    size differs from its header.
     """
 
     def __init__(self, path: Path, name: str):
@@ -102,7 +102,7 @@ class RowsInZip:
                     self.header_bytes = member.tell()
         except KeyError:
             raise InputError(f"{path}: no {name} in it") from None
-        except Exception as error:  # zipfile and numpy meet any bytes there are, and fail in any way there is
+        except Exception as error:  # damaged bytes make zipfile and numpy raise any error
             raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         if self.dtype.hasobject or fortran or not self.shape or min(self.shape) < 0:
@@ -116,9 +116,9 @@ class RowsInZip:
         return self.shape[0]
 
     def read(self, parts: Iterable[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Rows of each part, (B, ...). All indices rise, from part to part too: the file is gone through once.
+        """The rows of each part, (B, ...). Indices must rise, also from part to part, because the file is read once.
 
-        To its end, so that the checksum is checked. Raises InputError where the file is damaged.
+        It is read to its end, so that the checksum is checked. Raises InputError if the file is damaged.
         """
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(self.info) as member:
@@ -140,13 +140,13 @@ class RowsInZip:
 
 
 def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether it is in Fortran order, and dtype, from the beginning of an .npy."""
+    """The shape, the Fortran order flag and the dtype from the header of an .npy."""
     header: tuple[tuple[int, ...], bool, np.dtype[Any]] = _READ_HEADER[np.lib.format.read_magic(member)](member)
     return header
 
 
 def content_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin in the archive: after its local header and two fields of any length."""
+    """The offset of a stored member's bytes in the archive: after its local header and two fields of any length."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
@@ -155,7 +155,7 @@ def content_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _take(member: IO[bytes], count: int, keep: bool = True) -> bytearray:
-    """The next bytes. Raises EOFError where there are fewer."""
+    """The next `count` bytes. Raises EOFError if there are fewer."""
     taken = bytearray()
     while count:
         if not (block := member.read(min(count, 2**20))):

@@ -1,4 +1,4 @@
-"""From an image of any size to a square: each way has a name, which travels with what is trained on it."""
+"""Crops that make images of any size square. Checkpoints and scores record the name of the crop."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from common.images import to_tensor
 
 Resampling = Image.Resampling
-MOST_ENLARGED = 32  # length over width of what `halve` enlarges
+MOST_ENLARGED = 32  # largest ratio of the sides of an image that `halve` enlarges
 
 
 def none(image: Image.Image, size: int) -> Image.Image:
-    """Images that have their size already. Raises ValueError for one that has not."""
+    """No crop. Raises ValueError for an image of another size."""
     if image.size != (size, size):
         raise ValueError(f"it is {image.width} x {image.height}, wanted {size} x {size}")
     return image
@@ -41,8 +41,8 @@ def _box(image: Image.Image, row: float, column: float, side: int, size: int) ->
 
 
 def halve(image: Image.Image, size: int) -> Image.Image:
-    """ImageNet as diffusion models are used to it (Dhariwal and Nichol 2021): halve by boxes while that
-    leaves enough, then bicubic to the size, then the centre."""
+    """The usual crop of ImageNet for diffusion models (Dhariwal and Nichol 2021): halve with a box filter while the
+    image stays large enough, resize bicubically, and take the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     if min(image.size) < size:
@@ -54,9 +54,9 @@ def halve(image: Image.Image, size: int) -> Image.Image:
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """A strip without its ends, which `halve` cuts off in any case: all of it, enlarged, can take gigabytes.
+    """Cut the ends of a long strip, which `halve` removes anyway: the whole strip, enlarged, can take gigabytes.
 
-    Whole squares are taken off, as many from either end. Enlarged they are whole pixels, so the middle does not move.
+    Removes the same number of whole squares from both ends, so the middle does not shift by parts of a pixel.
     """
     short = min(image.size)
     left, top = (max(0, side // short - MOST_ENLARGED) // 2 * short for side in image.size)

@@ -1,4 +1,4 @@
-"""Processes that read and decode images beside this one: room for them, how they start, how they end."""
+"""Worker processes that read and decode images: their open files, their signals and their end."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from common.signals import ASKING_TO_END
 if sys.platform != "win32":
     import resource
 
-SPARE_FILES = 16  # that this process opens meanwhile for other ends
+SPARE_FILES = 16  # for other uses in this process
 ENDING = {signal.SIGINT, *ASKING_TO_END}
 
 
 def check_open_files(num_workers: int, per_worker: int) -> None:
-    """Raises InputError where this process may not open `per_worker` files for each of its workers.
+    """Raises InputError if this process may not open `per_worker` files for each worker.
 
-    The limit is raised first, as far as the system allows. Without room, processes would wait for each other for ever.
+    Raises the limit first, as far as the system allows. With too few files the processes would wait for each other for
+    ever.
     """
     wanted = num_workers * per_worker + SPARE_FILES
     if num_workers == 0 or _can_open(wanted) == wanted:
@@ -45,7 +46,7 @@ def check_open_files(num_workers: int, per_worker: int) -> None:
 
 
 def _can_open(wanted: int) -> int:
-    """How many more files this process can have open, `wanted` at most."""
+    """The number of further files that this process can open, at most `wanted`."""
     with ExitStack() as opened:
         for count in range(wanted):
             try:
@@ -59,8 +60,8 @@ def _can_open(wanted: int) -> int:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Processes that are started in the block meet no Ctrl-C, nor another signal that asks for an end, before they
-    call `end_with_parent`: the handlers that they inherit are not for them.
+    """A context that starts processes which get no Ctrl-C or other ending signal before they call `end_with_parent`,
+    because they inherit handlers of the parent.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -73,12 +74,12 @@ def signals_held() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """In a process of a pool: leave Ctrl-C to the parent, and end when it does.
+    """In a process of a pool: ignore Ctrl-C, and end with the parent.
 
-    It would wait for ever for the next task of a parent that was killed.
+    Otherwise it would wait for ever for the next task after the parent was killed.
     """
     for number in ENDING:
-        if callable(signal.getsignal(number)):  # not what is ignored on purpose, as nohup does
+        if callable(signal.getsignal(number)):  # not a signal that is ignored, as under nohup
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):

@@ -1,4 +1,4 @@
-"""Scored runs side by side: what is read of each, what their seeds have in common, and the table and the numbers.
+"""Compare scored runs: read their reports, check that they are comparable, and make the table and the numbers.
 
 No torch in here.
 """
@@ -19,8 +19,8 @@ from generation.settings import EarlyExitSettings, SamplerSettings
 
 CONFIDENCE = 0.95
 MEASURED = ("seconds_per_image", "network_flops_per_image")
-# The options of the samplers. Seeds of one label share those that decide the result; times are compared where those
-# that decide the conditions are equal, of which one that a script does not have counts as its default.
+# The options of the samplers. All seeds of a label must share those that decide the result. Times are compared only
+# if the options that decide the conditions are equal; an option that a script does not have counts as its default.
 OF_RESULT, OF_CONDITIONS = (
     {f.name: f for cls in (SamplerSettings, EarlyExitSettings) for f in leaves(cls, decides)}
     for decides in (RESULT, CONDITIONS)
@@ -35,13 +35,13 @@ class Run(NamedTuple):
     seconds_per_image: float
     flops_per_image: float
     seed: int
-    basis: dict[str, Any]  # what scores must share to be compared
-    settings: dict[str, Any]  # what the seeds of one label must share beside
-    conditions: dict[str, Any]  # what times must share to be compared
+    basis: dict[str, Any]  # must be equal to compare scores
+    settings: dict[str, Any]  # must also be equal for all seeds of a label
+    conditions: dict[str, Any]  # must be equal to compare times
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, and half of its confidence interval by Student's t; None for one seed."""
+    """A mean over seeds, and the half width of its confidence interval by Student's t (None for one seed)."""
 
     mean: float
     half_width: float | None
@@ -56,8 +56,8 @@ class Summary(NamedTuple):
     label: str
     runs: list[Run]  # by seed
     score: Estimate
-    difference: Estimate | None  # to the first label, seed by seed; None where the seeds are others
-    seconds_per_image: Estimate | None  # None where the seeds were timed under unlike conditions
+    difference: Estimate | None  # paired, to the first label; None if the seeds differ
+    seconds_per_image: Estimate | None  # None if the timing conditions of the seeds differ
     flops_per_image: float
 
     @property
@@ -97,7 +97,7 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Raises InputError where scores of two runs mean different things, or one label stands for several."""
+    """Raises InputError if the scores of two runs are not comparable, or the runs of a label have other settings."""
     first: dict[str, Run] = {}
     for run in runs:
         if different := [key for key, value in run.basis.items() if value != runs[0].basis[key]]:
@@ -115,7 +115,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def summarised(runs: Sequence[Run]) -> list[Summary]:
-    """One summary a label, in the order of their first runs."""
+    """One summary per label, in the order of their first runs."""
     by_label: dict[str, list[Run]] = {}
     for run in runs:
         by_label.setdefault(run.label, []).append(run)
@@ -148,7 +148,7 @@ def timed_alike(summary: Summary, standard: Summary) -> bool:
 
 
 def notes_on(runs: Sequence[Run]) -> list[str]:
-    """Lines on what times and scores do not share with the first run; none where all is alike."""
+    """Lines about the conditions that differ from the first run; no lines if all are equal."""
     labels = list(dict.fromkeys(run.label for run in runs))
     unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by what differs
     for run in sorted(runs, key=lambda run: (labels.index(run.label), run.seed)):
@@ -178,13 +178,13 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(summaries: Sequence[Summary]) -> bool:
-    """Whether there are several labels of several seeds, the same seeds of each."""
+    """Whether there are several labels with several seeds, the same seeds for each."""
     first, *others = summaries
     return bool(others) and first.difference is not None and len(first.runs) > 1
 
 
 def bars(summaries: Sequence[Summary]) -> list[Estimate]:
-    """The scores with, where the seeds are paired, the intervals of their differences: those tell labels apart."""
+    """The scores with their intervals, or, for paired seeds, with the intervals of the paired differences."""
     if not paired(summaries):
         return [summary.score for summary in summaries]
     return [Estimate(of.score.mean, of.difference and of.difference.half_width) for of in summaries]
@@ -195,9 +195,9 @@ def about_bars(standard: str) -> str:
 
 
 def table(summaries: Sequence[Summary], metric: str) -> str:
-    """Score, time and cost of each label; the speed-up is that of the measured time against the first, if comparable.
+    """The score, time and cost of each label, and its measured speed-up over the first label if comparable.
 
-    Where there are several seeds: their number if it is not always the same, and the paired difference to the first.
+    For several seeds also their number, if it differs between labels, and the paired difference to the first label.
     """
     standard = summaries[0]
     unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))
@@ -225,7 +225,7 @@ def table(summaries: Sequence[Summary], metric: str) -> str:
 
 
 def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
-    """What --json writes: of each label its means with the half widths of their intervals, and the seeds' own."""
+    """The content of --json: the means of each label with half widths, and the scores of its seeds."""
     return {
         "metric": metric,
         "confidence": CONFIDENCE,
@@ -249,7 +249,7 @@ def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
 
 
 def speed_up(summary: Summary, standard: Summary) -> float | None:
-    """Of the measured times; None where their conditions are unlike."""
+    """The ratio of the measured times; None if their conditions differ."""
     of_standard, own = standard.seconds_per_image, summary.seconds_per_image
     if of_standard is None or own is None or not timed_alike(summary, standard):
         return None

@@ -1,4 +1,4 @@
-"""Feature extractors: uint8 images in, one vector an image out."""
+"""Feature extractors: one vector per uint8 image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 class FeatureExtractor:
-    """Called with uint8 (B, C, H, W); returns features (B, D) and, of Inception, logits (B, K), else None."""
+    """Called with uint8 (B, C, H, W); returns features (B, D) and, for Inception, logits (B, K), else None."""
 
     name: str
 
@@ -28,12 +28,12 @@ class FeatureExtractor:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What the features depend on, as plain values."""
+        """All facts that decide the features, as plain values."""
         raise NotImplementedError
 
 
 class Inception(FeatureExtractor):
-    """Inception v3 as the FID paper used it, with the resizing of the original TensorFlow code (torch-fidelity)."""
+    """Inception v3 as in the FID paper, with the resizing of the original TensorFlow code (torch-fidelity)."""
 
     name = "inception"
 
@@ -41,7 +41,7 @@ class Inception(FeatureExtractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         weights = weights or Path(on_main(lambda: str(_download_inception())))
-        # torch-fidelity unpickles the file without restrictions: it must be the one that is known.
+        # torch-fidelity unpickles the file without restrictions, so it must be the official file.
         if (digest := sha256_of(weights)) != INCEPTION_SHA256:
             raise InputError(
                 f"{weights}: not the Inception weights of torch-fidelity (SHA-256 {digest[:8]}..., "
@@ -64,15 +64,13 @@ class Inception(FeatureExtractor):
 
 
 class TorchScript(FeatureExtractor):
-    """A scripted or traced module of the user's that maps uint8 (N, C, H, W) to float (N, D)."""
+    """A scripted or traced module by the user that maps uint8 (N, C, H, W) to float (N, D)."""
 
     def __init__(self, path: Path, device: torch.device):
         self.path, self.device, self.name = path, device, path.stem
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", FutureWarning
-                )  # torch.jit is deprecated, but reads files without pickle
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, but needs no pickle
                 self.network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"{path}: not readable as TorchScript ({str(error).splitlines()[0]:.120})") from None
@@ -95,28 +93,28 @@ class TorchScript(FeatureExtractor):
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> FeatureExtractor:
-    """name: "inception" or the path of a TorchScript file. weights: of Inception; downloaded if None."""
+    """name: "inception" or the path of a TorchScript file. weights: the file of Inception; None downloads it."""
     if name == "inception":
         return Inception(weights, device)
     return TorchScript(Path(name), device)
 
 
 def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Features and logits of each batch, on the CPU."""
+    """The features (B, D) and logits (B, K) of each batch of uint8 (B, C, H, W), on the CPU."""
     for images in batches:
         features, logits = extractor(images)
         yield features.cpu(), None if logits is None else logits.cpu()
 
 
 def extract_all(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """Features and logits of all images, in their order, on process 0; None and None on the others.
+    """The features (N, D) and logits (N, K) of all images, in their order, on process 0; None and None on the others.
 
-    batches: this process's share.
+    batches: the share of this process, uint8 (B, C, H, W).
     """
     parts = gather(list(extract(extractor, batches)))
     if parts is None:
         return None, None
-    rounds = itertools.zip_longest(*parts)  # each process had every world_size()-th batch
+    rounds = itertools.zip_longest(*parts)  # each process has every world_size()-th batch
     found = [batch for batch in itertools.chain.from_iterable(rounds) if batch]
     if not found:
         raise InputError("no image can be read, so there is nothing to score")
@@ -125,7 +123,7 @@ def extract_all(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> tuple
 
 
 def _download_inception() -> Path:
-    """The weights in torch's cache; fetched once, and kept only if their hash is right."""
+    """Download the weights to torch's cache once; a file with a wrong hash is removed."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name

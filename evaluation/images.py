@@ -1,4 +1,4 @@
-"""Finished images, in a folder or in one .npz, as they are scored: nothing is resized or cropped."""
+"""Images for scores, in a folder or in one .npz, without resizing or cropping."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from data.rows import RowsInZip
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-ARRAY = "arr_0"  # how np.savez calls an array without a name
+ARRAY = "arr_0"  # the name that np.savez gives to an unnamed array
 
 
 class ManyImages(Protocol):
@@ -36,14 +36,14 @@ class ManyImages(Protocol):
     def __len__(self) -> int: ...
 
     def keep(self, n: int) -> None:
-        """Only n of them from now on, evenly spaced."""
+        """Keep only n evenly spaced images."""
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """This process's share, uint8 (B, C, H, W). Raises InputError where one cannot be read."""
+        """The share of this process, uint8 (B, C, H, W). Raises InputError for an unreadable image."""
 
 
 class FinishedImages:
-    """The images that lie directly in a folder, all of one size; in colour if any of them is (see `in_chans_of`).
+    """The images directly in a folder, all of one size; in colour if any of them is (see `in_chans_of`).
 
     Raises InputError for a folder without images. Other files are named in a warning.
     """
@@ -65,14 +65,14 @@ class FinishedImages:
 
     @staticmethod
     def open(path: Path) -> Image.Image:
-        """Upright, opaque, of mode L or RGB. Raises InputError for a file that cannot be read."""
+        """The image: upright, opaque, of mode L or RGB. Raises InputError for an unreadable file."""
         return _read(read_image, path)
 
     def keep(self, n: int) -> None:
         self.files = [self.files[i] for i in evenly_spaced(len(self), n)]
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """This process's share, uint8 (B, C, H, W). Raises InputError at an image that is broken or of another size."""
+        """The share of this process, uint8 (B, C, H, W). Raises InputError for a broken image or another size."""
         for start in share(range(0, len(self), batch_size)):
             yield torch.stack([self._tensor(path) for path in self.files[start : start + batch_size]])
 
@@ -87,9 +87,9 @@ class FinishedImages:
 
 
 class ImageArray:
-    """The images of an .npz with arr_0, uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W): as samples are handed around.
+    """The images of an .npz with arr_0, uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W), a common format of samples.
 
-    Read as they are asked for: the file may be larger than memory. Raises InputError for a file that is none.
+    Reads one batch at a time, so the file may be larger than memory. Raises InputError for other files.
     """
 
     def __init__(self, path: Path):
@@ -109,7 +109,7 @@ class ImageArray:
         self.chosen = evenly_spaced(len(self), n)
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """This process's share, uint8 (B, C, H, W). Raises InputError where the file is damaged."""
+        """The share of this process, uint8 (B, C, H, W). Raises InputError if the file is damaged."""
         starts = share(range(0, len(self), batch_size))
         parts = [self.chosen[start : start + batch_size] for start in starts]
         width, height = self.size
@@ -123,7 +123,7 @@ def open_images(path: Path) -> ManyImages:
 
 
 def evenly_spaced(total: int, n: int) -> list[int]:
-    """n of 0..total - 1, the first and the last among them."""
+    """n evenly spaced numbers of 0..total - 1, including the first and the last."""
     indices: list[int] = np.linspace(0, total - 1, n).round().astype(int).tolist()
     return indices
 

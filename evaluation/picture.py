@@ -1,4 +1,4 @@
-"""Scored runs side by side, as a picture."""
+"""A picture that compares scored runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from common import plots
@@ -15,15 +16,15 @@ from evaluation.comparison import Summary, about_bars, bars, paired, timed_alike
 from evaluation.images import FinishedImages
 
 SAMPLES_SHOWN = 10
-SHORT = 30  # characters of labels that a legend has room for in two columns
-FEW = 6  # labels that a legend inside the axes has room for
-WIDE = 4  # scores that are further apart than this factor are drawn on a logarithmic axis
+SHORT = 30  # longest label of a legend in two columns
+FEW = 6  # most labels of a legend inside the axes
+WIDE = 4  # the axis is logarithmic if scores differ by more than this factor
 
 
 def draw(path: Path, summaries: Sequence[Summary], metric: str) -> None:
-    """Score against time, one point a label; beside it the first samples of each.
+    """Draw score against time, one point per label, and the first samples of each label.
 
-    A label whose time is not to be compared with the first one's stands apart, without a time.
+    Labels whose time is not comparable with that of the first are drawn in a separate panel without a time axis.
     """
     rows, labels = len(summaries), [plots.drawable(summary.label) for summary in summaries]
     figure = Figure(figsize=(13, max(4.5, 0.8 * rows + 0.6)), layout="constrained")
@@ -67,12 +68,12 @@ def draw(path: Path, summaries: Sequence[Summary], metric: str) -> None:
     plots.save(figure, path)
 
 
-def first_samples(folder: Path) -> np.ndarray:
-    """The first samples beside each other, uint8 (H, W, 3)."""
+def first_samples(folder: Path) -> NDArray[np.uint8]:
+    """The first samples in one row, uint8 (H, W, 3)."""
     images = []
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
         image = FinishedImages.open(path).convert("RGB")
-        larger = max(1, 64 // image.height)  # tiny images enlarged, so that a person makes them out
+        larger = max(1, 64 // image.height)  # enlarge tiny images to make them visible
         images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.Resampling.BICUBIC)))
     if not images:
         raise InputError(f"{folder}: the samples are gone")

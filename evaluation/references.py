@@ -1,4 +1,4 @@
-"""What samples are scored against: a dataset, finished images, or published statistics."""
+"""The real side of a score: a dataset, images, or published statistics."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from evaluation.statistics import Statistics, load_left_out, load_statistics, sa
 
 log = logging.getLogger(__name__)
 
-READING = 2  # raised when the same files come to be read as other pixels: what was cached before is computed again
+READING = 2  # raise it when the same files give other pixels; cached statistics are then computed again
 
 
 class Reference:
-    """Real images, or the statistics of some."""
+    """Real images, or their statistics."""
 
     def __init__(self, about: dict[str, Any]):
-        self.about = about  # provenance, as plain values; whole once `account` was called
+        self.about = about  # provenance, as plain values; complete after `account`
 
     def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
-        """On process 0; None on the others."""
+        """The statistics on process 0; None on the others."""
         return statistics_of(f for f, _ in extract(extractor, self.batches(batch_size, quiet)))
 
     def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
-        """This process's share, uint8 (B, C, H, W)."""
+        """The share of this process, uint8 (B, C, H, W)."""
         raise NotImplementedError
 
     def account(self) -> None:
-        """Once the images were read, by all processes: say what could not be, and note it in `about`."""
+        """Warn about unreadable images and record them in `about`. All processes call it after reading."""
 
 
 class FinishedReference(Reference):
-    """Finished images, all of them or n evenly spaced ones."""
+    """All or n evenly spaced images of a folder or .npz."""
 
     def __init__(self, images: ManyImages, n: int | None):
         if n is not None:
@@ -64,7 +64,7 @@ class FinishedReference(Reference):
 
 
 class StatisticsFile(Reference):
-    """mu and sigma of an .npz; the images beside them, if there are any, serve the scores that need images."""
+    """mu and sigma of an .npz. Scores that need images use the images in the same file, if there are any."""
 
     def __init__(self, path: Path, images: ManyImages | None):
         self.content = load_statistics(path)
@@ -84,8 +84,8 @@ class StatisticsFile(Reference):
 class DatasetReference(Reference):
     """The training set under the training transform, without flips; its statistics are cached.
 
-    n images are evenly spaced over all files, broken ones too, so that which they are is known before any is decoded;
-    those that turn out to be broken are left out.
+    The n images are evenly spaced over all files, also broken ones, so that they are chosen before any is decoded;
+    broken ones are then skipped.
     """
 
     def __init__(self, dataset: ImageDataset, n: int | None, cache_dir: Path):
@@ -93,7 +93,7 @@ class DatasetReference(Reference):
             raise InputError(f"--n_reference {n}: the dataset has {len(dataset)} images")
         self.indices = evenly_spaced(len(dataset), n or len(dataset))
         self.dataset, self.cache_dir = dataset, cache_dir
-        self.broken: dict[str, str] = {}  # names of chosen files, and why; on process 0 those that all have met
+        self.broken: dict[str, str] = {}  # reasons by name of chosen files; on process 0 those of all processes
         super().__init__(dataset.describe() | {"n_reference": len(self.indices)} | _noted(dataset.left_out))
         self.key = [READING, dict(self.about)]
 
@@ -110,9 +110,9 @@ class DatasetReference(Reference):
             raise InputError(f"{self.about['source']}: no image can be read ({name}: {why})")
 
     def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
-        """From the cache where it has them, without decoding an image: it holds what was left out beside them.
+        """The cached statistics, which include the list of skipped files, or new ones.
 
-        Its key holds the fingerprint of all files, so that it changes with any that is mended or breaks.
+        The key of the cache contains the fingerprint of all files, so it changes with every change of a file.
         """
         key = json.dumps([*self.key, extractor.describe()], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -126,7 +126,7 @@ class DatasetReference(Reference):
         if statistics is not None:
             try:
                 save_statistics(path, statistics, self.broken)
-            except WriteError as error:  # the score is not lost for that
+            except WriteError as error:  # the score does not need the cache
                 log.warning("%s; the next run will compute them again", error)
         return statistics
 
@@ -149,12 +149,12 @@ class DatasetReference(Reference):
 
     def account(self) -> None:
         self._share_broken()
-        broken = dict(sorted(self.broken.items()))  # those that were known before were named when it was opened
+        broken = dict(sorted(self.broken.items()))  # files known as broken earlier were named at opening
         say_left_out(broken, self.about.get("source", self.about["dataset"]))
         left_out = {**self.dataset.left_out, **broken}
         self.about |= {"n_reference": len(self.indices) - len(self.broken)} | _noted(left_out)
         if len(self.indices) == len(self.dataset):
-            self.about["images"] = self.about["n_reference"]  # as a packed copy counts, which has no others
+            self.about["images"] = self.about["n_reference"]  # as for a packed copy, which has no broken images
 
 
 def _noted(left_out: Mapping[str, str]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _noted(left_out: Mapping[str, str]) -> dict[str, Any]:
 
 
 def open_reference(real: ReferenceSettings, scored: Samples, metrics: Sequence[str]) -> Reference:
-    """real: what fid.py parsed. Raises InputError where reference and samples are not of one kind."""
+    """Open the reference. Raises InputError if its images and the samples differ in size or channels."""
     samples = scored.images
     width, height = samples.size
     if real.dataset:

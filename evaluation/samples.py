@@ -1,4 +1,4 @@
-"""Samples, as they are scored."""
+"""Samples to score, with the report of their run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from evaluation.statistics import Statistics, statistics_of
 
 
 class Samples:
-    """A folder of samples or an .npz, and what the report says of the run that made them.
+    """A folder of samples or an .npz, and the report of the run.
 
-    The report is in report/ in the folder, or in <name>_report/ beside an .npz. Raises InputError where images are
-    missing that it counts.
+    The report is in report/ in the folder, or in <name>_report/ next to an .npz. Raises InputError if the number of
+    images differs from the report.
     """
 
     def __init__(self, path: Path):
@@ -39,7 +39,7 @@ class Samples:
             )
 
     def batches(self, batch_size: int, quiet: bool) -> Iterable[Tensor]:
-        """This process's share, uint8 (B, C, H, W)."""
+        """The share of this process, uint8 (B, C, H, W)."""
         total = len(share(range(0, len(self.images), batch_size)))
         batches: Iterable[Tensor] = tqdm(
             self.images.batches(batch_size),
@@ -51,12 +51,12 @@ class Samples:
         return batches
 
     def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
-        """On process 0; None on the others."""
+        """The statistics of all samples on process 0; None on the others."""
         return statistics_of(f for f, _ in extract(extractor, self.batches(batch_size, quiet)))
 
     @property
     def dataset(self) -> str | None:
-        """What their network was trained on, where the report says."""
+        """The training dataset of the network, if it is in the report."""
         return self._network.get("dataset")
 
     @property

@@ -1,6 +1,6 @@
-"""The scores of a folder of samples, with everything they depend on.
+"""The scores of a folder of samples, with all settings that they depend on.
 
-FID is ours, streamed in float64; KID, Inception score and precision/recall are torch-fidelity's.
+FID is computed here, streamed in float64; KID, Inception score and precision/recall are from torch-fidelity.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from evaluation.statistics import Statistics, frechet_distance, sums_of
 log = logging.getLogger(__name__)
 
 KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
-SEED = 2020  # of the subsets of KID and the splits of the Inception score
-LEAST = {"fid": 2, "kid": 2, "prc": 4}  # images on either side
+SEED = 2020  # seed of the subsets of KID and the splits of the Inception score
+LEAST = {"fid": 2, "kid": 2, "prc": 4}  # least number of images on either side
 
 
 def score(
@@ -34,9 +34,9 @@ def score(
     batch_size: int,
     quiet: bool,
 ) -> dict[str, float]:
-    """metrics: of fid, kid, is, prc. Returns {"fid": ...} and the like on process 0, {} on the others.
+    """Compute scores. metrics: some of fid, kid, is, prc. Returns {"fid": ..., ...} on process 0, {} on the others.
 
-    Raises InputError where there are too few images for one of them.
+    Raises InputError if there are too few images for a metric.
     """
     chosen = set(metrics)
     features = logits = real_features = None  # on process 0, as far as the metrics need them
@@ -73,7 +73,7 @@ def score(
 
 
 def check_enough(metric: str, n_samples: int, n_real: int | None) -> None:
-    """Raises InputError for fewer images than the metric is defined for. n_real: None where it is not known."""
+    """Raises InputError if there are too few images for the metric. n_real: None if unknown."""
     for n, side in ((n_samples, "to score"), (n_real, "to score against")):
         if n is not None and n < LEAST.get(metric, 1):
             raise InputError(
@@ -92,12 +92,12 @@ def warn_if_few(*both: Statistics) -> None:
 
 
 def kernel_distance(samples: Tensor, real: Tensor) -> dict[str, float]:
-    """KID (Binkowski et al. 2018), mean and standard deviation over subsets."""
+    """KID (Binkowski et al. 2018), mean and standard deviation over subsets. samples: (N, D). real: (M, D)."""
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     check_enough("kid", len(samples), len(real))
     size = min(KID_SUBSET_SIZE, len(samples), len(real))
-    # A small difference of large sums: in float32 its fifth digit depends on how many threads multiply.
+    # A small difference of large sums: in float32 its fifth digit depends on the number of threads.
     found = kid_features_to_metric(
         samples.double(), real.double(), kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
     )
@@ -108,7 +108,7 @@ def kernel_distance(samples: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def inception_score(logits: Tensor) -> dict[str, float]:
-    """Salimans et al. 2016, mean and standard deviation over 10 splits."""
+    """Salimans et al. 2016, mean and standard deviation over 10 splits. logits: (N, K)."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     found = isc_features_to_metric(logits, splits=min(10, len(logits)), rng_seed=SEED)
@@ -119,7 +119,7 @@ def inception_score(logits: Tensor) -> dict[str, float]:
 
 
 def precision_recall(samples: Tensor, real: Tensor) -> dict[str, float]:
-    """Kynkaanniemi et al. 2019, with the 3 nearest neighbours."""
+    """Kynkaanniemi et al. 2019, with the 3 nearest neighbours. samples: (N, D). real: (M, D)."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     check_enough("prc", len(samples), len(real))
@@ -128,7 +128,7 @@ def precision_recall(samples: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def write_scores(samples: Samples, reference: Reference, extractor: FeatureExtractor, scores: dict[str, float]) -> Path:
-    """Write metrics.json into the samples' report: the scores, and what they depend on."""
+    """Write metrics.json into the report of the samples: the scores, and the settings that they depend on."""
     path = writable_folder(samples.report) / "metrics.json"
     content = scores | {
         "n_samples": len(samples.images),

@@ -27,22 +27,22 @@ def metrics(text: str) -> tuple[str, ...]:
 class ReferenceSettings(Checked):
     """The real images."""
 
-    dataset: str | None = option(None, "score against its whole training set", choices=tuple(DATASETS))
-    data_path: Path | None = option(None, "where the dataset lies", exists="path")
-    crop: str | None = option(None, "of the dataset (default: that of the samples' network)", choices=CROPS)
-    download: bool = option(False, "fetch the dataset first, if it is not there")
+    dataset: str | None = option(None, "dataset whose whole training set to score against", choices=tuple(DATASETS))
+    data_path: Path | None = option(None, "path of the dataset (default: datasets/)", exists="path")
+    crop: str | None = option(None, "crop of the dataset (default: the crop of the samples' network)", choices=CROPS)
+    download: bool = option(False, "download the dataset first, if it is missing")
     reference: Path | None = option(
         None,
-        "score against a folder of images, or an .npz with mu and sigma, or with images in arr_0",
+        "folder of images to score against, or an .npz with mu and sigma, or with images in arr_0",
         exists="path",
     )
     n_reference: int | None = option(
         None,
-        "only so many real images, evenly spaced, less those that are broken (default: all)",
+        "number of real images, evenly spaced; broken ones are then skipped (default: all)",
         least=2,
         most=10_000_000,
     )
-    cache_dir: Path | None = option(None, "statistics of datasets are kept here (default: ~/.cache/duodiff)")
+    cache_dir: Path | None = option(None, "folder for cached statistics of datasets (default: ~/.cache/duodiff)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,16 +60,18 @@ class ScoringSettings(Checked):
     """Settings of fid.py."""
 
     samples_path: Path = option(
-        help="folder of images, as sampler.py writes it, or an .npz with arr_0, uint8 (N, H, W, 3), whose scores go to "
-        "<name>_report/ beside it",
+        help="folder of images from sampler.py, or an .npz with arr_0, uint8 (N, H, W, 3); its scores go to "
+        "<name>_report/ in the same folder",
         exists="path",
     )
     real: ReferenceSettings = section("real images", ReferenceSettings())
-    metrics: tuple[str, ...] = option(("fid",), "comma-separated", parse=metrics, metavar="fid,kid,is,prc")
+    metrics: tuple[str, ...] = option(("fid",), "scores, comma-separated", parse=metrics, metavar="fid,kid,is,prc")
     feature_extractor: str = option("inception", "inception, or a TorchScript file: uint8 (N, C, H, W) -> (N, D)")
-    feature_extractor_weights: Path | None = option(None, "of inception (default: downloaded once)", exists="file")
-    save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, a --reference for later")
-    batch_size: int = option(64, "images in a call", least=1, most=MOST_BATCH)
+    feature_extractor_weights: Path | None = option(
+        None, "weights of inception (default: downloaded once)", exists="file"
+    )
+    save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, which --reference can read")
+    batch_size: int = option(64, "images per call of the feature extractor", least=1, most=MOST_BATCH)
     machine: MachineSettings = section("machine", MachineSettings())
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ GRID = (999, 900, 800, 700, 600, 500, 400, 300, 200, 100)
 SPEEDUP = 1.5  # that one of the rules for the switch asks for
 KNEE = "knee"
 TIMED_ROUNDS = 5
-# How the shallow network learns: which flags it is given the full network by. PLAIN: none, at all timesteps.
+# Ways to train the shallow network, and the flags that take the full network. PLAIN: no flags, all timesteps.
 PLAIN = "all timesteps"
 VARIANTS = {
     PLAIN: (),

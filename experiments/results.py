@@ -26,14 +26,14 @@ class ResultsSettings(Checked):
 
     folder: Path | None = option(
         None,
-        "colour images, a sub-folder for each of their classes (default: emoji, which npm fetches)",
+        "folder of colour images, with a sub-folder for each class (default: emoji, fetched with npm)",
         positional=True,
         metavar="FOLDER",
     )
-    sets: tuple[str, ...] = option(("digits", "colour"), "the sets to measure on", choices=("digits", "colour"))
-    seeds: tuple[int, ...] = option((0, 1, 2), "of networks and samples, two or more", least=0, most=MOST_SEED)
+    sets: tuple[str, ...] = option(("digits", "colour"), "sets of images to measure on", choices=("digits", "colour"))
+    seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
     quick: bool = option(
-        False, "little of everything, to see that it works; all of it, the document too, goes to results/quick"
+        False, "a short run to check that everything works; all files, also the page, go to results/quick"
     )
 
     def __post_init__(self) -> None:

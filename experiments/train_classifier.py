@@ -1,17 +1,17 @@
-"""Train a small classifier of a dataset's classes: its features are what small images are scored with.
+"""Train a small classifier of the classes of a dataset, whose features are used to score small images.
 
 It writes a TorchScript module that maps uint8 (N, C, H, W) to the 64 features before its last layer, for
-fid.py --feature_extractor. experiments/digits_classifier.pt came of
+fid.py --feature_extractor. experiments/digits_classifier.pt was made with
 
     python -m experiments.train_classifier --dataset digits --img_size 8 --in_chans 1 --num_classes 10 \\
         --output experiments/digits_classifier.pt
 
-and experiments/emoji_classifier.pt, of the emoji that scripts/results.sh fetches (by their categories) and packs, of
+and experiments/emoji_classifier.pt, from the emoji that scripts/results.sh fetches (by category) and packs, with
 
     python -m experiments.train_classifier --dataset folder --data_path results/emoji/packed --img_size 16 \\
         --num_classes 9 --n_steps 600 --output experiments/emoji_classifier.pt
 
-They are kept, for scores of another classifier are not comparable.
+The files are kept, because scores with another classifier are not comparable.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class Classifier(nn.Module):
 class ClassifierSettings(Checked):
     """Settings of train_classifier.py."""
 
-    dataset: str = option(help="the images to learn from", choices=tuple(DATASETS))
-    data_path: Path | None = option(None, "where the dataset lies", exists="path")
+    dataset: str = option(help="training images", choices=tuple(DATASETS))
+    data_path: Path | None = option(None, "path of the dataset (default: datasets/)", exists="path")
     img_size: int = option(help="side of the images", least=LEAST_SIDE, most=4096)
     in_chans: int = option(3, "channels: 3 colour, 1 grey", least=1, most=256)
-    num_classes: int = option(help="classes of the dataset", least=2, most=1_000_000)
+    num_classes: int = option(help="number of classes of the dataset", least=2, most=1_000_000)
     n_steps: int = option(1500, f"optimiser steps of {BATCH_SIZE} images", least=1, most=10**9)
-    seed: int = option(0, "weights and batches follow from it", least=0, most=MOST_SEED)
-    output: Path = option(help="the TorchScript file")
+    seed: int = option(0, "seed of the weights and batches", least=0, most=MOST_SEED)
+    output: Path = option(help="TorchScript file to write")
 
 
 def parse_settings(argv: Sequence[str] | ClassifierSettings | None) -> ClassifierSettings:

@@ -1,1 +1,1 @@
-"""What sampler.py and eesampler.py share: their options, the run over all samples, the report."""
+"""The common parts of sampler.py and eesampler.py: settings, stages, the sample folder, the report."""

@@ -1,4 +1,4 @@
-"""What an early-exit model does while it samples."""
+"""Record and save the exit layers of an early-exit model during sampling."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from models.early_exit import ExitTrace
 
 
 class ExitRecorder:
-    """A denoiser that leaves early, and remembers where.
+    """A denoiser with early exit that records the exit layers.
 
-    trace: (x_t, t, y) -> ExitTrace. passes: 2 under guidance, where the images come twice in a batch, with their
-    class and without.
+    trace: (x_t, t, y) -> ExitTrace. passes: 2 with guidance, where a batch contains each image twice, with and without
+    its class; else 1.
     """
 
     def __init__(self, trace: Callable[[Tensor, int, Tensor | None], ExitTrace], passes: int = 1):
         self.trace, self.passes = trace, passes
-        self._steps: list[tuple[Tensor, Tensor]] = []  # of the batch under way: exit layers, uncertainties
+        self._steps: list[tuple[Tensor, Tensor]] = []  # exit layers, uncertainties of the current batch
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        """x_t: (B, C, H, W). y: (B,) classes, or None. Returns the model output (B, C, H, W)."""
         output, exit_layer, uncertainty = self.trace(x_t, t, y)
         self._steps.append((exit_layer, uncertainty))
         return output
 
     def end_batch(self) -> dict[str, np.ndarray]:
-        """The batch's steps, off the device, for S timesteps, L layers and B images:
+        """Return the recorded steps of the batch and start a new one. For S timesteps, L layers and B images:
 
         exit_layer (passes, S, B); uncertainty_sum and uncertainty_count (S, L), over the images at the layer.
         """
@@ -50,12 +51,12 @@ class ExitRecorder:
 def save_exits(
     report: Path, timesteps: Sequence[int], batches: Sequence[dict[str, np.ndarray]], threshold: float, depth: int
 ) -> dict[str, np.ndarray]:
-    """Write exits.npz and its picture, exit_layer.png, and return, for S timesteps, N images and L layers:
+    """Write exits.npz and exit_layer.png. Returns, for S timesteps, N images and L layers:
 
-    timesteps (S,); exit_layer (S, N), and under guidance exit_layer_uncond (S, N); uncertainty (S, L),
-    the mean over the images that reached the layer, nan where none did; threshold ().
+    timesteps (S,); exit_layer (S, N), and with guidance exit_layer_uncond (S, N); uncertainty (S, L), the mean over the
+    images that reached the layer, NaN if there were none; threshold ().
 
-    batches: what `ExitRecorder.end_batch` returned, in the order of their images.
+    batches: the results of `ExitRecorder.end_batch`, in the order of their images.
     """
     layers = np.concatenate([batch["exit_layer"] for batch in batches], axis=2)
     sums, counts = (reduce(np.add, (batch[f"uncertainty_{name}"] for batch in batches)) for name in ("sum", "count"))
@@ -74,7 +75,7 @@ def save_exits(
 
 
 def draw_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, depth: int, threshold: float) -> None:
-    """How deep images go at each t: mean, and the middle 90 %.
+    """Plot the exit layer at each t: the mean, and the middle 90 % of the images.
 
     timesteps: (S,). exit_layer: (S, N) in 0..depth.
     """

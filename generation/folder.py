@@ -1,11 +1,11 @@
-"""The folder of a sampling run, and its memory of the run, so that a run that was stopped can go on.
+"""The folder of a sampling run, with the records that allow a stopped run to continue.
 
     000000.png ...                  the samples
     report/run.json                 the settings that decide the images, written before the first of them
     report/batches/FIRST-LAST.npz   a finished batch, written after its images
 
-A batch whose file is there, and whose images have the checksums in it, is kept. Everything else is made in whole
-batches: with the same --batch_size the images are, bit for bit, those of a run that was never stopped.
+A batch is kept if its file exists and the checksums in it match the images. All other images are made in whole batches:
+with the same --batch_size the images are bit for bit those of a run without a stop.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from models.loading import Network
 ADVICE = "choose another --output_folder or give --overwrite"
 SAMPLE_NAME = re.compile(r"\d{6,}\.png")
 BATCH_NAME = re.compile(r"(\d{6,})-(\d{6,})\.npz")
-# What this project writes into report/; anything else there is the user's.
+# The files that this project writes into report/; all others belong to the user.
 REPORT_NAMES = {
     *("grid_image.png", "frames.png", "frames", "statistics.json", "metrics.json", "exits.npz", "exit_layer.png"),
     *("run.json", "batches", "calibration.yaml", "calibration.json", "calibration.png"),
@@ -58,26 +58,26 @@ REPORT_NAMES = {
 
 
 class Batch(NamedTuple):
-    """A finished batch, as its file holds it."""
+    """The content of the file of a finished batch."""
 
     indices: range  # of its samples
-    checksums: np.ndarray  # (1 + K, B) uint32: CRC-32 of its files, the samples and the frames at K timesteps
-    seconds: np.ndarray  # (3,) of sampling, decoding and saving
+    checksums: np.ndarray  # (1 + K, B) uint32: CRC-32 of the samples and of the frames at K timesteps
+    seconds: np.ndarray  # (3,): sampling, decoding, saving
     conditions: dict[str, Any]  # see `conditions_of`
-    arrays: dict[str, np.ndarray]  # what else is known of its images
+    arrays: dict[str, np.ndarray]  # further arrays, such as exit layers
 
 
 def fingerprint(
     settings: RunSettings, networks: Sequence[Network[nn.Module]], plan: Plan, device: torch.device
 ) -> dict[str, Any]:
-    """Everything the images depend on, as plain values: the content of run.json. All processes call it together."""
+    """All settings that decide the images, as plain values: the content of run.json. All processes must call it."""
 
     def settled() -> dict[str, Any]:
         autoencoders = [n.config.autoencoder for n in networks if n.config.autoencoder]
         paths = [Path(a.checkpoint_path) for a in autoencoders if a.checkpoint_path]
         return record(settings) | {
             "stages": plan.described(networks[0].config.diffusion_params.num_timesteps),
-            "device": device.type,  # each kind draws noise of its own
+            "device": device.type,  # CPU and GPU generators draw different noise
             "autoencoder_sha256": sha256_of(paths[0]) if paths else None,
             "networks": [
                 {"sha256": sha256_of(network.path), "weights": network.weights, **carried_settings(network.config)}
@@ -89,7 +89,7 @@ def fingerprint(
 
 
 def conditions_of(settings: RunSettings, device: torch.device) -> dict[str, Any]:
-    """What the time of an image depends on, beside the result's settings."""
+    """The settings that decide the time of an image but not its content."""
     return {
         **record(settings, CONDITIONS),
         "device": device_name(device),
@@ -100,7 +100,7 @@ def conditions_of(settings: RunSettings, device: torch.device) -> dict[str, Any]
 
 
 def samples_in(folder: Path) -> list[Path]:
-    """The samples in a folder, if it is there. Raises InputError where it holds what no sampling run made."""
+    """The samples in a folder, if it exists. Raises InputError if it contains files that no sampling run wrote."""
     files = _listed(folder)
     samples = [path for path in files if SAMPLE_NAME.fullmatch(path.name)]
     if others := [path for path in files if path not in set(samples) and path.name != "report"]:
@@ -112,7 +112,7 @@ def samples_in(folder: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What is in a folder but for hidden files; nothing if it is not there."""
+    """The entries of a folder without hidden files; none if the folder does not exist."""
     try:
         return [path for path in folder.iterdir() if not path.name.startswith(".")]
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def recorded_fingerprint(folder: Path) -> Any:
-    """The fingerprint of the samples that are in a folder: its run.json. Raises InputError where there is none."""
+    """The fingerprint of the samples in a folder: its run.json. Raises InputError if there is none."""
     path = folder / "report" / "run.json"
     if not path.exists():
         raise InputError(
@@ -133,9 +133,9 @@ def recorded_fingerprint(folder: Path) -> Any:
 
 
 def recorded_switch(folder: Path) -> int | None:
-    """The t_switch of the samples that are in a folder; None where there are none.
+    """The t_switch of the samples in a folder; None if there are no samples.
 
-    Raises InputError for samples of another kind of run.
+    Raises InputError for samples of a run without t_switch.
     """
     if not samples_in(folder):
         return None
@@ -147,9 +147,9 @@ def recorded_switch(folder: Path) -> int | None:
 
 
 class SampleFolder:
-    """The samples that are there, those that are missing, and the files of both.
+    """The existing samples, the missing samples, and their files.
 
-    fingerprint: of the run, see `fingerprint`. conditions: see `conditions_of`.
+    fingerprint: see the function `fingerprint`. conditions: see `conditions_of`.
     """
 
     def __init__(self, settings: RunSettings, fingerprint: Mapping[str, Any], conditions: Mapping[str, Any]):
@@ -157,15 +157,15 @@ class SampleFolder:
         self.report, self.batches = self.folder / "report", self.folder / "report" / "batches"
         self.frames: Sequence[int] = settings.timesteps_save
         self.fingerprint, self.conditions = json.loads(json.dumps(fingerprint)), dict(conditions)
-        self.goes_on = False  # with samples that are there
+        self.goes_on = False  # continues a run with existing samples
         self.kept: list[Batch] = []
-        self.to_do: list[range] = []  # of all processes
+        self.to_do: list[range] = []  # batches of all processes
 
     def open(self, batch_size: int, overwrite: bool) -> None:
-        """Find the batches that are to be made; nothing is changed yet. All processes must call it together.
+        """Find the missing batches and lock the folder; no sample is changed yet. All processes must call it together.
 
-        Raises InputError unless samples can be written there, by nobody else at the same time, and nothing is
-        lost: of the user's, of a run with other settings, or of a longer one.
+        Raises InputError if the folder cannot be written, if another process samples into it, or if it contains other
+        files, samples of a run with other settings, or samples of a longer run.
         """
         self.to_do = on_main(lambda: self._open(batch_size, overwrite))
 
@@ -193,7 +193,7 @@ class SampleFolder:
             raise InputError(f"{holds}, more than --n_samples {self.n_samples}; {ADVICE}")
 
     def _whole_batches(self) -> list[Batch]:
-        """The batches that are whole and follow each other without overlap."""
+        """The complete batches, without overlaps."""
         kept: list[Batch] = []
         for batch in self.finished():
             follows = (kept[-1].indices.stop if kept else 0) <= batch.indices.start
@@ -201,14 +201,14 @@ class SampleFolder:
             there = self._checksums(batch.indices) if fits else None
             if there is not None and np.array_equal(batch.checksums, there):
                 kept.append(batch)
-        # A shorter run cut its last batch short; a longer one makes it whole, as if it had been so from the start.
+        # The last batch of a shorter run may be smaller: make it again in full size, as a single longer run would.
         last = kept[-1] if kept else None
         if last and last.indices.stop < self.n_samples and len(last.indices) < last.conditions["batch_size"]:
             kept.pop()
         return kept
 
     def _checksums(self, indices: range) -> np.ndarray | None:
-        """Of the files as they are; None where one is missing."""
+        """The checksums of the present files, (1 + K, B); None if a file is missing."""
         paths = [self.paths(indices, frame) for frame in (None, *self.frames)]
         try:
             return np.array([[zlib.crc32(path.read_bytes()) for path in row] for row in paths], np.uint32)
@@ -216,7 +216,7 @@ class SampleFolder:
             return None
 
     def paths(self, indices: Sequence[int], frame: int | None = None) -> list[Path]:
-        """The files of samples, or of their noisy images at a timestep."""
+        """The paths of samples, or of their noisy images at a timestep."""
         folder = self.folder if frame is None else self.report / "frames" / f"t{frame:04d}"
         return [folder / f"{index:06d}.png" for index in indices]
 
@@ -227,9 +227,9 @@ class SampleFolder:
 
     @contextmanager
     def making(self, num_timesteps: int, prepare: Callable[[], None] = lambda: None) -> Iterator[tqdm]:
-        """Within the block the missing batches are made. Yields a bar that counts steps.
+        """A context in which the missing batches are made. Yields a progress bar that counts steps.
 
-        prepare: called on process 0 when report/ holds nothing of other runs.
+        prepare: called on process 0 after the files of other runs are removed from report/.
         """
 
         def begin() -> None:
@@ -242,13 +242,13 @@ class SampleFolder:
             try:
                 yield bar
             except InputError:
-                if world_size() == 1:  # others may be in the midst of a batch
+                if world_size() == 1:  # other processes may still be writing a batch
                     self._forget()
                 raise
             barrier()
 
     def _begin(self) -> None:
-        """Remove all that is not of the batches to keep, and record the run."""
+        """Remove all files except those of the kept batches, and record the run."""
         frames = [self.paths([0], t)[0].parent for t in self.frames]
         if not self.goes_on:
             for path in self.report.iterdir():
@@ -270,24 +270,24 @@ class SampleFolder:
                 path.unlink()
         write_json(self.report / "run.json", self.fingerprint)
         if self.to_do:
-            # Known before the first image is: a run that was stopped is not taken for a whole one.
+            # Written before the first image, so that a stopped run does not look complete.
             (self.report / "metrics.json").unlink(missing_ok=True)
             write_json(self.report / "statistics.json", {"n_samples": self.n_samples})
 
     def _forget(self) -> None:
-        """Remove the files of `_begin`, if no sample was made: a refused run leaves nothing. A calibration stays."""
+        """Remove the files of `_begin` if no sample was made: a refused run leaves at most a calibration."""
         if any(self.batches.iterdir()) or samples_in(self.folder):
             return
-        self._lock.__exit__(None, None, None)  # it cannot be removed everywhere while it is open
+        self._lock.__exit__(None, None, None)  # Windows does not remove an open file
         for name in ("run.json", "statistics.json", ".lock"):
             (self.report / name).unlink(missing_ok=True)
         for name in ("batches", "frames"):
             shutil.rmtree(self.report / name, ignore_errors=True)
-        with suppress(OSError):  # where something is left
+        with suppress(OSError):  # not empty
             self.report.rmdir()
 
     def finished(self) -> list[Batch]:
-        """The batches whose files can be read, by their first sample."""
+        """The batches with readable files, sorted by their first sample."""
         found = [(indices, path) for path in self.batches.glob("*.npz") if (indices := _indices_of(path))]
         batches = []
         for indices, path in sorted(found, key=lambda pair: pair[0].start):
@@ -296,12 +296,12 @@ class SampleFolder:
                 conditions = json.loads(str(content.pop("conditions")))
                 batches.append(Batch(indices, content.pop("checksums"), content.pop("seconds"), conditions, content))
             except (InputError, KeyError, ValueError):
-                continue  # cut off in a power cut; to be made again
+                continue  # damaged by a power cut; made again
         return batches
 
 
 class BatchUnderWay:
-    """A batch of samples that is being made."""
+    """One batch of samples: its timing, its frames, and saving it."""
 
     def __init__(
         self,
@@ -312,7 +312,7 @@ class BatchUnderWay:
         bar: tqdm,
     ):
         self.folder, self.indices, self.decode, self.bar = folder, indices, decode, bar
-        self.watches = [Stopwatch(device) for _ in range(3)]  # of sampling, decoding and saving
+        self.watches = [Stopwatch(device) for _ in range(3)]  # sampling, decoding, saving
         self.frames: dict[int, Tensor] = {}
 
     @property
@@ -321,7 +321,7 @@ class BatchUnderWay:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Around the sampling loop, which is timed. Raises InputError, which names a batch that is not finite."""
+        """A context that times the sampling loop. Raises InputError, which names the batch, for values not finite."""
         try:
             with self.watches[0]:
                 yield
@@ -329,14 +329,16 @@ class BatchUnderWay:
             raise InputError(f"{self.name}: {error}") from None
 
     def on_step(self, t: int, x_t: Tensor) -> None:
+        """Update the progress bar, and keep the frame if t is in --timesteps_save. x_t: (B, C, H, W)."""
         self.bar.update()
         if t in self.folder.frames:
             self.frames[t] = to_uint8(self.decode(x_t))
 
     def save(self, x0: Tensor, arrays: Mapping[str, np.ndarray] | None = None) -> None:
-        """Decode and write the images, and then the record of the batch. arrays: kept in it, see `Batch`.
+        """Decode and write the images, and then the file of the batch.
 
-        Raises InputError, and writes none of them, where decoded images are not finite.
+        x0: (B, C, H, W). arrays: further arrays for the file, see `Batch`. Raises InputError, before any file is
+        written, if decoded images are not finite.
         """
         (_, decoding, saving), folder, indices = self.watches, self.folder, self.indices
         with decoding:
@@ -369,7 +371,7 @@ def _indices_of(path: Path) -> range | None:
 
 @contextmanager
 def going_on_later() -> Iterator[None]:
-    """A signal or a full disk ends the work in the block in a line that says how to go on."""
+    """A context in which a signal or a full disk ends the script with a line that explains how to continue."""
     try:
         yield
     except KeyboardInterrupt as interrupt:

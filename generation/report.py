@@ -33,8 +33,8 @@ def write_report(
 ) -> str:
     """Write statistics.json and the pictures. Returns a line about the run.
 
-    batches: all of the run. backbones: of each network that ran, what it is and how often. flops: of the networks,
-    per image.
+    batches: all batches of the run. backbones: the description of each network and the number of its calls. flops: of
+    all networks, per image.
     """
     save_pictures(folder)
     timing = timing_of(folder, batches)
@@ -54,7 +54,7 @@ def write_report(
 
 
 def timing_of(folder: SampleFolder, batches: Sequence[Batch]) -> dict[str, Any]:
-    """The times of the images that were made under the conditions of this process, or else of the last batch."""
+    """The times of the images made under the conditions of this process, or of the last batch if there are none."""
     made_now = [batch for batch in batches if batch.conditions == folder.conditions]
     conditions = folder.conditions if made_now else batches[-1].conditions
     timed = [batch for batch in batches if batch.conditions == conditions]
@@ -64,8 +64,8 @@ def timing_of(folder: SampleFolder, batches: Sequence[Batch]) -> dict[str, Any]:
         "n_samples": folder.n_samples,
         "images_timed": images_timed,
         **conditions,
-        "seconds": sampling,  # of all processes together
-        # The median batch: other work that the machine did for a moment is not the network's time.
+        "seconds": sampling,  # sum over all processes
+        # The median over batches, which ignores short disturbances by other programs.
         "seconds_per_image": statistics.median(float(b.seconds[0]) / len(b.indices) for b in timed),
         "images_per_second": images_timed / sampling * conditions["processes"],
         "seconds_decoding": decoding,
@@ -74,7 +74,7 @@ def timing_of(folder: SampleFolder, batches: Sequence[Batch]) -> dict[str, Any]:
 
 
 def save_pictures(folder: SampleFolder) -> None:
-    """The first samples as a grid, and the noisy images on the way to them."""
+    """Write the first samples as a grid, and their noisy images as frames."""
     indices = range(min(GRID_SAMPLES, folder.n_samples))
     images = torch.stack([read_png(path) for path in folder.paths(indices)])
     save_grid(folder.report / "grid_image.png", images, GRID_SAMPLES)
@@ -85,7 +85,10 @@ def save_pictures(folder: SampleFolder) -> None:
 
 
 def save_frames(path: Path, frames: list[Tensor], images: Tensor) -> None:
-    """A row a sample, a column a timestep, the finished image last. Each of them uint8 (N, C, H, W)."""
+    """One row per sample, one column per timestep, the final image last.
+
+    frames, images: uint8 (N, C, H, W).
+    """
     columns = [enlarge(column[:FRAME_SAMPLES], least_side=64) for column in [*frames, images]]
     tiles = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=255)
     save_png(path, rearrange(tiles, "n k c h w -> c (n h) (k w)"))

@@ -1,4 +1,4 @@
-"""From settings and networks to the parts of a sampling run that both scripts share."""
+"""The parts of a sampling run that both scripts share: solver, labels, noise, guidance, warm-up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Labels = Callable[[Sequence[int]], Tensor | None]
 
 
 def settled_speed(settings: Settings, device: torch.device) -> Settings:
-    """The settings with the device's precision. Raises InputError for those that the device has no use for."""
+    """The settings with the precision filled in. Raises InputError if the device does not support them."""
     speed = settings.speed
     if speed.compile:
         check_compiler(device)
@@ -34,10 +34,10 @@ def settled_speed(settings: Settings, device: torch.device) -> Settings:
 
 
 def solver_of(settings: SolverSettings, configs: Sequence[Config]) -> tuple[Solver, list[int]]:
-    """The solver and its timesteps, falling. Raises InputError where it does not suit the networks.
+    """The solver and its timesteps, falling. Raises InputError if a network does not support the settings.
 
-    configs: of the networks. The noise schedule is the last one's, unless the settings name another. Networks of one
-    schedule and output keep their own; any others become predictors of noise, see `denoiser_of`.
+    configs: of the networks. The noise schedule is that of the last network, unless the settings name another. Networks
+    with one schedule and output keep their own; any others become predictors of noise, see `denoiser_of`.
     """
     if settings.clip_x0 and any(config.autoencoder for config in configs):
         raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
@@ -73,7 +73,7 @@ def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
 
 
 def settled_steps(settings: Settings, timesteps: Sequence[int]) -> Settings:
-    """The settings with the number of steps. Raises InputError for frames that the run never visits."""
+    """The settings with the number of steps filled in. Raises InputError for frames at timesteps outside the run."""
     if unmet := sorted(set(settings.timesteps_save) - set(timesteps)):
         raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(timesteps)}")
     return replace(settings, solver=replace(settings.solver, steps=len(timesteps)))
@@ -95,9 +95,9 @@ def with_named_classes(settings: Settings, config: Config) -> Settings:
 
 
 def labels_of(settings: RunSettings, config: Config, device: torch.device) -> Labels:
-    """The classes of samples: sample indices in, (B,) int64 out; None for an unconditional network.
+    """A function from the indices of B samples to their classes, (B,) int64; to None for an unconditional network.
 
-    Raises InputError for a class that the network does not know.
+    Raises InputError for a class that the network does not have.
     """
     classes, asked = config.classes, settings.class_id
     if asked == ("random",):
@@ -110,14 +110,14 @@ def labels_of(settings: RunSettings, config: Config, device: torch.device) -> La
 
 
 def noise_of(seed: int, indices: Sequence[int], device: torch.device) -> SeededNoise:
-    """The noise of these samples."""
+    """The noise source of these samples: called with (C, H, W), it returns (B, C, H, W)."""
     return SeededNoise([nth_seed(seed, "samples", i) for i in indices], device)
 
 
 def guide(config: Config, denoiser: Denoiser, scale: float, option: str = "--guidance_scale") -> Denoiser:
-    """The denoiser under classifier-free guidance, or as it is for a scale of 0.
+    """The denoiser with classifier-free guidance; unchanged for a scale of 0.
 
-    option: named in the InputError for a network that has no class for none.
+    option: the flag to name in the InputError for a network without a "no class".
     """
     if scale == 0:
         return denoiser
@@ -140,9 +140,9 @@ def warm_up(
     compiled: bool,
     caching: bool = False,
 ) -> None:
-    """Run each stage's network once, so that the cost of first calls is not in the timing.
+    """Run the network of each stage once, so that the timing does not include the first calls.
 
-    batches: of this process; the first of them is imitated.
+    batches: the batches of this process; the warm-up has the size of the first. image_shape: (C, H, W).
     """
     if not batches:
         return

@@ -23,7 +23,7 @@ AS_NETWORKS = "recorded with the networks, by their SHA-256"
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Checked):
-    """What both sampling scripts are told."""
+    """Settings of both sampling scripts."""
 
     checkpoint_path: Path | None = of_network(
         None,
@@ -34,32 +34,34 @@ class RunSettings(Checked):
     )
     config_path: Path | None = of_network(
         None,
-        "YAML file of the network, for weights that came without a description",
+        "YAML file of the network, for weights without a description",
         exists="file",
         decides=(),
         why=AS_NETWORKS,
     )
     weights: str = of_network(
-        "ema", "which weights of a checkpoint", choices=("ema", "raw"), decides=(), why=AS_NETWORKS
+        "ema",
+        "averaged weights (ema), or the weights of the last step (raw)",
+        choices=("ema", "raw"),
+        decides=(),
+        why=AS_NETWORKS,
     )
     autoencoder_checkpoint_path: Path | None = of_network(
         None,
-        "of networks that make latents: autoencoder_kl.pth or a folder of diffusers; beats --config_path",
+        "autoencoder for networks of latents: autoencoder_kl.pth or a diffusers folder; overrides --config_path",
         exists="path",
         decides=(),
         why="recorded by its SHA-256",
     )
     described: Mapping[str, Any] = option({}, flag=False, decides=(), why=AS_NETWORKS)  # the network's flags, nested
     output_folder: Path = of_samples(
-        help="the images go here, all else to its report/", decides=(), why="where the images go"
+        help="folder for the images; all other files go to its report/", decides=(), why="it is the place of the images"
     )
-    overwrite: bool = of_samples(
-        False, "replace the samples that are there", decides=(), why="it is about the images of before"
-    )
-    seed: int = of_samples(0, "sample i depends on this and i alone", least=0, most=MOST_SEED)
+    overwrite: bool = of_samples(False, "replace existing samples", decides=(), why="it only removes earlier images")
+    seed: int = of_samples(0, "sample i depends only on the seed and i", least=0, most=MOST_SEED)
     n_samples: int = of_samples(
         None,
-        "how many (default: --batch_size)",
+        "number of samples (default: --batch_size)",
         least=1,
         most=MOST_SAMPLES,
         decides=(),
@@ -67,7 +69,7 @@ class RunSettings(Checked):
     )
     batch_size: int = of_samples(
         128,
-        "samples made at a time",
+        "samples per batch",
         least=1,
         most=MOST_BATCH,
         decides=(CONDITIONS,),
@@ -75,7 +77,7 @@ class RunSettings(Checked):
     )
     class_id: tuple[int | Literal["random"], ...] = of_samples(
         ("random",),
-        "random, or classes that follow each other in a circle (class-conditional networks)",
+        "random, or one or more classes, repeated in this order (class-conditional networks)",
         least=0,
         most=10**6,
     )
@@ -88,8 +90,8 @@ class RunSettings(Checked):
     )
     guidance_scale: float = of_samples(
         0.0,
-        "s in cond + s (cond - uncond), 0 is off, and one less than the scale of DiT and SiT, uncond + s (cond - "
-        "uncond); needs a network with a class for none",
+        "s in cond + s (cond - uncond); 0: off; one less than the published scale of DiT and SiT, uncond + s (cond - "
+        'uncond); needs a network with a "no class"',
         least=0,
         most=1000,
         decides=(),
@@ -98,7 +100,7 @@ class RunSettings(Checked):
     timesteps_save: tuple[int, ...] = of_samples((), "also save x_t at these t, to report/frames", least=0, most=99_999)
     allow_outside_range: bool = of_network(
         False,
-        "let a network run at timesteps that it was not trained on (see --t_min of train.py)",
+        "run networks at timesteps on which they were not trained (see --t_min of train.py)",
         decides=(),
         why="it permits; the stages decide",
     )
@@ -128,22 +130,28 @@ class RunSettings(Checked):
 class CalibrationSettings(Checked):
     """Choice of the switch."""
 
-    dataset: str | None = option(None, "real images to measure on, best those of training", choices=tuple(DATASETS))
-    data_path: Path | None = option(
-        None, "where the dataset lies", exists="path", decides=(), why="the same images may lie elsewhere"
+    dataset: str | None = option(
+        None, "real images for the measurement, preferably the training set", choices=tuple(DATASETS)
     )
-    crop: str | None = option(None, "of the dataset (default: that of the networks)", choices=CROPS)
-    n_images: int = option(256, "as many of them are measured on", least=2, most=10_000_000)
+    data_path: Path | None = option(
+        None,
+        "path of the dataset (default: datasets/)",
+        exists="path",
+        decides=(),
+        why="the same images may lie elsewhere",
+    )
+    crop: str | None = option(None, "crop of the dataset (default: the crop of the networks)", choices=CROPS)
+    n_images: int = option(256, "number of real images for the measurement", least=2, most=10_000_000)
     speedup: float | None = option(
         None,
-        "take the least divergence at this speed-up, as predicted from calls that are not compiled (default: the knee "
-        "of the curve)",
+        "choose the least divergence at this speed-up, predicted from calls without --compile (default: the knee of "
+        "the curve)",
         least=1,
         most=1e6,
     )
     budget: float | None = option(
         None,
-        "take the fastest with at most this divergence, in nats per dimension of an image (deterministic solvers: "
+        "choose the fastest switch with at most this divergence, in nats per dimension (deterministic solvers: "
         "squared shift per dimension)",
         least=0,
         most=1e12,
@@ -167,7 +175,7 @@ class SamplerSettings(RunSettings):
     )
     t_switch: int | Literal["auto"] | None = of_stages(
         None,
-        "timestep: the shallow backbone runs at every t > t_switch, the full one at the rest; auto: measured first",
+        "timestep: the shallow backbone runs at every t > t_switch, the full one at the rest; auto: measure it first",
         least=-1,
         most=99_999,
         decides=(),
@@ -182,7 +190,12 @@ class SamplerSettings(RunSettings):
         why=AS_STAGES,
     )
     guidance_scale_late: float | None = of_samples(
-        None, "of the full backbone (default: --guidance_scale)", least=0, most=1000, decides=(), why=AS_STAGES
+        None,
+        "guidance scale of the full backbone (default: --guidance_scale)",
+        least=0,
+        most=1000,
+        decides=(),
+        why=AS_STAGES,
     )
     stages: Path | None = of_stages(
         None,
@@ -194,16 +207,16 @@ class SamplerSettings(RunSettings):
     )
     cache_interval: int = of_work(
         1,
-        "compute the middle blocks at every so many-th step of a stage, reuse their sum between",
+        "compute the middle blocks at every n-th step of a stage, and reuse their sum at the steps between; 1: off",
         least=1,
         most=100_000,
     )
     cache_outer: int | None = of_work(
-        None, "in blocks, and as many out blocks, that run at every step all the same (default: 1)", least=1, most=999
+        None, "number of outer blocks on each side that run at every step (default: 1)", least=1, most=999
     )
     offload: bool = of_network(
         False,
-        "keep idle networks in host memory (CUDA), which saves the device's",
+        "keep idle networks in host memory to save GPU memory (CUDA)",
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )
@@ -221,7 +234,7 @@ class SamplerSettings(RunSettings):
             raise InputError("--offload moves the weights that --compile records the places of; give one of them")
 
     def _check_networks(self) -> None:
-        """End where the flags name no network, or name them twice."""
+        """Raises InputError if the flags name no network, or name one twice."""
         of_two = ("config_path_late", "guidance_scale_late")
         if self.stages:
             for name in (
@@ -246,7 +259,7 @@ class SamplerSettings(RunSettings):
                 raise InputError(f"--{name} needs --checkpoint_path_late")
 
     def _check_calibration(self) -> None:
-        """End on options of --t_switch auto without it, and on what it cannot do."""
+        """Raises InputError for options that need --t_switch auto, or that it does not support."""
         if self.t_switch != "auto":
             for f in fields_of(CalibrationSettings):
                 if getattr(self.calibration, f.name) != f.default:
@@ -264,11 +277,11 @@ class EarlyExitSettings(RunSettings):
     """Settings of eesampler.py."""
 
     threshold: float = of_work(
-        help="an image leaves at the first layer whose predicted uncertainty is at or below this", least=0, most=1
+        help="an image exits at the first layer whose predicted uncertainty is at or below this value", least=0, most=1
     )
     min_group: int = of_work(
         1,
-        "images that left stay in the batch until so many wait",
+        "remove images that exited from the batch in groups of at least this size",
         least=1,
         most=MOST_BATCH,
         decides=(CONDITIONS,),

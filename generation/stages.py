@@ -9,8 +9,8 @@
       - checkpoint_path: full.pth
         t_min: 0
         t_max: 399
-    t_switch: 399                      # optional, of at most two stages: what --t_switch would be
-    calibration: {...}                 # optional: how the stages were found. sampler.py looks at solver and steps
+    t_switch: 399                      # optional, with at most two stages: the equal value of --t_switch
+    calibration: {...}                 # optional: the measurement; sampler.py compares its solver and steps
 
 calibrate.py writes such a file, sampler.py --stages reads it. No torch in here.
 """
@@ -40,7 +40,7 @@ class StageEntry(Checked):
     config_path: Path | None = None
     t_min: int = option(least=0, most=99_999)
     t_max: int = option(least=0, most=99_999)
-    guidance_scale: float | None = option(None, least=0, most=1000)  # None: the run's own
+    guidance_scale: float | None = option(None, least=0, most=1000)  # None: that of the run
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class StageEntry(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class StageFile:
-    """The content of a file of stages. Raises InputError unless they follow each other down to t = 0."""
+    """The content of a file of stages. Raises InputError for stages that overlap, leave gaps or do not end at t = 0."""
 
     stages: tuple[StageEntry, ...]
     t_switch: int | None = None
@@ -72,7 +72,7 @@ class StageFile:
             raise InputError(f"t_switch={self.t_switch} contradicts the stages")
 
     def _t_switches(self) -> Sequence[int]:
-        """The values of --t_switch that mean the same."""
+        """The values of --t_switch that give the same stages."""
         one, two = (-1, self.stages[0].t_max), (self.stages[-1].t_max,)
         return {1: one, 2: two}.get(len(self.stages), ())
 
@@ -81,25 +81,27 @@ class StageFile:
 class PlannedStage:
     """A stage before its network is loaded."""
 
-    network: int  # of the files in the order in which they first run
-    t_min: int  # the lowest timestep at which it runs; the stages before it have all that are higher
+    network: int  # index in Plan.files
+    t_min: int  # its lowest timestep; all higher ones belong to the stages before it
     guidance_scale: float
-    option: str  # which set the scale, for messages
+    option: str  # the source of guidance_scale, for messages
 
 
 @dataclass(frozen=True)
 class Plan:
     """The networks of a run, and the stages at which they run, from the noisiest timesteps to the cleanest."""
 
-    files: Sequence[tuple[Path, Path | None]]  # weights and description of each network
+    files: Sequence[
+        tuple[Path, Path | None]
+    ]  # weights and YAML file of each network, in the order of their first stages
     stages: Sequence[PlannedStage]
-    num_timesteps: int | None = None  # T, where a file of stages says it
-    calibration: dict[str, Any] | None = None  # how a file of stages was found
+    num_timesteps: int | None = None  # T, if the plan is from a file of stages
+    calibration: dict[str, Any] | None = None  # the measurement in a file of stages
     source: str = "--t_switch"  # for messages
 
     @property
     def names(self) -> list[str]:
-        """Of the networks, for people."""
+        """The names of the networks, for messages and reports."""
         if len(self.files) == 1:
             return ["backbone"]
         if [stage.network for stage in self.stages] == [0, 1]:
@@ -108,7 +110,7 @@ class Plan:
 
     @property
     def lowest(self) -> list[int]:
-        """Of each stage the lowest timestep, for `diffusion.sampling.split_timesteps`."""
+        """The lowest timestep of each stage, for `diffusion.sampling.split_timesteps`."""
         return [stage.t_min for stage in self.stages]
 
     def described(self, num_timesteps: int) -> list[dict[str, Any]]:
@@ -120,12 +122,12 @@ class Plan:
         ]
 
     def switched_at(self, t_switch: int) -> Plan:
-        """Of two stages: with the second at every t <= t_switch."""
+        """The plan with the second of its two stages at every t <= t_switch."""
         first, second = self.stages
         return replace(self, stages=[replace(first, t_min=t_switch + 1), second])
 
     def check_length(self, num_timesteps: int) -> None:
-        """Raises InputError unless the stages are of the networks' own number of timesteps."""
+        """Raises InputError unless the stages cover the networks' number of timesteps."""
         if self.num_timesteps not in (None, num_timesteps):
             raise InputError(
                 f"{self.source}: stages from t = {self.num_timesteps - 1} on, the networks' are {num_timesteps - 1}..0"
@@ -142,9 +144,9 @@ def one_stage(settings: RunSettings) -> Plan:
 
 
 def plan_of(settings: SamplerSettings) -> Plan:
-    """The stages that the flags state, or those of a file. Until --t_switch is a timestep the files alone are right.
+    """The plan from the flags or from a file of stages. With --t_switch auto the switch is only a placeholder.
 
-    Raises InputError for a file of stages that does not hold.
+    Raises InputError for a wrong file of stages.
     """
     if settings.stages is not None:
         return _plan_of_file(settings.stages, settings)
@@ -181,10 +183,9 @@ def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
 
 
 def read_stages(path: Path) -> StageFile:
-    """A file of stages, with its paths as they can be opened from here.
+    """Read a file of stages. Its paths are returned relative to the working folder.
 
-    Raises InputError, which names the file, for keys nobody reads, values of the wrong type, stages that do not
-    follow each other, and files that are not there.
+    Raises InputError for unknown keys, values of the wrong type, stages that overlap or leave gaps, and missing files.
     """
     content = build(StageFile, read_mapping(path, "stages", list), str(path))
     stages = []
@@ -200,7 +201,7 @@ def read_stages(path: Path) -> StageFile:
 
 
 def is_calibration(path: Path) -> bool:
-    """Whether it is a file that a calibration wrote, and may write again."""
+    """Whether the file was written by a calibration, which may then replace it."""
     try:
         return isinstance(read_mapping(path, "stages", list).get("calibration"), dict)
     except InputError:
@@ -208,7 +209,7 @@ def is_calibration(path: Path) -> bool:
 
 
 def write_stages(path: Path, content: StageFile) -> None:
-    """Write paths relative to the folder of the file, so that a folder with its checkpoints can be moved."""
+    """Write a file of stages, with paths relative to its folder so that the folder can be moved."""
 
     def relative(file: Path) -> Path:
         file = file.parent.resolve() / file.name
@@ -227,14 +228,14 @@ def write_stages(path: Path, content: StageFile) -> None:
 
 
 def _stated(value: Any) -> Any:
-    """Nested plain values without those that are None."""
+    """Nested plain values without None."""
     if isinstance(value, dict):
         return {key: _stated(item) for key, item in value.items() if item is not None}
     return [_stated(item) for item in value] if isinstance(value, list) else value
 
 
 class _PlainDumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml ships no types
-    """Writes a value that occurs twice twice: the reader takes no aliases."""
+    """Writes repeated values in full, because the reader refuses aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -17,7 +17,7 @@ from models.weights import check_numbers, read_pth
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-# f8-ft-mse and autoencoder_kl.pth: the architecture is not in the file.
+# The architecture of f8-ft-mse and autoencoder_kl.pth, whose files do not include it.
 ARCHITECTURE: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -34,7 +34,7 @@ DECODE_AT_ONCE = 8  # images; the decoder takes far more memory than the U-ViT
 class Autoencoder(nn.Module):
     """diffusers' AutoencoderKL in float32, between pixels in [-1, 1] and scaled latents.
 
-    scale_factor: latents are multiplied by it, so that their standard deviation is about 1.
+    scale_factor: factor that makes the standard deviation of latents about 1.
     """
 
     def __init__(self, network: AutoencoderKL, scale_factor: float):
@@ -48,7 +48,7 @@ class Autoencoder(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """Pixels along a side of a latent cell."""
+        """Side of a latent cell in pixels."""
         return 2 ** (len(self.network.config["block_out_channels"]) - 1)
 
     @torch.inference_mode()
@@ -65,9 +65,9 @@ class Autoencoder(nn.Module):
 
 
 def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """From what the network makes to images in [-1, 1]: the decoder of latents, or nothing to do for pixels.
+    """A function from network samples (B, C, h, w) to images (B, 1 or 3, H, W): a decoder, or the identity for pixels.
 
-    Raises InputError where it takes an autoencoder and none is given, or the network's channels fit neither.
+    Raises InputError if an autoencoder is needed and missing, or does not fit the channels of the network.
     """
     channels, autoencoder = config.model_params.image_shape[0], config.autoencoder
     if autoencoder is None:
@@ -89,7 +89,7 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
 
 
 def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str = "cpu") -> Autoencoder:
-    """path: the public autoencoder_kl.pth, or a folder as diffusers saves it. Raises InputError for others."""
+    """path: the public autoencoder_kl.pth, or a diffusers folder. Raises InputError for others."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if not path.exists():
@@ -104,7 +104,7 @@ def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str
 
 
 def _fill_from_ldm(network: AutoencoderKL, path: Path) -> None:
-    """Weights under the names of the latent diffusion code, which diffusers knows how to translate."""
+    """Load weights with the names of the latent diffusion code, which diffusers translates."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     content = read_pth(path)

@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @torch.no_grad()
 def backbone_flops(backbone: Backbone, outer: int | None = None) -> int:
-    """Of one image through the whole network, or, with outer, around its middle (see `Backbone.denoise_around`)."""
+    """FLOPs for one image of the whole network, or, with outer, without its middle (see `Backbone.denoise_around`)."""
     backbone = _shapes_only(backbone)
     x, timesteps, y = _inputs(backbone)
     if outer is None:
@@ -30,7 +30,7 @@ def backbone_flops(backbone: Backbone, outer: int | None = None) -> int:
 
 @torch.no_grad()
 def early_exit_flops(model: EarlyExitUViT) -> list[int]:
-    """Of one image that leaves at layer 0, 1, ..., L (L: runs to the end), probes and heads included."""
+    """FLOPs for one image that exits at layer 0, 1, ..., L (L: no exit), with probes and heads."""
     model = _shapes_only(model)
     x, timesteps, y = _inputs(model.uvit)
     skips: list[Tensor] = []
@@ -46,7 +46,7 @@ def early_exit_flops(model: EarlyExitUViT) -> list[int]:
 
 
 def early_exit_training_flops(model: EarlyExitUViT, freeze_backbone: bool) -> int:
-    """Of one image's training step: forward, and backward at twice that through what learns."""
+    """FLOPs for one image of a training step: forward, and twice that for the backward pass of the trained parts."""
     everything = _shapes_only(model)
     inputs = _inputs(everything.uvit)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def _inputs(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _count(run: Callable[[], object]) -> int:
-    # The fused attention of the CPU has no formula in some releases of the counter; plain products do.
+    # Some releases of the counter have no formula for the fused attention of the CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""Backbones as samplers run them: in one precision, compiled if asked, told of t by tokens made beforehand."""
+"""Denoisers for sampling: networks in one precision, with precomputed time tokens and optional compilation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from models.early_exit import EarlyExitUViT, ExitTrace
 def to_working_precision(
     network: nn.Module, backbone: Backbone, timesteps: Mapping[int, float], dtype: torch.dtype, device: torch.device
 ) -> dict[int, Tensor]:
-    """Put a network's weights into dtype. Returns its time tokens, by the sampler's t, {t: (1, D)} on the device.
+    """Convert the weights of a network to dtype. Returns its time tokens on the device, {t: (1, D)}, t of the sampler.
 
-    backbone: in the network, or the network itself. timesteps: its own for each of the sampler's, see
-    `diffusion.matching.own_timesteps`. Time tokens are made first, in fp32: half precision cannot tell 997 from 998.
+    backbone: the backbone in the network. timesteps: the network's own timestep for each of the sampler's, see
+    `diffusion.matching.own_timesteps`. The tokens are computed first, in fp32: 997 and 998 are equal in half precision.
     """
     with torch.no_grad():
         own = torch.tensor(list(timesteps.values()), device=next(backbone.parameters()).device)
@@ -29,23 +29,23 @@ def to_working_precision(
 
 
 def refreshing(stages: Iterable[Sequence[int]], interval: int) -> set[int]:
-    """The timesteps at which a network computes its middle: the first of each of its stages, every interval-th after.
+    """The timesteps at which a network computes its middle: in each stage the first and every interval-th after it.
 
-    stages: the timesteps of each.
+    stages: the timesteps of each stage.
     """
     return {t for timesteps in stages for t in timesteps[::interval]}
 
 
 class MiddleCache:
-    """What the middle blocks of a backbone add to its tokens, kept from some timesteps for those that follow.
+    """Caches the sum that the middle blocks of a backbone add to its tokens, to reuse it at later timesteps.
 
     The features deep in a network change little from one step to the next: DeepCache (Ma et al., CVPR 2024,
     arXiv 2312.00858) keeps those of a U-Net and runs its outermost levels with their skips; Delta-DiT (Chen et al.
     2024, arXiv 2406.01125) keeps, of transformer blocks, the difference of what leaves and what enters, as here.
 
-    outer: blocks at each end that always run; fewer than half of all. refresh: the timesteps at which
-    the middle is computed, see `refreshing`. It does not matter how often or for which batch the network was called
-    before: the first of the timesteps of a batch must be among them.
+    outer: blocks at each end that always run, fewer than half of all. refresh: the timesteps at which the middle is
+    computed, see `refreshing`. They must include the first timestep of a batch, so earlier calls for other batches have
+    no influence.
     """
 
     def __init__(self, outer: int, refresh: Collection[int]):
@@ -53,21 +53,22 @@ class MiddleCache:
         self.residual: Tensor | None = None  # (B, E + P, D)
 
     def reuses(self, t: int) -> bool:
+        """Whether the network reuses the residual at t."""
         return t not in self.refresh
 
     def at(self, t: int, batch_size: int) -> Tensor | None:
-        """The residual to use at t; None where it is to be computed, or there is none for such a batch."""
+        """The residual (B, E + P, D) to reuse at t; None if the middle must be computed."""
         fits = self.residual is not None and len(self.residual) == batch_size
         return self.residual if fits and self.reuses(t) else None
 
 
 class BackboneDenoiser:
-    """A backbone as a denoiser. What comes and goes is fp32, whatever the network works in.
+    """A backbone as a denoiser. Its output is fp32 for any working precision.
 
-    timesteps: those it will be called at, and the network's own for each of them. device: where the images are; the
-    network may come there later, see `Offloader`. compiled: through torch.compile, on CUDA with its graphs; batches of
-    another size than the first run as they are, since a last batch is not worth a second compilation. cache: None to
-    run all blocks at every timestep.
+    timesteps: all t of later calls, each with the network's own timestep. device: that of the images; the weights may
+    move there later, see `Offloader`. compiled: use torch.compile, with CUDA graphs on CUDA; batches of another size
+    than the first run without it, since a smaller last batch is not worth a second compilation. cache: None to run all
+    blocks at every timestep.
     """
 
     def __init__(
@@ -82,7 +83,6 @@ class BackboneDenoiser:
     ):
         self.backbone, self.cache = backbone, cache
         self.time_tokens = to_working_precision(backbone, backbone, timesteps, dtype, device)
-        # Gives a residual too, or not.
         self.eager: Callable[..., Any] = backbone.denoise_around if cache else backbone.denoise
         self.compiled: Callable[..., Any] | None = None
         if compiled:
@@ -91,25 +91,26 @@ class BackboneDenoiser:
         self.batch_size: int | None = None
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        """x_t: (B, C, H, W). y: (B,) classes, or None. Returns the model output (B, C, H, W), fp32."""
         self.batch_size = self.batch_size or len(x_t)
         denoise = self.eager
         if self.compiled is not None and len(x_t) == self.batch_size:
-            torch.compiler.cudagraph_mark_step_begin()  # the output before this one may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()  # allows CUDA graphs to overwrite the previous output
             denoise = self.compiled
         if self.cache is None:
             return denoise(x_t, self.time_tokens[t], y).float()
         kept = self.cache.at(t, len(x_t))
         output, residual = denoise(x_t, self.time_tokens[t], y, self.cache.outer, kept)
         if kept is None:
-            self.cache.residual = residual.clone()  # out of the memory that a CUDA graph writes to again
+            self.cache.residual = residual.clone()  # a CUDA graph overwrites its output memory
         return output.float()
 
 
 class EarlyExitTracer:
-    """An early-exit model as `trace_early_exit` runs it at one threshold: (x_t, t, y) -> ExitTrace, in fp32.
+    """Calls `trace_early_exit` of an early-exit model at one threshold: (x_t, t, y) -> ExitTrace, in fp32.
 
-    The arguments are those of `BackboneDenoiser` and of `trace_early_exit`. compiled: block by block, since the
-    batch shrinks from one to the next.
+    The arguments are those of `BackboneDenoiser` and of `trace_early_exit`. compiled: each block is compiled alone,
+    because the batch shrinks between blocks.
     """
 
     def __init__(
@@ -131,15 +132,16 @@ class EarlyExitTracer:
                 block.compile(dynamic=True)
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> ExitTrace:
+        """x_t: (B, C, H, W). y: (B,) classes, or None."""
         return self.model.trace_early_exit(
             x_t, self.probed[t], y, threshold=self.threshold, min_group=self.min_group, time=self.time_tokens[t]
         )
 
 
 class Offloader:
-    """Keeps of several networks only the one that works on the device; the weights of all stay in host memory.
+    """Keeps the weights of all networks in host memory, and those of the running network on the device too.
 
-    The host's copy is pinned and never changes, so that a network costs one copy to the device and none back.
+    The host copy is pinned and never changes, so a network is copied to the device and never back.
     """
 
     def __init__(self, networks: Sequence[nn.Module], device: torch.device):
@@ -152,7 +154,7 @@ class Offloader:
 
     @contextmanager
     def resident(self, k: int) -> Iterator[None]:
-        """Within the block network number k is on the device."""
+        """A context in which network k is on the device."""
         with torch.inference_mode(False):  # the weights outlive the sampling of a batch
             here = {parameter: host.to(self.device, non_blocking=True) for parameter, host in self.host[k].items()}
         _point_to(here)

@@ -1,4 +1,4 @@
-"""From files to networks: what a checkpoint says of itself, what a YAML file adds, and that they agree."""
+"""Load networks from files, with the descriptions in checkpoints, YAML files and flags, which must agree."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ SAMPLERS = {Backbone: "sampler.py", EarlyExitUViT: "eesampler.py"}
 
 @dataclass(frozen=True)
 class Network(Generic[M]):
-    """A network ready to run, and what is known of it."""
+    """A network ready to run, with its description and provenance."""
 
     module: M  # in eval mode
     config: Config
-    weights: str  # "ema", "raw", or "unknown" where the file does not say
-    step: int | None  # optimiser steps it was trained for, where known
+    weights: str  # "ema", "raw", or "unknown" if the file does not record it
+    step: int | None  # optimiser steps of its training, if known
     path: Path
 
     def describe(self) -> dict[str, Any]:
-        """Provenance, as plain values."""
+        """The provenance as plain values."""
         about: dict[str, Any] = {"checkpoint": str(self.path), "weights": self.weights, "step": self.step}
         return about | plain(self.config)
 
@@ -70,7 +70,7 @@ def build_network(config: Config) -> UViT | DiT | EarlyExitUViT:
 
 
 def stated_settings(config_path: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's description of a network: the YAML file, and the command line, which beats it."""
+    """The user's description of a network: the YAML file, overridden by the command line."""
     return merge(read_yaml(config_path) if config_path else {}, given)
 
 
@@ -90,9 +90,10 @@ def load_network(
 ) -> Network[M]:
     """Build and load the network of a checkpoint, or of bare weights with settings.
 
-    stated: settings from `stated_settings`; needed for bare weights only. described: their source. kind: the class
-    that is wanted: Backbone for any that sampler.py runs, nn.Module for any at all (bare weights are then a UViT's,
-    unless another model is stated). Raises InputError where the file does not fit, or contradicts the stated settings.
+    stated: settings from `stated_settings`; needed for bare weights only. described: the source of these settings.
+    kind: the required class: Backbone for any that sampler.py runs, nn.Module for any at all (bare weights are then
+    those of a UViT, unless `stated` names another model). Raises InputError if the file does not fit or contradicts the
+    stated settings.
     """
     if path.is_dir() and not is_exported(path):
         return _load_folder(path, stated, kind, described, device)
@@ -148,10 +149,10 @@ def load_together(
     weights: str = "ema",
     device: torch.device | str = "cpu",
 ) -> list[Network[Backbone]]:
-    """Backbones that run on one image, stage by stage.
+    """Load backbones that run on one image, stage by stage.
 
-    files: weights and, where they came without a description, the YAML file of each. given: the command line's
-    description; its architecture is the first network's alone. Raises InputError unless every one fits the last.
+    files: weights, and a YAML file for weights without a description. given: the description on the command line; its
+    architecture applies only to the first network. Raises InputError unless every network fits the last.
     """
     of_all = {key: value for key, value in given.items() if key != "model_params"}
     networks = [
@@ -171,10 +172,10 @@ def load_together(
 
 
 def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network[Backbone]:
-    """A backbone that another one learns from, with averaged weights where the file has them.
+    """Load a backbone from which another network learns, with averaged weights if the file has them.
 
-    config: of the other one. Weights that came without a description are taken to be like it in all but the depth,
-    which is counted.
+    config: the description of the other network. Weights without a description get the same one, except for the depth,
+    which is the number of blocks in the file.
     """
     read = read_weights(path)
     settings = read.settings
@@ -188,14 +189,14 @@ def load_relative(path: Path, config: Config, device: torch.device | str = "cpu"
 
 
 def load_described(network: nn.Module, config: Config, path: Path, described: str) -> None:
-    """Load a file into a network of `build_network` that `described` describes. Raises InputError as `load_weights`."""
+    """Load a file into a network. described: the source of config. Raises InputError as `load_weights` does."""
     read = read_weights(path)
     network.load_state_dict(check_fit(network, read, path).state_dict)
     _note_description(path, read, config, described)
 
 
 def _note_description(path: Path, read: Weights, config: Config, described: str) -> None:
-    """Nothing in bare weights contradicts another time input or schedule than they were trained with: say which."""
+    """Warn which time input and schedule bare weights get, because a wrong one raises no error."""
     if read.settings is None:
         log.warning("%s carries no description; taken from %s: %s", path, described, config.conventions)
 
@@ -210,7 +211,7 @@ def _loaded(
     device: torch.device | str,
 ) -> Network[M]:
     _check_kind(path, config, kind)
-    with torch.device("meta"):  # shapes without memory: a file may claim a network of any size
+    with torch.device("meta"):  # shapes only: the description may claim a network larger than memory
         shapes = build_network(config)
     read = check_fit(shapes, read, path, weights)
     network = build_network(config)
@@ -222,7 +223,7 @@ def _loaded(
 
 
 def _check_kind(path: Path, config: Config, kind: type[nn.Module]) -> None:
-    """Raises InputError unless the network is of the class that is wanted."""
+    """Raises InputError unless the network has the required class."""
     if not issubclass(KINDS[config.model], kind):
         wanted = [name for name, of in KINDS.items() if issubclass(of, kind)]
         script = next(script for of, script in SAMPLERS.items() if issubclass(KINDS[config.model], of))
@@ -230,10 +231,10 @@ def _check_kind(path: Path, config: Config, kind: type[nn.Module]) -> None:
 
 
 def check_pair(early: Network[nn.Module], late: Network[nn.Module]) -> None:
-    """Raises InputError unless the two can run on one image, stage by stage.
+    """Raises InputError unless the two networks can run on one image, stage by stage.
 
-    They may differ in noise schedule and parametrization, see `diffusion.matching`, unless one predicts x_{t-1}, which
-    holds for the steps of its own schedule alone.
+    They may differ in noise schedule and parametrization, see `diffusion.matching`, unless one predicts x_{t-1}: this
+    output is valid only for the steps of its own schedule.
     """
     if different := image_differences(early.config, late.config):
         raise InputError(f"{early.path} and {late.path} cannot run on one image: they differ in {', '.join(different)}")
@@ -254,7 +255,7 @@ def image_differences(one: Config, other: Config) -> list[str]:
 
 
 def task_differences(one: Config, other: Config) -> list[str]:
-    """The same, and why the outputs of two networks do not mean the same."""
+    """["num_classes (10 and -1)", ...]: the reasons why the outputs of two networks have different meanings."""
     directions = one.diffusion_params.toward_data, other.diffusion_params.toward_data
     return image_differences(one, other) + _differing(*_outputs(one, other), ("toward_data", *directions))
 
@@ -275,7 +276,7 @@ def _scale(config: Config) -> float | None:
 
 
 def knows(network: Network[nn.Module], t: float) -> bool:
-    """Whether the network was trained on its own timestep t; one between the integers belongs to the one above."""
+    """Whether the network was trained on its own timestep t; a t between two integers counts as the one above."""
     trained = network.config.trained_timesteps
     return trained[0] - 1 < t <= trained[-1]
 

@@ -1,4 +1,4 @@
-"""A U-ViT that begins with the weights of a deeper one."""
+"""Initialise a U-ViT with the weights of a deeper one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BLOCKS = ("in_blocks.", "out_blocks.")
 
 
 def warm_start(uvit: Backbone, source: Backbone, path: Path) -> None:
-    """Give `uvit` the source's embeddings, middle block and head, and as many of the other blocks as it has.
+    """Copy the embeddings, the middle block, the head and evenly spaced other blocks of `source` to `uvit`.
 
-    Of the source's n in-blocks the k that are wanted are those at 0, n / k, 2 n / k, ..., rounded down. Each comes
-    with the out-block that takes its long skip, so the first in-block and the last out-block are always among them,
-    and with k = n all are.
+    Let the source have n in-blocks and uvit k. The copied in-blocks are those at 0, n / k, 2 n / k, ..., rounded down,
+    each with the out-block at the end of its long skip. So the first in-block and the last out-block are always copied,
+    and for k = n all blocks.
 
-    path: of the source, named in the InputError that is raised unless the two are U-ViTs that differ in depth alone,
+    path: the file of the source, for messages. Raises InputError unless the two are U-ViTs that differ only in depth,
     and the source is at least as deep.
     """
     if not (isinstance(uvit, UViT) and isinstance(source, UViT)):

@@ -1,4 +1,4 @@
-"""Reading weights from files, whoever wrote them."""
+"""Read weights from files of this and other projects."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from models.pickles import check_pickles, check_sums
 
 log = logging.getLogger(__name__)
 
-FORMAT = "duodiff-1"  # of this project's checkpoints and exported folders
-IN_FOLDER = "model.safetensors"  # the weights of an exported folder, beside its config.json
-# What every description that this project writes into a file has; that of another project is not read.
+FORMAT = "duodiff-1"  # format of this project's checkpoints and exported folders
+IN_FOLDER = "model.safetensors"  # the weights of an exported folder, next to its config.json
+# Keys of every description by this project; descriptions by other projects are ignored.
 DESCRIPTION = {"model", "model_params", "parametrization", "diffusion_params"}
-# Training wrappers (DataParallel, torch.compile) put their own names before those of the network.
+# Prefixes of training wrappers (DataParallel, torch.compile).
 WRAPPERS = re.compile(r"(?:(?:^|(?<=\.))(?:module|_orig_mod)\.)+")
 AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)  # entries of a file with averaged weights
 MOST_NESTED, MOST_NAMES, LONGEST_NAME = 4, 200_000, 500  # of entries in entries of a file, and of their names
 
 
 class Weights(NamedTuple):
-    """A network's weights as a file holds them."""
+    """The weights in a file."""
 
-    state_dict: dict[str, Tensor]  # a tensor in an entry of the file is called ENTRY.NAME
-    settings: dict[str, Any] | None  # the description the file carries (see common.config), if any
-    kind: str  # "ema" or "raw"; "unknown" for a file that does not say
-    step: int | None  # optimiser steps behind them
-    entries: Sequence[str] = ()  # of a file that is no state dict itself, but may hold some
+    state_dict: dict[str, Tensor]  # ENTRY.NAME for a tensor in an entry of the file
+    settings: dict[str, Any] | None  # the description in the file (see common.config), if any
+    kind: str  # "ema" or "raw"; "unknown" if the file does not record it
+    step: int | None  # optimiser steps of the training
+    entries: Sequence[str] = ()  # the entries of a file with nested state dicts
 
 
 def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> None:
     """Load a file into a UViT, DiT or EarlyExitUViT.
 
     Reads .safetensors and .pth: this project's checkpoints, plain state dicts such as the public ones, the original
-    DuoDiff authors' checkpoints, names prefixed by wrappers, and files that hold a fitting state dict among others; and
+    DuoDiff authors' checkpoints, names with prefixes of wrappers, files with several state dicts of which one fits, and
     the folders of export.py.
-    Only tensors and plain values are unpickled. A DiT that makes no variance takes the weights of one that learned to.
+    Only tensors and plain values are unpickled. A DiT without a learned variance accepts weights with one.
 
-    weights: "ema" (where the file has them) or "raw".
+    weights: "ema" (if the file has them) or "raw".
     Raises InputError for a file that is missing, damaged, not finite or does not fit the model; the model is then
     unchanged.
     """
@@ -62,7 +62,7 @@ def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> No
 
 
 def read_weights(path: str | Path, weights: str = "ema") -> Weights:
-    """Read what `load_weights` loads, on the CPU. Which entry of the file it is, is for `check_fit` to find."""
+    """Read the weights in a file onto the CPU. `check_fit` then chooses the entry of the file that fits."""
     path = Path(path)
     if path.is_dir():
         return _read_exported(path)
@@ -104,10 +104,10 @@ def _read_exported(folder: Path) -> Weights:
 
 
 def _tensors_by_name(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of nested mappings under dotted names. Raises InputError for more than any network has."""
+    """The tensors of nested mappings under dotted names. Raises InputError for more names than a network can have."""
     found: dict[str, Tensor] = {}
     waiting: list[tuple[str, Mapping[Any, Any], int]] = [("", content, 0)]
-    met = 0  # names, of those too that lead to no tensor: mappings may hold one another many times
+    met = 0  # all visited names: a mapping may contain another many times
     while waiting:
         prefix, mapping, depth = waiting.pop()
         if (met := met + len(mapping)) > MOST_NAMES:
@@ -128,7 +128,7 @@ def _shortened(names: Sequence[str], most: int = 8) -> str:
 
 
 def read_pth(path: Path) -> dict[str, Any]:
-    """The mapping a torch file holds; nothing but tensors and plain values is unpickled."""
+    """The mapping in a torch file. Only tensors and plain values are unpickled."""
     try:
         check_pickles(path)
         check_sums(path)
@@ -142,7 +142,7 @@ def read_pth(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {error.strerror}") from None
     except (MemoryError, InputError):
         raise
-    except Exception as error:  # the unpickler meets any bytes there are, and fails in any way there is
+    except Exception as error:  # damaged bytes make the unpickler raise any error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not readable as a checkpoint; cut short, or not one? ({reason:.120})") from None
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
@@ -154,7 +154,7 @@ def read_pth(path: Path) -> dict[str, Any]:
 
 
 def _whole(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint of this project has what everyone reads of it."""
+    """Whether a checkpoint of this project has all entries that its readers need."""
     model, ema, config, step = (content.get(key) for key in ("model", "ema", "config", "step"))
     averaged = ema is None or (isinstance(ema, dict) and _all_tensors(ema))
     return (
@@ -164,13 +164,13 @@ def _whole(content: Mapping[str, Any]) -> bool:
 
 def _load_pth(path: Path) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of torch, about bytes that are no pickle at all
+        warnings.simplefilter("ignore", UserWarning)  # torch warns about bytes that are not a pickle
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             if "argparse.Namespace" not in str(error):
                 raise
-        # The original authors' checkpoints carry their options; a Namespace holds values and runs nothing.
+        # The original authors' checkpoints include their options as a Namespace, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -190,7 +190,7 @@ def _read_safetensors(path: Path) -> Weights:
     except (KeyError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict) or not settings.keys() >= DESCRIPTION:
-        return Weights(state_dict, None, "unknown", None)  # whatever else the metadata says, it is not this project's
+        return Weights(state_dict, None, "unknown", None)  # metadata of another project
     kind, step = about.get("weights"), about.get("step", "")
     return Weights(
         state_dict,
@@ -201,12 +201,11 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def check_fit(model: nn.Module, read: Weights, source: str | Path, weights: str = "ema") -> Weights:
-    """The weights in `read` that fit the model, under its own names.
+    """The weights in `read` that fit the model, with the names of the model.
 
-    They may be all that the file holds, or one entry of it, which is then named for the user. weights: of several that
-    fit, "ema" prefers the averaged ones, "raw" wants another.
-    source: named in the InputError that is raised unless exactly one entry fits, with floating-point numbers that are
-    all finite.
+    The file may contain them directly or in an entry, whose name is then logged. weights: if several entries fit, "ema"
+    prefers averaged weights and "raw" the others. source: the file, for messages. Raises InputError unless exactly one
+    entry fits, and all its numbers are floating-point and finite.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     candidates = _candidates(read.state_dict)
@@ -238,20 +237,20 @@ def check_fit(model: nn.Module, read: Weights, source: str | Path, weights: str 
 
 
 def check_numbers(state_dict: Mapping[str, Tensor], source: str | Path, entry: str = "") -> None:
-    """Raises InputError, which names the first tensor that holds something else than finite floating-point numbers."""
+    """Raises InputError, which names the tensor, unless all tensors are floating-point and finite."""
     for name, tensor in state_dict.items():
         name = f"{entry}.{name}" if entry else name
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{source}: {name} holds numbers of {kind}, wanted floating-point numbers")
-        if not tensor.float().isfinite().all():  # as networks are: what is too large for 32 bits is infinite
+        if not tensor.float().isfinite().all():  # in fp32, where larger numbers of fp64 are infinite
             raise InputError(
                 f"{source}: {name} holds numbers that are not finite; take weights from before the training diverged"
             )
 
 
 def _candidates(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What may be a network: everything, under "", and whatever shares a prefix of its names, the shortest first."""
+    """Candidates for a network: all tensors, under "", and the tensors under each prefix, shortest prefix first."""
     found: dict[str, dict[str, Tensor]] = {"": dict(state_dict)}
     for name, tensor in state_dict.items():
         parts = name.split(".", MOST_NESTED)
@@ -261,7 +260,7 @@ def _candidates(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
 
 
 def _renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of the model, as far as they are known."""
+    """The state dict with wrapper prefixes and known foreign names replaced by the names of the model."""
     given = {WRAPPERS.sub("", key): value for key, value in state_dict.items()}
     if isinstance(model, DiT):
         return without_variance(given, model.config)
@@ -273,7 +272,7 @@ def _fits(given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> bool
 
 
 def _misfits(given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> dict[str, list[str]]:
-    """The names that keep a state dict from fitting, by what is wrong with them."""
+    """The names that do not fit, by kind of fault."""
     shapes = [
         f"{key} {tuple(given[key].shape)} instead of {tuple(shape)}"
         for key, shape in wanted.items()
@@ -285,7 +284,7 @@ def _misfits(given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> d
 
 
 def _nearest_misfit(model: nn.Module, read: Weights, candidates: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """For people: what is wrong with the candidate that has the least wrong with it, and what else the file holds."""
+    """A message about the candidate with the fewest faults, and the entries of the file."""
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     misfits = {
         entry: _misfits(_renamed(model, state_dict), wanted)
@@ -338,7 +337,7 @@ def _from_original_names(given: Mapping[str, Tensor], model: EarlyExitUViT) -> d
 
 
 def _tensors_in(content: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers, each container once: they may hold themselves, or one another many times."""
+    """All tensors in nested containers. Each container is visited once, because containers may contain themselves."""
     seen, waiting = set(), [content]
     while waiting:
         item = waiting.pop()

@@ -153,6 +153,7 @@ def bare(full, tmp_path_factory):
 
 
 @given(data=st.data())
+@pytest.mark.slow
 def test_yaml(data, bare, emptied):
     tmp_path = emptied()
     weights, settings = bare
@@ -236,6 +237,7 @@ TENSORS = st.one_of(
 @pytest.mark.parametrize("kind", ["checkpoint", "early exit", "original"])
 @SOME
 @given(data=st.data())
+@pytest.mark.slow
 def test_altered_checkpoints(kind, data, checkpoints, emptied):
     """Files that torch reads, with other things in them than they should have."""
     tmp_path = emptied()

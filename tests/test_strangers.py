@@ -124,6 +124,7 @@ def test_checkpoints(kind, mark, tmp_path, fails):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_readers(mark, tmp_path, fails):
     """The autoencoder, the backbone of early-exit heads, the run to go on from, Inception's weights."""
     evil = tmp_path / "evil.pth"
@@ -277,6 +278,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.slow
 def test_statistics(kind, mark, tmp_path, fails):
     Image.new("L", (8, 8)).save(tmp_path / "000000.png")
     (tmp_path / "evil.npz").write_bytes(ARRAYS[kind](mark))

@@ -1,4 +1,4 @@
-"""From images to the noisy ones that a network learns from."""
+"""Turn images into training batches of noisy images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusion.ddpm import network_input, training_target
 
 
 class Batch(NamedTuple):
-    """The rows of a batch that this process works on."""
+    """The rows of a batch for this process."""
 
     x_t: Tensor  # (B, C, H, W)
     t: Tensor  # (B,) int64
@@ -23,13 +23,13 @@ class Batch(NamedTuple):
     target: Tensor  # (B, C, H, W)
 
     def part(self, k: int, parts: int) -> Batch:
-        """The k-th of so many parts of about equal size."""
+        """The k-th of `parts` parts of about equal size."""
         x_t, t, target = (rows.tensor_split(parts)[k] for rows in (self.x_t, self.t, self.target))
         return Batch(x_t, t, None if self.y is None else self.y.tensor_split(parts)[k], target)
 
 
 class Draws:
-    """Random numbers for some rows of a batch. Drawn for all of them, so that they depend on the step alone."""
+    """Random numbers for some rows of a batch. Drawn for the whole batch, so that they depend only on the step."""
 
     def __init__(self, seed: int, batch_size: int, part: slice, device: torch.device):
         self.batch_size, self.part, self.device = batch_size, part, device
@@ -49,10 +49,9 @@ class Draws:
 
 
 class BatchMaker:
-    """Noises images. The batch of a step follows from the seed, the step and the images alone.
+    """Adds noise to images. The batch depends only on the seed, the step and the images.
 
-    part: the rows of each batch that this process works on. label_dropout: how often the class is replaced by
-    "no class".
+    part: the rows of each batch for this process. label_dropout: the probability of "no class" in place of the class.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class BatchMaker:
         self.schedule = NoiseSchedule(**config.diffusion_params.schedule)
 
     def __call__(self, step: int, images: Tensor, labels: Tensor) -> Batch:
-        """images, labels (B,): as the dataset gives them. step: optimiser steps done before."""
+        """images, labels: B rows of `ImageDataset.__getitems__`. step: the number of finished optimiser steps."""
         draws = Draws(nth_seed(self.seed, "training steps", step), self.batch_size, self.part, self.device)
         mirrored = draws.uniform() < 0.5 if self.random_flip else None
         x0 = self.dataset.to_x0(images.to(self.device, non_blocking=True), mirrored, draws.normal)

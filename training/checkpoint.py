@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on, in one file, whole or not there."""
+"""Checkpoints: the whole state of a run in one file, which is either complete or missing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from models.weights import FORMAT, check_numbers, read_pth
 log = logging.getLogger(__name__)
 
 
-# What a run goes on from, and its type.
+# The entries of the state of a run, and their types.
 TRAINING_STATE: dict[str, type | UnionType] = {
     **dict.fromkeys(("step", "n_steps"), int),
     **dict.fromkeys(("config", "options", "conditions", "data", "model", "optimizer", "scaler", "counters"), dict),
@@ -35,7 +35,7 @@ TRAINING_STATE: dict[str, type | UnionType] = {
 
 
 class CheckpointFolder:
-    """The checkpoints of a run: `<prefix>_last.pth`, and `<prefix>_step-<N>.pth` that stay."""
+    """The checkpoints of a run: `<prefix>_last.pth`, and the kept ones `<prefix>_step-<N>.pth`."""
 
     def __init__(self, folder: Path, prefix: str):
         self.folder, self.prefix = folder, prefix
@@ -43,9 +43,9 @@ class CheckpointFolder:
         self._lock: object = None  # held while this process lives
 
     def claim(self) -> None:
-        """Keep other trainings out of the folder, if it is there, for as long as this process lives.
+        """Lock the folder, if it exists, until this process ends.
 
-        Raises InputError where another is in it: two would take each other's files for leftovers.
+        Raises InputError if another training has it, because each would remove the temporary files of the other.
         """
         if self._lock is None and self.folder.is_dir():
             self._lock = lock(self.folder / ".lock", f"{self.folder}: another training is at work there")
@@ -54,7 +54,7 @@ class CheckpointFolder:
         return self.folder / f"{self.prefix}_step-{step}.pth"
 
     def numbered(self) -> dict[int, Path]:
-        """Those that stay, by the step of their name, rising."""
+        """The kept checkpoints by the step in their name, rising."""
         found = {}
         for path in self.folder.glob(f"{self.prefix}_step-*.pth"):
             if match := re.fullmatch(rf"{re.escape(self.prefix)}_step-(\d+)\.pth", path.name):
@@ -62,7 +62,7 @@ class CheckpointFolder:
         return dict(sorted(found.items()))
 
     def newest_first(self) -> list[Path]:
-        """What is there, by the step inside; a file that cannot say goes by its name, a last one before all."""
+        """All checkpoints, sorted by the step in the file; unreadable ones by their name, `_last.pth` as the newest."""
         named = {path: float(step) for step, path in self.numbered().items()}
         if self.last.exists():
             named[self.last] = float("inf")
@@ -71,7 +71,7 @@ class CheckpointFolder:
         return sorted(named, key=newness.__getitem__, reverse=True)
 
     def newest_whole(self) -> Path:
-        """The newest checkpoint that is whole; damaged ones before it are named in a warning and moved aside."""
+        """The newest complete checkpoint. Damaged newer ones are renamed, with a warning."""
         for path in self.newest_first():
             if not os.access(path, os.R_OK):
                 raise InputError(f"{path}: no permission to read it")
@@ -83,37 +83,37 @@ class CheckpointFolder:
         raise InputError(f"--resume: no checkpoint of {self.prefix} in {self.folder}; to begin, leave --resume out")
 
     def tidy(self, newest: Path, keep: int | None) -> None:
-        """Do what a killed training was about to: make the newest the last one too, and thin out the others."""
+        """Finish the work of a killed training: copy the newest checkpoint to `_last.pth`, and remove old ones."""
         if newest != self.last:
             with replacing(self.last) as temporary:
                 shutil.copyfile(newest, temporary)
         self.thin_out(keep)
 
     def thin_out(self, keep: int | None) -> None:
-        """Remove all but the newest `keep` of those that stay; none if it is None."""
+        """Remove all kept checkpoints except the newest `keep`; remove none if it is None."""
         for path in list(self.numbered().values())[: -keep if keep else 0]:
             path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file, so that it is in nobody's way and still there to look at."""
+    """Rename a damaged file, so that it is ignored but not lost."""
     names = itertools.chain([".damaged"], (f".damaged{n}" for n in itertools.count(2)))
     aside = next(place for name in names if not (place := path.with_name(path.name + name)).exists())
     return path.rename(aside)
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a checkpoint, without reading its tensors; None for a file that does not say."""
+    """The step of a checkpoint, without reading its tensors; None if the file has none."""
     try:
         check_pickles(path)
         step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-    except Exception:  # the unpickler meets any bytes there are, and fails in any way there is
+    except Exception:  # damaged bytes make the unpickler raise any error
         return None
     return step if type(step) is int else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this project with its training state; raises InputError for other files."""
+    """Read a checkpoint with a training state. Raises InputError for other files."""
     content = read_pth(path)
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: holds weights but no training state of this project")
@@ -122,7 +122,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_state(content: Mapping[str, Any], path: Path) -> None:
-    """Raises InputError where a run cannot go on from this content of a file."""
+    """Raises InputError unless a run can continue from this content of a file."""
     if lacking := TRAINING_STATE.keys() - content.keys():
         raise InputError(f"{path}: its training state lacks {', '.join(sorted(lacking))}")
     for name, kind in TRAINING_STATE.items():
@@ -130,7 +130,7 @@ def check_state(content: Mapping[str, Any], path: Path) -> None:
             raise InputError(
                 f"{path}: its training state is not one of this project's ({name} is {shown(content[name])})"
             )
-    for name in ("options", "conditions", "data"):  # settings, which are compared with those of the run
+    for name in ("options", "conditions", "data"):  # plain settings, which are compared with those of the run
         if next(tensors_in(content[name]), None) is not None:
             raise InputError(f"{path}: its training state is not one of this project's (a tensor in {name})")
     check_types(Config, content["config"], str(path))
@@ -141,7 +141,7 @@ def check_state(content: Mapping[str, Any], path: Path) -> None:
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """content: tensors and plain values, nested.
 
-    Raises InputError if a number in it is not finite, WriteError if the disk does not take it; the old file stays.
+    Raises InputError if a number is not finite, WriteError if the disk is full or fails; the old file stays.
     """
     if not all_finite(content):
         raise InputError(

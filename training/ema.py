@@ -12,9 +12,9 @@ from training.parallel import like, local
 
 
 class Ema:
-    """Averages of the parameters that are trained.
+    """Averages of the trained parameters.
 
-    decay: rises to this as (1 + step) / (10 + step), so that short runs do not average in their beginning.
+    decay: the final decay; it rises as (1 + step) / (10 + step), so that the average forgets the first steps.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -24,9 +24,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int, taken: Tensor | None = None) -> None:
-        """Take in the weights after `step` optimiser steps.
+        """Add the weights after `step` optimiser steps to the averages.
 
-        taken: 0-d bool, whether the last was taken; if not, nothing changes. It is not read on the host.
+        taken: 0-d bool, whether the last step changed the weights; if not, nothing changes. It is not read on the host.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         averages, goals = ([local(t) for t in d.values()] for d in (self.averages, self.parameters))
@@ -40,7 +40,7 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the block the network has the averaged weights."""
+        """A context in which the network has the averaged weights."""
         raw = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             self._put(self.averages)

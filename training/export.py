@@ -26,22 +26,22 @@ SCORES = ("fid", "kid", "kid_std", "is", "is_std", "precision", "recall")
 class ExportSettings(Checked):
     """Settings of export.py."""
 
-    source: Path = option(help="a checkpoint", exists="file", positional=True, metavar="IN")
+    source: Path = option(help="checkpoint to read", exists="file", positional=True, metavar="IN")
     target: Path = option(
-        help="a name that ends in .safetensors, or a folder, which gets a model card; replaced if it is there",
+        help="file that ends in .safetensors, or folder, which gets a model card too; replaced if it exists",
         positional=True,
         metavar="OUT",
     )
-    weights: str = option("ema", "averaged, or of the last step", choices=("ema", "raw"))
+    weights: str = option("ema", "averaged (ema), or of the last step (raw)", choices=("ema", "raw"))
     scores: Path | None = option(
-        None, "for the model card: report/metrics.json of samples of this network", exists="file"
+        None, "report/metrics.json of samples of this network, for the model card", exists="file"
     )
 
 
 def parse_settings(argv: Sequence[str] | None) -> ExportSettings:
     description = (
-        "Write a checkpoint's weights as safetensors, with their description: as a file, or as a folder that "
-        "sampler.py --checkpoint_path reads, with a model card."
+        "Write the weights of a checkpoint, and the description of the network, as safetensors: a file, or a folder "
+        "for sampler.py --checkpoint_path, with a model card."
     )
     return Parser(prog="export.py", description=description).settings(ExportSettings, argv, network=False)
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export(source: Path, target: Path, weights: str, scores: Path | None = None) -> str:
-    """Write the weights of a checkpoint, with its description, as safetensors or as a folder with a model card.
+    """Write the weights of a checkpoint, and the description, as safetensors, or as a folder with a model card.
 
     scores: metrics.json of samples of the network, for the card. Returns what was written.
     """

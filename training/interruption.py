@@ -1,4 +1,4 @@
-"""Ending a run in good order: signals and a time limit ask for it, the loop does it when the step is done."""
+"""End a run after the current step on a signal or a time limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.streams import say_in_handler
 
 class Reason(NamedTuple):
     name: str
-    status: int  # what the script ends with: 128 + the signal, as shells have it
+    status: int  # the exit status: 128 + the signal number, as in shells
 
 
 SIGNALS = (*ASKING_TO_END, signal.SIGINT)
@@ -27,15 +27,15 @@ SIGTERM, CTRL_C, MAX_HOURS = SIGNALS.index(signal.SIGTERM), SIGNALS.index(signal
 
 
 class StopRequests:
-    """Within the block signals and Ctrl-C ask for an end instead of making one; a second Ctrl-C makes it.
+    """A context that records signals and Ctrl-C in place of ending the process; a second Ctrl-C ends it.
 
-    deadline: of time.monotonic(), when to ask as well.
+    deadline: the time.monotonic() after which the run shall stop too.
     """
 
     def __init__(self, deadline: float | None):
         self.deadline = deadline
-        self.signalled: set[int] = set()  # of SIGNALS
-        self.reason: Reason | None = None  # why the run ends before its last step, once all processes know
+        self.signalled: set[int] = set()  # received signals of SIGNALS
+        self.reason: Reason | None = None  # the reason to stop early, once all processes have it
         self._process = os.getpid()
 
     def __enter__(self) -> StopRequests:
@@ -47,7 +47,7 @@ class StopRequests:
         self._handling.close()
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if os.getpid() != self._process:  # a loading process that has just been forked
+        if os.getpid() != self._process:  # in a newly forked loading process
             return
         if number == signal.SIGINT and number in self.signalled:
             raise KeyboardInterrupt
@@ -57,6 +57,6 @@ class StopRequests:
             say_in_handler(f"\nfinishing the step, then saving{hint}\n")
 
     def asked(self) -> list[float]:
-        """For each of REASONS 1 or 0: whether this process was asked to stop for it."""
+        """For each of REASONS 1 if this process shall stop for it, else 0."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
         return [*(float(number in self.signalled) for number in SIGNALS), float(late)]

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl and TensorBoard."""
+"""The logs of a run: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from common.files import check_regular, replacing
 
 
 class MetricsLog:
-    """Scalars by step. Lines after `start_step`, of a run that went on from there, are dropped.
+    """Scalars by step. Existing lines after `start_step` are removed, because the run repeats these steps.
 
-    Raises InputError where metrics.jsonl is no file.
+    Raises InputError if metrics.jsonl is not a file.
     """
 
     def __init__(self, folder: Path, start_step: int):
@@ -33,7 +33,7 @@ class MetricsLog:
             try:
                 if json.loads(line.decode())["step"] <= step:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a crash, or no line of ours
+            except (ValueError, KeyError, TypeError, RecursionError):  # cut short by a crash, or a foreign line
                 continue
         with replacing(self.path) as temporary:
             temporary.write_bytes(b"".join(kept))
@@ -43,7 +43,7 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # a checkpoint that follows must not know more than the log
+            os.fsync(file.fileno())  # before the checkpoint, so that the log has all its steps
         self.events.write(step, scalars)
 
     def close(self) -> None:
@@ -51,11 +51,11 @@ class MetricsLog:
 
 
 class EventFile:
-    """Scalars in a file that TensorBoard shows.
+    """Scalars in an event file for TensorBoard.
 
-    Its own writer takes no path that is not UTF-8, and writes from a thread, in which a full disk goes unseen.
+    TensorBoard's own writer refuses paths that are not UTF-8, and writes in a thread, which hides a full disk.
 
-    first_step: TensorBoard forgets what files from before have from this step on.
+    first_step: TensorBoard drops the values of older files from this step on.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -65,7 +65,7 @@ class EventFile:
 
         self._event, self._summary = Event, Summary
         folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"  # in the order of time
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"  # sorted by time
         self._file = (folder / name).open("ab")
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")

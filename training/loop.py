@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """A run that is ready to begin, or to go on."""
+    """A run that is ready to start or to continue."""
 
     settings: TrainingSettings
     config: Config
@@ -46,18 +46,18 @@ class Training:
     make_batch: BatchMaker
     checkpoints: CheckpointFolder
     preview: Callable[[int], None] | None  # makes the preview of a step; all processes call it
-    identity: Mapping[str, Any]  # of the images, see `ImageDataset.identity`
+    identity: Mapping[str, Any]  # see `ImageDataset.identity`
     teacher_sha256: str | None = None  # of --distill_from
 
     def options(self) -> dict[str, Any]:
-        """The settings that decide a step, beside the network and the data; a run goes on only under the same."""
+        """The settings, except network and data, that decide the result; --resume requires the same ones."""
         images = {"images": len(self.dataset), "random_flip": self.make_batch.random_flip}
         return record(self.settings) | images | {"distill_from_sha256": self.teacher_sha256}
 
     def conditions(self) -> dict[str, Any]:
-        """The settings that a run may change on the way.
+        """The settings that --resume may change.
 
-        --n_steps is one of them where the learning rate does not depend on it; a run may change it in any case.
+        They include --n_steps if the learning rate does not depend on it; --n_steps may change in any case.
         """
         here = {"processes": world_size(), "device": self.learner.device.type}
         constant = self.settings.optimisation.lr_schedule == "constant"
@@ -66,10 +66,11 @@ class Training:
 
 @contextmanager
 def ending_in_order(run: Training) -> Iterator[StopRequests]:
-    """Around `train`: signals and --max_hours ask for an end, which comes after the step, with how to go on.
+    """A context for `train`: after a signal or --max_hours the current step is finished, and a line explains how to
+    continue.
 
-    Raises SystemExit with the status of the reason, and InputError where a file cannot be written: training that could
-    not be saved is not worth its time.
+    Raises SystemExit with the status of the reason, and InputError if a file cannot be written, because training
+    without checkpoints would be lost.
     """
     hours = run.settings.max_hours
     try:
@@ -87,9 +88,9 @@ def ending_in_order(run: Training) -> Iterator[StopRequests]:
 
 
 def train(run: Training, stop: StopRequests) -> None:
-    """To the last step, or until `stop` has a reason to end before it."""
+    """Train to the last step, or until `stop` has a reason to stop earlier."""
     settings, learner, logs = run.settings, run.learner, run.settings.logs
-    if finished := learner.step == settings.n_steps:  # a queue gave the command once more
+    if finished := learner.step == settings.n_steps:  # a queue repeated the command
         if is_main():
             print(f"finished already: {run.checkpoints.last} is at step {learner.step} of {settings.n_steps}")
         return
@@ -123,13 +124,13 @@ def train(run: Training, stop: StopRequests) -> None:
             with writing(metrics.path):
                 metrics.write(step, scalars | {"steps_per_second": steps_per_second})
             tqdm.write(f"step {step}: loss {scalars['loss']:.4f}, {steps_per_second:.2f} steps/s")
-        if logs_now:  # the end alone is no such step: a longer run that goes on from it logs no sums of two parts
+        if logs_now:  # not at the last step alone, so that a continued run logs whole sums
             learner.counters.begin_sums()
         if finished or reason or stays or step % logs.save_every_n_steps == 0:
             save(run, stays)
         if not reason and (finished or logs_now):
             if run.preview:
-                run.preview(step)  # after the checkpoint: whatever happens to it, the training is not lost
+                run.preview(step)  # after the checkpoint, so that a failing preview loses no training
             since, since_step = time.perf_counter(), step
     bar.close()
     if metrics:
@@ -137,7 +138,7 @@ def train(run: Training, stop: StopRequests) -> None:
 
 
 def begin(run: Training) -> MetricsLog:
-    """Tidy the folder and say what is to be done. For process 0."""
+    """Clean the folder, print the task and open the log. For process 0."""
     folder, learner = run.checkpoints.folder, run.learner
     for place in (folder, folder / "previews"):
         remove_leftovers(place)
@@ -148,7 +149,7 @@ def begin(run: Training) -> MetricsLog:
 
 
 def save(run: Training, stays: bool) -> None:
-    """Replace the last checkpoint; before that, if it stays, write one of its own. All processes take part."""
+    """Replace the last checkpoint. stays: first write a kept one too. All processes must call it."""
     content = {
         **run.learner.state_dict(),
         "n_steps": run.settings.n_steps,
@@ -168,9 +169,9 @@ def save(run: Training, stays: bool) -> None:
 
 
 def reason_to_stop(run: Training, step: int, status: list[float]) -> Reason | None:
-    """The reason to stop now, if there is one. Raises InputError after too many bad steps in a row.
+    """The reason to stop now, if any. Raises InputError after too many bad steps in a row.
 
-    status: of `step`: bad steps in a row, and how many processes were asked to stop for each of REASONS.
+    status: after `step`, the bad steps in a row, and for each of REASONS the number of processes that shall stop.
     """
     bad_in_row, *asked = status
     if bad_in_row >= run.settings.max_bad_steps:
@@ -184,7 +185,7 @@ def reason_to_stop(run: Training, step: int, status: list[float]) -> Reason | No
 
 
 def what_is_kept(run: Training, remedy: str) -> str:
-    """Of a training that ends on a file that could not be written, and how to go on; process 0 says it."""
+    """The newest checkpoint after a failed write, and how to continue, as text for a message."""
     kept = run.checkpoints.newest_first()
     if not kept:
         return f"there is no checkpoint yet: {remedy}, then give the same command again"
@@ -192,7 +193,7 @@ def what_is_kept(run: Training, remedy: str) -> str:
 
 
 def how_to_go_on(settings: TrainingSettings) -> str:
-    """The command, after the launcher's own words if there is one."""
+    """The command that continues the run, as text for a message."""
     words = [word for word in settings.command if word != "--resume"]
     for i, word in enumerate(words):
         if word.startswith(("--load_checkpoint_path", "--init_from")):

@@ -1,6 +1,6 @@
-"""A network on several processes: as copies (DistributedDataParallel), or as pieces of one (FSDP).
+"""Train a network on several processes, with copies (DistributedDataParallel) or shards (FSDP).
 
-A piece is a DTensor. Checkpoints hold whole tensors, whoever writes and reads them.
+Shards are DTensors. Checkpoints always contain whole tensors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def spread(network: nn.Module, device: torch.device, fsdp: bool) -> nn.Module:
-    """Put the network on the device. Returns what to call in training; in single-process runs the network itself.
+    """Put the network on the device. Returns the module to call in training; in single-process runs the network.
 
-    fsdp: its parameters become pieces, in place, a block at a time, so that no GPU ever holds all of it.
+    fsdp: shard the parameters in place, one block at a time, so that no GPU ever holds the whole network.
     """
     if fsdp:
         _shard(network, device)
@@ -44,15 +44,15 @@ def _shard(network: nn.Module, device: torch.device) -> None:
     for module in network.modules():
         if isinstance(module, Block | DiTBlock):
             fully_shard(module, mesh=mesh)
-    # The rest is freed after each forward as well: previews put averaged weights in, and none must stay.
+    # Reshard the rest after each forward too, because previews replace the weights by the averaged ones.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    if hasattr(network, "early_exit"):  # previews call it in the place of forward
+    if hasattr(network, "early_exit"):  # previews call it in place of forward
         register_fsdp_forward_method(network, "early_exit")
 
 
 @contextmanager
 def gradients_shared(model: nn.Module, now: bool) -> Iterator[None]:
-    """A forward and backward pass after which gradients are averaged over the processes, or (now=False) kept here."""
+    """A context for a forward and backward pass. now: average the gradients over the processes at its end."""
     if isinstance(model, DistributedDataParallel) and not now:
         with model.no_sync():
             yield
@@ -63,19 +63,19 @@ def gradients_shared(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def in_pieces(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor. Told by a method of theirs: their module takes a second to import."""
+    """Whether it is a DTensor, by one of its methods, because the import of its module takes a second."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The piece that lies here; a tensor that is in no pieces, itself."""
+    """The shard of this process; other tensors are returned unchanged."""
     return tensor.to_local() if in_pieces(tensor) else tensor
 
 
 def whole(content: Any) -> Any:
-    """Nested dicts and lists with every tensor whole: for process 0, on its CPU if it was in pieces.
+    """Nested dicts and lists with whole tensors in place of shards, on the CPU of process 0.
 
-    All processes must call it; the others get None in the place of tensors that were in pieces.
+    All processes must call it; the others get None in place of sharded tensors.
     """
     if isinstance(content, dict):
         return {key: whole(value) for key, value in content.items()}
@@ -88,7 +88,7 @@ def whole(content: Any) -> Any:
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor, in pieces if `model` is."""
+    """Shard a whole tensor like `model`, a tensor of the same shape; unchanged if `model` is not sharded."""
     if not in_pieces(model) or tensor.shape != model.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -96,18 +96,18 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
 
 
-Reading = tuple[int, Tensor, torch.cuda.Event | None]  # the step, its values, and what says that they are there
+Reading = tuple[int, Tensor, torch.cuda.Event | None]  # the step, its values, and the event of their arrival
 
 
 class ReadLate:
-    """Numbers from the device, read without making it wait for the host: on CUDA one step late, elsewhere at once."""
+    """Reads numbers without making the device wait for the host: on CUDA one step late, elsewhere at once."""
 
     def __init__(self, size: int):
         self._now: Reading = (0, torch.zeros(size), None)
         self._before: Reading = self._now
 
     def put(self, step: int, values: Tensor) -> None:
-        """values: float (size,), of this step."""
+        """values: float (size,), the numbers of this step."""
         self._before, event = self._now, None
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)
@@ -116,7 +116,7 @@ class ReadLate:
         self._now = step, values, event
 
     def get(self) -> tuple[int, list[float]]:
-        """The step they are of, and the values."""
+        """The newest step that can be read, and its values."""
         step, values, event = self._now if self._now[2] is None else self._before
         if event is not None:
             event.synchronize()

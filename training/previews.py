@@ -1,4 +1,4 @@
-"""Previews: a few samples of the network in training, at every log."""
+"""Previews: a few samples of the network at each log step."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ log = logging.getLogger(__name__)
 def preview_maker(
     settings: LogSettings, config: Config, learner: Learner, denoiser: Denoiser, folder: Path, fsdp: bool
 ) -> Callable[[int], None] | None:
-    """Makes, of a step, DDIM samples of the averaged weights in folder/previews. All processes call it.
+    """A function that writes DDIM samples of the averaged weights to folder/previews. All processes must call it.
 
-    None, with a note, where the network cannot make previews: it is trained on some of the timesteps alone, or on
-    latents without a decoder.
+    None, with a warning, if the network is trained on a part of the timesteps, or on latents without a decoder.
     """
     if not settings.preview_steps:
         return None
@@ -53,14 +52,14 @@ def preview_maker(
     y = random_classes(config.classes, settings.sample_seed, numbers).to(device) if config.classes else None
 
     def preview(step: int) -> None:
-        if not (is_main() or fsdp):  # in pieces the network takes all processes
+        if not (is_main() or fsdp):  # a sharded network needs all processes
             return
         noise = SeededNoise([nth_seed(settings.sample_seed, "samples", i) for i in numbers], device)
         learner.network.eval()
         try:
             with nullcontext() if learner.ema is None else learner.ema.in_place():
                 images = sample(stages, solver, noise, shape, y)
-        except NotFinite as error:  # of a network that has hardly begun; training goes on
+        except NotFinite as error:  # early in training; it continues
             log.warning("no preview of step %d: %s", step, error)
             return
         finally:

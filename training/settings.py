@@ -26,25 +26,33 @@ ONE_START = "it is of one start, and a run may go on without it"
 class DataSettings(Checked):
     """Data."""
 
-    dataset: str = option(help="the images to learn from", choices=tuple(DATASETS))
+    dataset: str = option(help="training images", choices=tuple(DATASETS))
     data_path: Path | None = option(
-        None, "where the dataset lies", exists="path", decides=HOW, why="the same images may lie elsewhere"
+        None,
+        "path of the dataset (default: datasets/)",
+        exists="path",
+        decides=HOW,
+        why="the same images may lie elsewhere",
     )
     crop: str | None = option(
-        None, "how images are made square (default: the dataset's)", choices=CROPS, decides=(), why=DESCRIBED
+        None,
+        "crop that makes images square (default: the crop of the dataset)",
+        choices=CROPS,
+        decides=(),
+        why=DESCRIBED,
     )
-    random_flip: bool | None = option(None, "mirror half of the images (default: the dataset's choice)")
+    random_flip: bool | None = option(None, "mirror half of the images at random (default: depends on the dataset)")
     label_dropout: float | None = option(
         None,
-        'train with "no class" instead of the label this often, for guidance; needs such a class (default: '
-        "--class_dropout_prob of a dit, else 0)",
+        'probability of training with "no class" in place of the label, for guidance; needs a network with that class '
+        "(default: --class_dropout_prob of a dit, else 0)",
         least=0,
         most=1,
     )
-    download: bool = option(False, "fetch the dataset first, if it is not there", decides=(), why=ONE_START)
+    download: bool = option(False, "download the dataset first, if it is missing", decides=(), why=ONE_START)
     num_workers: int | None = option(
         None,
-        "processes that load images, beside each that trains (default: none for images in memory, else one a core)",
+        "processes that load images, per training process (default: 0 for images in memory, else one per core)",
         least=0,
         most=1024,
         decides=HOW,
@@ -56,24 +64,29 @@ class DataSettings(Checked):
 class OptimisationSettings(Checked):
     """Optimisation."""
 
-    lr: float = option(2e-4, "highest learning rate", least=0, most=1000, above=True)
-    lr_schedule: str = option("cosine", "after the warm-up", choices=("cosine", "constant"))
-    num_warmup_steps: int = option(1500, "the learning rate rises linearly", least=0, most=MOST_STEPS)
-    weight_decay: float = option(0.03, "of AdamW", least=0, most=1000)
-    beta1: float = option(0.99, "of AdamW", least=0, most=0.999999)
-    beta2: float = option(0.999, "of AdamW", least=0, most=0.999999)
+    lr: float = option(2e-4, "learning rate after the warm-up", least=0, most=1000, above=True)
+    lr_schedule: str = option("cosine", "course of the learning rate after the warm-up", choices=("cosine", "constant"))
+    num_warmup_steps: int = option(
+        1500, "steps in which the learning rate rises linearly from 0", least=0, most=MOST_STEPS
+    )
+    weight_decay: float = option(0.03, "weight decay of AdamW", least=0, most=1000)
+    beta1: float = option(0.99, "beta1 of AdamW", least=0, most=0.999999)
+    beta2: float = option(0.999, "beta2 of AdamW", least=0, most=0.999999)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", least=0, most=1e12, above=True)
-    ema_decay: float = option(0.9999, "of the averaged weights; 0: no averaging", least=0, most=0.999999999)
+    ema_decay: float = option(0.9999, "decay of the averaged weights; 0: no averaging", least=0, most=0.999999999)
     use_amp: bool = option(False, "mixed precision")
-    amp_dtype: str = option("bfloat16", "of --use_amp", choices=("bfloat16", "float16"))
+    amp_dtype: str = option("bfloat16", "precision of --use_amp", choices=("bfloat16", "float16"))
     compile: bool = option(
         False,
-        "compile the network first (torch.compile): a minute",
+        "compile the network first (torch.compile); takes about a minute",
         decides=HOW,
         why="a compiled network differs in rounding alone",
     )
     grad_checkpointing: bool = option(
-        False, "less memory, about a third more time", decides=HOW, why="the gradients are the same"
+        False,
+        "recompute activations in the backward pass: less memory, about a third more time",
+        decides=HOW,
+        why="the gradients are the same",
     )
 
 
@@ -88,11 +101,16 @@ class LogSettings(Checked):
         25_000, "replaces the last checkpoint", least=1, most=MOST_STEPS, decides=HOW, why="saving changes no weight"
     )
     save_new_every_n_steps: int = option(
-        100_000, "a checkpoint that stays", least=1, most=MOST_STEPS, decides=HOW, why="saving changes no weight"
+        100_000,
+        "steps between checkpoints that are kept",
+        least=1,
+        most=MOST_STEPS,
+        decides=HOW,
+        why="saving changes no weight",
     )
     keep_last: int | None = option(
         None,
-        "of the checkpoints that stay keep this many (default: all)",
+        "number of kept checkpoints (default: all)",
         least=1,
         most=10**6,
         decides=HOW,
@@ -109,18 +127,18 @@ class LogSettings(Checked):
     )
     preview_threshold: float | None = option(
         None,
-        "exit threshold of an early-exit model's previews (default 0.1)",
+        "exit threshold in the previews of an early-exit model (default: 0.1)",
         least=0,
         most=1,
         decides=HOW,
         why="previews change no weight",
     )
     sample_seed: int = option(
-        0, "of the previews", least=0, most=MOST_SEED, decides=HOW, why="previews change no weight"
+        0, "seed of the previews", least=0, most=MOST_SEED, decides=HOW, why="previews change no weight"
     )
     autoencoder_checkpoint_path: Path | None = option(
         None,
-        "decodes the previews of a network of latents",
+        "autoencoder for the previews of a network of latents",
         exists="path",
         decides=HOW,
         why="previews change no weight",
@@ -129,26 +147,26 @@ class LogSettings(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(Checked):
-    """Help of a full network (--model uvit or dit)."""
+    """Learning from a full network (--model uvit or dit)."""
 
     init_from: Path | None = option(
         None,
-        "begin with its weights (--model uvit): embeddings, head, middle block, and of the other blocks as many as "
-        "there are here, evenly spread",
+        "start from the weights of this deeper network (--model uvit): embeddings, head, middle block and evenly "
+        "spaced other blocks",
         exists="file",
         decides=(),
         why=ONE_START,
     )
     distill_from: Path | None = option(
         None,
-        "learn its predictions, beside the training target",
+        "also learn the predictions of this network",
         exists="file",
         decides=HOW,
         why="recorded by its SHA-256",
     )
     distill_weight: float | None = option(
         None,
-        "of the squared error against --distill_from, where that against the target weighs 1 (default 1)",
+        "weight of the squared error to --distill_from; the error to the target has weight 1 (default: 1)",
         least=0,
         most=1e6,
         above=True,
@@ -169,8 +187,8 @@ class ExitSettings(Checked):
     load_backbone: Path | None = option(
         None, "weights of the trained full backbone", exists="file", decides=(), why=ONE_START
     )
-    freeze_backbone: bool = option(False, "train probes and exit heads alone")
-    use_unweighted_loss: bool = option(False, "add the exits' plain squared errors")
+    freeze_backbone: bool = option(False, "train only probes and exit heads")
+    use_unweighted_loss: bool = option(False, "add the unweighted squared errors of the exits to the loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,29 +199,31 @@ class TrainingSettings(Checked):
     n_steps: int = option(
         help="optimiser steps", least=1, most=MOST_STEPS, decides=(), why="recorded by itself: a run may be made longer"
     )
-    batch_size: int = option(128, "images per optimiser step, of all processes together", least=1, most=MOST_BATCH)
-    grad_accum_steps: int = option(1, "work a batch off in this many equal parts", least=1, most=MOST_BATCH)
-    seed: int = option(0, "weights, data order, noise and timesteps follow from it", least=0, most=MOST_SEED)
+    batch_size: int = option(128, "images per optimiser step, over all processes", least=1, most=MOST_BATCH)
+    grad_accum_steps: int = option(
+        1, "split a batch into this many equal parts, computed one after the other", least=1, most=MOST_BATCH
+    )
+    seed: int = option(0, "seed of the weights, data order, noise and timesteps", least=0, most=MOST_SEED)
     log_path: Path = option(
-        Path("logs"), "runs are folders in here", decides=(), why="it is the place of the checkpoint"
+        Path("logs"), "folder that contains the runs", decides=(), why="it is the place of the checkpoint"
     )
     exp_name: str | None = option(
         None,
-        "the run's folder (default: <dataset>_<model>_<blocks>)",
+        "name of the run's folder (default: <dataset>_<model>_<blocks>)",
         decides=(),
         why="it is the place of the checkpoint",
     )
-    resume: bool = option(False, "go on from the newest checkpoint of the run's folder", decides=(), why=ONE_START)
+    resume: bool = option(False, "continue from the newest checkpoint in the run's folder", decides=(), why=ONE_START)
     load_checkpoint_path: Path | None = option(
         None,
-        "go on from this checkpoint: weights, optimiser and step; from step 0 if it holds weights alone",
+        "start a run from this checkpoint (weights, optimiser, step), or at step 0 if the file has only weights",
         exists="file",
         decides=(),
         why=ONE_START,
     )
     max_hours: float | None = option(
         None,
-        "save and end after this long, for queues with a limit",
+        "save and stop after this time, for queues with a time limit",
         least=0,
         most=1e6,
         above=True,
@@ -212,7 +232,7 @@ class TrainingSettings(Checked):
     )
     max_bad_steps: int = option(
         10,
-        "a step whose loss or gradient is not finite changes nothing; after this many in a row training stops",
+        "stop after this many steps in a row whose loss or gradient is not finite; such steps change no weight",
         least=1,
         most=10**6,
         decides=HOW,
@@ -220,7 +240,7 @@ class TrainingSettings(Checked):
     )
     fsdp: bool = option(
         False,
-        "under torchrun: spread parameters, optimizer and averages over the processes, not copies of them",
+        "under torchrun: shard parameters, optimizer and averaged weights over the processes",
         decides=HOW,
         why="pieces and copies differ in rounding alone",
     )
@@ -234,11 +254,11 @@ class TrainingSettings(Checked):
         None, "width of the images; checked against the network", least=1, most=4096, decides=(), why=DESCRIBED
     )
     described: Mapping[str, Any] = option({}, flag=False, decides=(), why=DESCRIBED)  # the network's own flags, nested
-    command: tuple[str, ...] = option((), flag=False, decides=(), why=ONE_START)  # the words that were typed
+    command: tuple[str, ...] = option((), flag=False, decides=(), why=ONE_START)  # the words of the command line
     data: DataSettings = section("data")
     optimisation: OptimisationSettings = section("optimisation", OptimisationSettings())
     logs: LogSettings = section("logs and checkpoints", LogSettings())
-    teacher: TeacherSettings = section("help of a full network (--model uvit or dit)", TeacherSettings())
+    teacher: TeacherSettings = section("learning from a full network (--model uvit or dit)", TeacherSettings())
     exits: ExitSettings = section("early exit (--model deediff_uvit)", ExitSettings())
     machine: MachineSettings = section("machine", MachineSettings())
 
@@ -265,7 +285,7 @@ class TrainingSettings(Checked):
         self._check_model()
 
     def _check_model(self) -> None:
-        """End on flags of another kind of network."""
+        """Raises InputError for flags of another kind of network."""
         if self.model != "deediff_uvit":
             given = flat(self.exits) | {"preview_threshold": self.logs.preview_threshold}
             for name, value in given.items():
@@ -288,7 +308,7 @@ class BackboneSettings(TrainingSettings):
 
     model: str | None = option(
         None,
-        "the kind of network (default: that of --config_path, else uvit); main.py trains early-exit models",
+        "the kind of network (default: that of --config_path, else uvit); use main.py for early-exit models",
         choices=BACKBONES,
         decides=(),
         why=DESCRIBED,
@@ -296,5 +316,5 @@ class BackboneSettings(TrainingSettings):
 
 
 def typed_words(parser: Parser, argv: Sequence[str] | None) -> tuple[str, ...]:
-    """The command, to be given again with --resume."""
+    """The words of the command, which are printed for --resume."""
     return tuple(sys.argv) if argv is None else (parser.prog, *argv)

@@ -1,4 +1,4 @@
-"""From settings to a training: everything that can be wrong is found here, before the first step."""
+"""Prepare a training run from its settings, and check everything before the first step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(settings: TrainingSettings, device: torch.device) -> Training:
-    """A training that is ready to begin, or to go on from a checkpoint. Raises InputError."""
+    """A training run that is ready to start, or to continue from a checkpoint. Raises InputError."""
     if settings.optimisation.compile:
         check_compiler(device)
     task = early_exit_task if settings.model == "deediff_uvit" else backbone_task
@@ -108,11 +108,11 @@ def prepare(settings: TrainingSettings, device: torch.device) -> Training:
     return run
 
 
-Task = tuple[Config, Backbone | EarlyExitUViT, Objective, Denoiser]  # the denoiser makes previews
+Task = tuple[Config, Backbone | EarlyExitUViT, Objective, Denoiser]  # the denoiser is for previews
 
 
 def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
-    """A backbone from fresh weights, or from those of a deeper one."""
+    """A backbone with fresh weights, or initialised from a deeper one."""
     given = stated(settings)
     if settings.model not in (None, given.setdefault("model", settings.model or "uvit")):
         raise InputError(
@@ -134,11 +134,11 @@ def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
 
 
 def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
-    """Probes and exit heads on a backbone, which is frozen or trained along."""
+    """Probes and exit heads on a backbone, which is frozen or also trained."""
     given, exits = stated(settings), settings.exits
     own_type = {"model": "deediff_uvit", "classifier_type": given.pop("classifier_type", None)}
     if exits.load_backbone:
-        # Heads may learn from other data than the backbone did, with a crop of its own, and at other timesteps.
+        # Heads may train on another dataset than the backbone, with its own crop, and at other timesteps.
         own = {name: given.pop(name) for name in ("dataset", "crop", "t_min", "t_max") if name in given}
         backbone = load_network(exits.load_backbone, given, UViT, described=described_by(settings.config_path))
         same_data = backbone.config.dataset in (None, settings.data.dataset)
@@ -165,9 +165,9 @@ def backbone_of(network: Backbone | EarlyExitUViT) -> Backbone:
 
 
 def load_teacher(path: Path, config: Config, device: torch.device, *, compiled: bool) -> Model:
-    """The network of --distill_from, frozen, all of it on this process.
+    """The network of --distill_from, frozen and not sharded.
 
-    config: of the network that learns. Raises InputError unless the two do the same task at the same timesteps.
+    config: that of the trained network. Raises InputError unless both have the same task at the same timesteps.
     """
     teacher = load_relative(path, config, device)
     if different := task_differences(config, teacher.config):
@@ -177,7 +177,7 @@ def load_teacher(path: Path, config: Config, device: torch.device, *, compiled: 
 
 
 def stated(settings: TrainingSettings) -> dict[str, Any]:
-    """The description of the network by the flags and the YAML file."""
+    """The description of the network from the flags and the YAML file."""
     given: dict[str, Any] = {"dataset": settings.data.dataset}
     if settings.data.crop:
         given["crop"] = settings.data.crop
@@ -187,7 +187,7 @@ def stated(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, ImageDataset]:
-    """The images to learn from, and the config with what follows from them: crop, real classes, scale of latents."""
+    """The training images, and the config with their crop, number of classes and scale of latents."""
     name = settings.data.dataset
     config = replace(config, crop=crop_of(name, config.crop))
     channels, side, _ = config.model_params.image_shape
@@ -233,7 +233,7 @@ def with_num_workers(settings: TrainingSettings, dataset: ImageDataset) -> Train
 
 
 def count_real_classes(config: Config, dataset: ImageDataset, given: Mapping[str, Any]) -> Config:
-    """A network may have more classes than the dataset: the number of those it learns goes into its description."""
+    """The config with the number of classes of the dataset, which may be less than that of the network."""
     num_classes = config.model_params.num_classes
     if num_classes <= 0 or given.get("real_classes") is not None:
         return config
@@ -243,7 +243,7 @@ def count_real_classes(config: Config, dataset: ImageDataset, given: Mapping[str
 
 
 def match_latents(config: Config, dataset: ImageDataset, given: Mapping[str, Any]) -> Config:
-    """Packed latents have the factor they are scaled by; the network's description must have the same."""
+    """The config with the scale factor of packed latents. Raises InputError if the description has another."""
     scale_factor = getattr(dataset, "scale_factor", None)
     if scale_factor is None:
         if config.autoencoder is not None:
@@ -256,7 +256,7 @@ def match_latents(config: Config, dataset: ImageDataset, given: Mapping[str, Any
 
 
 def find_start(settings: TrainingSettings, checkpoints: CheckpointFolder) -> Path | None:
-    """The checkpoint or weights to go on from; None for a new run. Never in another run's folder."""
+    """The checkpoint or weights to start from; None for a new run. Raises InputError for the folder of another run."""
     checkpoints.claim()
     if settings.resume:
         newest = checkpoints.newest_whole()
@@ -276,7 +276,7 @@ def make_folder(checkpoints: CheckpointFolder) -> None:
 
 
 def read_start(path: Path, resume: bool) -> Mapping[str, Any]:
-    """The content of the file to go on from; empty for one that can only be bare weights."""
+    """The content of the start file; empty for a format that only contains weights."""
     if resume:
         return read_checkpoint(path)
     content = {} if path.suffix == ".safetensors" else read_pth(path)
@@ -286,9 +286,9 @@ def read_start(path: Path, resume: bool) -> Mapping[str, Any]:
 
 
 def go_on(run: Training, path: Path, content: Mapping[str, Any]) -> None:
-    """Give the learner the state of a checkpoint; raises InputError where other settings would change the result."""
+    """Continue from a checkpoint. Raises InputError if changed settings would change the result."""
     config, others = carried_settings(run.config), []
-    # A new run may be of other timesteps than the one it starts from.
+    # A new run may train on other timesteps than the run of the checkpoint.
     obstacles = contradictions(content["config"], config | {"t_min": None, "t_max": None})
     if same_run := run.settings.resume or path.parent.samefile(run.checkpoints.folder):
         obstacles = [
@@ -304,11 +304,11 @@ def go_on(run: Training, path: Path, content: Mapping[str, Any]) -> None:
         log.warning("%s was made with other settings, which leave the result as it is: %s", path, ", ".join(others))
     restore(run, path, content)
     if not same_run:
-        run.learner.counters.begin_sums()  # means over steps of two losses would be of neither
+        run.learner.counters.begin_sums()  # do not average over the losses of two runs
 
 
 def data_differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Between two of `ImageDataset.identity`. Files that were copied have other times, but the same contents."""
+    """The differences of two `ImageDataset.identity`. Copied files have other times, but the same contents."""
     hashes = {"files_sha256", "contents_sha256"}
     ours, theirs = ({k: v for k, v in about.items() if k not in hashes} for about in (recorded, present))
     found = differences(ours, theirs)
@@ -319,17 +319,17 @@ def data_differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) ->
 
 
 def restore(run: Training, path: Path, content: Mapping[str, Any]) -> None:
-    """Take up the state of a checkpoint; raises InputError where it does not fit this run."""
+    """Load the state of a checkpoint. Raises InputError if it does not fit this run."""
     learner, settings = run.learner, run.settings
     if (content["ema"] is None) != (learner.ema is None):
         raise InputError(f"{path} was made {'without' if learner.ema else 'with'} --ema_decay; give the same")
     try:
         learner.load_state_dict(content)
-    # A backbone that was frozen and now is not, for one; or a file that was made to look like a checkpoint.
+    # For instance a backbone that was frozen before, or a forged checkpoint.
     except MISFITS as error:
         raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
     done = learner.step == settings.n_steps
     if settings.optimisation.lr_schedule == "cosine" and content["n_steps"] != settings.n_steps and not done:
         log.warning("the learning rate now falls to 0 at step %d, not %d", settings.n_steps, content["n_steps"])
-    if learner.step > settings.n_steps or (done and not settings.resume):  # queues may give a command once more
+    if learner.step > settings.n_steps or (done and not settings.resume):  # a queue may repeat a command
         raise InputError(f"{path} is at step {learner.step} already; --n_steps {settings.n_steps} leaves nothing to do")

@@ -22,12 +22,12 @@ MISFITS = (LookupError, ValueError, RuntimeError, TypeError, AttributeError, Ove
 
 @dataclass
 class Counters:
-    """Sums over the steps of a run. Kept on the device: to read a number makes the device wait for the host."""
+    """Sums over the steps of a run. They stay on the device, because reading them makes it wait for the host."""
 
-    sums: dict[str, Tensor]  # of the losses since the last log, over the steps that were taken
-    summed_steps: Tensor  # so many
+    sums: dict[str, Tensor]  # 0-d sums of the losses over the taken steps since the last log
+    summed_steps: Tensor  # the number of these steps
     skipped_steps: Tensor  # since step 0
-    bad_in_row: Tensor  # steps that were not finite, one after the other
+    bad_in_row: Tensor  # consecutive steps that were not finite
 
     @classmethod
     def zero(cls, device: torch.device) -> Counters:
@@ -37,7 +37,7 @@ class Counters:
         self.sums, self.summed_steps = {}, torch.zeros_like(self.summed_steps)
 
     def add(self, losses: Mapping[str, Tensor], taken: Tensor, searching: Tensor) -> None:
-        """Take in a step. taken: 0-d bool. searching: 0-d bool, GradScaler is still looking for its scale."""
+        """Add a step. losses: 0-d. taken: 0-d bool. searching: 0-d bool, GradScaler still searches its scale."""
         self.bad_in_row = torch.where(taken, 0, self.bad_in_row + ~searching)
         self.skipped_steps = self.skipped_steps + ~taken
         self.summed_steps = self.summed_steps + taken
@@ -46,7 +46,7 @@ class Counters:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def means(self) -> dict[str, float]:
-        """Since the last log; nan where no step was taken."""
+        """The means since the last log; NaN if no step was taken."""
         steps = float(self.summed_steps)
         means = {name: float(value) / steps if steps else math.nan for name, value in self.sums.items()}
         return means | {"skipped_steps": int(self.skipped_steps)}
@@ -65,9 +65,9 @@ class Counters:
 class Learner:
     """A network in training, with its optimiser, its averaged weights and the counters of the run.
 
-    network: on the CPU; the parameters that want gradients are trained. batch_size: of all processes together.
-    parts: each batch is worked off in so many.
-    max_bad_steps: no step is taken after so many that were not finite.
+    network: on the CPU; the parameters with requires_grad are trained. batch_size: over all processes. parts: each
+    batch is split into this many parts. max_bad_steps: no step is taken after this many steps in a row that were not
+    finite.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Learner:
         self.network, self.objective, self.settings, self.device = network, objective, settings, device
         self.batch_size, self.parts, self.max_bad_steps = batch_size, parts, max_bad_steps
         self.model = spread(network, device, fsdp)
-        # Previews call the network as it is: their batch is another.
+        # Previews call the uncompiled network, because their batch has another size.
         self.forward: Model = torch.compile(self.model, dynamic=False) if settings.compile else self.model
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -103,13 +103,14 @@ class Learner:
         self.counters = Counters.zero(device)
 
     def update(self, lr: float, taken: Tensor) -> None:
-        """Move the parameters and their averages by the gradients, which are cleared. taken: 0-d bool; if not, neither
-        changes. It is not read on the host where the optimiser is fused.
+        """Update the parameters and their averages, and clear the gradients.
+
+        taken: 0-d bool; if False, nothing changes. With a fused optimiser it is not read on the host.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.optimizer.defaults["fused"]:
-            # Read by the kernel, as GradScaler would have it.
+            # The kernel reads it, as with GradScaler.
             self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # which torch sets, too
             self.optimizer.step()
         elif taken:
@@ -121,7 +122,7 @@ class Learner:
             self.ema.update(self.step, taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run goes on from. All processes must call it; tensors are whole on process 0."""
+        """The state from which a run continues. All processes must call it; tensors are whole on process 0."""
         return {
             "step": self.step,
             "model": whole(self.network.state_dict()),
@@ -132,7 +133,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises one of MISFITS where the state is not of such a run."""
+        """Raises one of MISFITS if the state does not fit this run."""
         here = self.network.state_dict()
         self.network.load_state_dict({name: like(value, here[name]) for name, value in state["model"].items()})
         if self.ema is not None:
@@ -147,19 +148,19 @@ class Learner:
         self.step = state["step"]
 
     def _in_pieces(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of an optimiser, each tensor in pieces if its parameter is. Raises ValueError for other shapes."""
+        """The state of an optimiser, sharded like its parameters. Raises ValueError for other shapes."""
         state: dict[int, dict[str, Tensor]] = {}
         for i, values in optimizer["state"].items():
             for name, value in values.items():
                 wanted = torch.Size() if name == "step" else self.trained[i].shape
-                if value.shape != wanted:  # which the optimiser would find out in its next step
+                if value.shape != wanted:  # else the next step of the optimiser would fail
                     raise ValueError(f"{name} of shape {list(value.shape)}, wanted {list(wanted)}")
             state[i] = {name: like(value, self.trained[i]) for name, value in values.items()}
         return {**optimizer, "state": state}
 
 
 def learning_rate(step: int, n_steps: int, settings: OptimisationSettings) -> float:
-    """Of the update after `step` finished ones of n_steps: linear warm-up, then constant or half a cosine to 0."""
+    """The learning rate after `step` of n_steps updates: linear warm-up, then constant or half a cosine to 0."""
     if step < settings.num_warmup_steps:
         return settings.lr * (step + 1) / settings.num_warmup_steps
     if settings.lr_schedule == "constant":
@@ -171,17 +172,17 @@ def learning_rate(step: int, n_steps: int, settings: OptimisationSettings) -> fl
 def train_step(learner: Learner, batch: Batch, lr: float, asked: Tensor) -> Tensor:
     """One optimiser step: loss, gradient, clipping, update. Nothing changes if the loss or gradient is not finite.
 
-    batch: this process's rows; they weigh the same wherever they are, parts of a batch need not be of one size. asked:
-    (K,), summed over the processes together with the losses, and returned.
+    batch: the rows of this process; all rows have the same weight, also in parts of unequal size. asked: (K,), is
+    summed over the processes together with the losses, and returned.
     """
     losses: dict[str, Tensor] = {}
     for k in range(learner.parts):
         rows = batch.part(k, learner.parts)
-        share = learner.batch_size / len(rows.t)  # so many of this size make a batch
+        share = learner.batch_size / len(rows.t)  # number of parts of this size in a batch
         with gradients_shared(learner.model, now=k == learner.parts - 1):
             with torch.autocast(learner.device.type, learner.amp_dtype, enabled=learner.settings.use_amp):
                 found = learner.objective(learner.forward, *rows)
-            # Gradients are averaged over the processes, and wanted is their sum.
+            # The gradients are averaged over the processes; world_size() turns the mean into the sum.
             learner.scaler.scale(found["loss"] / (share / world_size())).backward()
         for name, loss in found.items():
             loss = loss.detach() / share
@@ -194,10 +195,10 @@ def train_step(learner: Learner, batch: Batch, lr: float, asked: Tensor) -> Tens
     grad_norm = nn.utils.clip_grad_norm_(learner.trained, learner.settings.max_grad_norm)
     grad_norm = grad_norm.full_tensor() if in_pieces(grad_norm) else grad_norm
     finite = losses["loss"].isfinite() & grad_norm.isfinite()
-    # After too many bad steps none is taken any more: a host that reads late finds the weights of the last good.
+    # After too many bad steps no step is taken, so a host that reads late still has the last good weights.
     taken = finite & (learner.counters.bad_in_row < learner.max_bad_steps)
     learner.update(lr, taken)
-    # fp16 begins with a scale that overflows and lowers it: only at 1 an overflow is the training's fault.
+    # GradScaler starts with a scale that overflows and lowers it: an overflow is an error only at scale 1.
     searching = losses["loss"].isfinite() & (scale > 1)
     learner.counters.add(losses | {"grad_norm": grad_norm}, taken, searching)
     return asked

@@ -1,1 +1,1 @@
-"""Packing: every image of a dataset decoded once, into one array that training reads at the speed of the disk."""
+"""Packing: decode every image of a dataset once into one array, which training reads at disk speed."""

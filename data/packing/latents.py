@@ -1,7 +1,7 @@
-"""Latents of an autoencoder, in the place of pixels: made once by pack.py, sampled afresh in training.
+"""Latents of an autoencoder in place of pixels: pack.py encodes them once, and training samples from them.
 
-A row is float16 (2, 2, C, h, w): the image and its mirror image, of each the mean and the standard deviation
-of its unscaled latents.
+A row is float16 (2, 2, C, h, w): the image and its mirror image, each with the mean and the standard deviation of its
+unscaled latents.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from models.autoencoder import Autoencoder
 
 ENCODE_AT_ONCE = 8  # images; the encoder takes far more memory than the pixels
-STD_RANGE = (0.2, 4.0)  # of scaled latents; it should be about 1, and is 5.5 for the public ones unscaled
+STD_RANGE = (0.2, 4.0)  # of scaled latents: about 1 is right, the unscaled public latents have 5.5
 
 
 class LatentSource(ImageDataset):
-    """The images of a dataset as latents, encoded when they are asked for.
+    """The images of a dataset as latents, encoded on demand.
 
-    images: pixels of a size the autoencoder can take. checkpoint: the autoencoder's file, named in the
+    images: pixels, of a size that the autoencoder accepts. checkpoint: the file of the autoencoder, for the
     description.
     """
 
@@ -82,7 +82,7 @@ class LatentSource(ImageDataset):
 
 
 def check_scale(rows: np.ndarray, scale_factor: float, where: object) -> None:
-    """Raises InputError where the scaled means of rows (N, 2, 2, C, h, w) are far from a standard deviation of 1."""
+    """Raises InputError if the standard deviation of the scaled means of rows (N, 2, 2, C, h, w) is far from 1."""
     std = float(rows[:, 0, 0].astype(np.float32).std()) * scale_factor
     if not STD_RANGE[0] < std < STD_RANGE[1]:
         raise InputError(
@@ -92,7 +92,7 @@ def check_scale(rows: np.ndarray, scale_factor: float, where: object) -> None:
 
 
 class PackedLatents(PackedDataset):
-    """Latents that lie packed on disk. Raises InputError also where they do not look like scaled ones."""
+    """A packed dataset of latents. Also raises InputError if the scale of the latents is wrong."""
 
     dtype = np.float16
 

@@ -2,8 +2,8 @@
 
 A folder of
     images.npy      (N, C, H, W) uint8
-    labels.npy      (N,) int64, where the dataset has labels
-    manifest.json   what it was made from and how: see Manifest
+    labels.npy      (N,) int64, if the dataset has labels
+    manifest.json   its source and transform, see Manifest
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 IMAGES, LABELS, MANIFEST = "images.npy", "labels.npy", "manifest.json"
-NUM_BLOCKS, BLOCK_BYTES = 64, 2**16  # of images.npy, checked whenever it is opened
+NUM_BLOCKS, BLOCK_BYTES = 64, 2**16  # blocks of images.npy that are checked at opening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class Manifest:
 
     format: int  # FORMAT
     kind: str  # of KINDS
-    source: dict[str, Any]  # what the source's `describe()` said: its files, their hash, and the transform
-    source_state: dict[str, int] | None  # see `state_of`; None: the source was not where it said
+    source: dict[str, Any]  # `describe()` of the source: its files, their hash, and the transform
+    source_state: dict[str, int] | None  # see `state_of`; None: the source was not found
     shape: tuple[int, ...]  # of images.npy
-    random_flip: bool  # whether the dataset is mirrored in training unless told otherwise
-    left_out: dict[str, str]  # broken images by name, and why
+    random_flip: bool  # whether training mirrors images by default
+    left_out: dict[str, str]  # reasons by name of broken images
     images_sha256: str
     labels_sha256: str | None  # None: no labels
     blocks_crc32: tuple[int, ...]  # of NUM_BLOCKS blocks of images.npy, see `block_checksums`
@@ -57,9 +57,9 @@ class Manifest:
 
 
 class PackedDataset(ImageDataset):
-    """The images of a packed dataset, read from disk as they are asked for: its size does not matter to memory.
+    """The images of a packed dataset, read from disk on demand, so that it may be larger than memory.
 
-    Raises InputError where manifest and files disagree, or labels do not fit num_classes.
+    Raises InputError if manifest and files disagree, or labels do not fit num_classes.
     """
 
     labels: np.ndarray | None = None
@@ -86,16 +86,16 @@ class PackedDataset(ImageDataset):
         return torch.from_numpy(self.images.read(rows)), torch.from_numpy(labels)
 
     def describe(self) -> dict[str, Any]:
-        """That of the source, so that what was computed from it holds; fewer images where some were broken."""
+        """The description of the source, so that caches stay valid, with the number of readable images."""
         return self.manifest.source | {"images": len(self)}
 
 
-# To add a kind: a class like PackedDataset, and where it is.
+# To add a kind, write a class like PackedDataset and add its module and name.
 KINDS = {"pixels": ("data.packing.packed", "PackedDataset"), "latents": ("data.packing.latents", "PackedLatents")}
 
 
 def default_folder(name: str, data_path: Path | None, *, img_size: int, in_chans: int, crop: str) -> Path:
-    """Where a dataset is packed to and looked for: packed/celeba_64_center178/ beside or in data_path."""
+    """The default folder of a packed dataset: packed/celeba_64_center178/ in data_path, or next to a file."""
     root = data_path or DEFAULT_PATH
     colour = "" if in_chans == 3 else f"_{in_chans}ch"
     return (root.parent if root.is_file() else root) / "packed" / f"{name}_{img_size}_{crop}{colour}"
@@ -106,7 +106,7 @@ def find_packed(
 ) -> ImageDataset | None:
     """The packed dataset that fits, at its default place or as data_path itself.
 
-    Raises InputError for one whose files are damaged, or that was asked for by data_path and does not fit.
+    Raises InputError if its files are damaged, or if data_path is a packed dataset that does not fit.
     """
     given = data_path if data_path is not None and (data_path / MANIFEST).is_file() else None
     wanted: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "crop": crop}
@@ -127,7 +127,7 @@ def find_packed(
 
 
 def _misfit(manifest: Manifest, wanted: dict[str, Any], num_classes: int, look_at_source: bool) -> str | None:
-    """What keeps a packed dataset from serving a run; None if nothing does."""
+    """The reason why a packed dataset does not fit; None if it fits."""
     if different := differences(manifest.transform, wanted):
         return f"another transform: {', '.join(different)}"
     if num_classes > 0 and manifest.labels_sha256 is None:
@@ -139,7 +139,7 @@ def _misfit(manifest: Manifest, wanted: dict[str, Any], num_classes: int, look_a
 
 
 def state_of(source: dict[str, Any]) -> dict[str, int] | None:
-    """What shows at little cost whether a source has changed: of a described source, None if it is not there."""
+    """A quick summary of a source that shows whether it changed; None if the source is missing."""
     path = Path(str(source.get("source") or ""))
     if path.is_file():
         return {"bytes": path.stat().st_size}
@@ -149,7 +149,7 @@ def state_of(source: dict[str, Any]) -> dict[str, int] | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises InputError for a manifest that is incomplete, or of a format or kind that is not known."""
+    """Read a manifest. Raises InputError if it is incomplete, or its format or kind is unknown."""
     path = folder / MANIFEST
     given = read_json(path)
     if not isinstance(given, dict) or given.get("format") != FORMAT or given.get("kind") not in KINDS:
@@ -176,7 +176,7 @@ def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
     check_regular(path)
     try:
         labels: np.ndarray = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy meets any bytes there are, and fails in any way there is
+    except Exception as error:  # damaged bytes make numpy raise any error
         raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
     if labels.shape != manifest.shape[:1] or labels.dtype != np.int64:
         raise _disagree(path, f"it holds {labels.shape} {labels.dtype}, not a label for each image")

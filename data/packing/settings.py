@@ -22,24 +22,26 @@ def num_cores() -> int:
 class PackSettings(Checked):
     """Settings of pack.py."""
 
-    dataset: str | None = option(None, "the images", choices=tuple(DATASETS))
-    data_path: Path | None = option(None, "where the dataset lies (default: datasets/)", exists="path")
-    download: bool = option(False, "fetch the dataset first, where that is possible")
+    dataset: str | None = option(None, "dataset to pack", choices=tuple(DATASETS))
+    data_path: Path | None = option(None, "path of the dataset (default: datasets/)", exists="path")
+    download: bool = option(False, "download the dataset first, if that is possible")
     img_size: int | None = option(None, "side of the packed images", least=1, most=4096)
-    crop: str | None = option(None, "how images are made square (default: the dataset's)", choices=CROPS)
+    crop: str | None = option(None, "crop that makes images square (default: the crop of the dataset)", choices=CROPS)
     in_chans: int = option(3, "channels: 3 colour, 1 grey", least=1, most=256)
-    num_classes: int = option(-1, "of --dataset folder, to pack labels with it", least=-1, most=1_000_000)
+    num_classes: int = option(
+        -1, "number of classes of --dataset folder, whose labels are then packed", least=-1, most=1_000_000
+    )
     output: Path | None = option(
         None,
-        "folder to make (default: packed/<name> under --data_path); with --benchmark: where there is room for 3 GB for "
-        "a while",
+        "folder to write (default: packed/<name> under --data_path); with --benchmark: a folder with room for 3 GB of "
+        "temporary files",
     )
-    num_workers: int = option(num_cores(), "processes that decode", least=0, most=1024)
+    num_workers: int = option(num_cores(), "number of decoding processes", least=0, most=1024)
     autoencoder_checkpoint_path: Path | None = option(
-        None, "pack latents of this autoencoder: autoencoder_kl.pth or a folder of diffusers", exists="path"
+        None, "pack latents of this autoencoder: autoencoder_kl.pth or a diffusers folder", exists="path"
     )
     scale_factor: float = option(PUBLIC_SCALE_FACTOR, "latents are multiplied by it", least=0, most=1000, above=True)
-    benchmark: bool = option(False, "measure packing and loading on images it makes")
+    benchmark: bool = option(False, "measure the speed of packing and loading on generated images")
     machine: MachineSettings = section("machine", MachineSettings())
 
     def __post_init__(self) -> None:

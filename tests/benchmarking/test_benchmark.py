@@ -41,6 +41,7 @@ def read(folder, name):
     return result["measured"]
 
 
+@pytest.mark.slow
 def test_sampling(full, shallow, tmp_path, run_quietly):
     """On checkpoints, in two precisions."""
     flags = ["sample", *QUICK, "--full", full, "--shallow", shallow, "--steps", 4, "--t_switch", 3, 19, -1]
@@ -68,6 +69,7 @@ def test_sampling(full, shallow, tmp_path, run_quietly):
             assert run["speed_up_reached"] == pytest.approx(run["speed_up"] / run["speed_up_predicted"])
 
 
+@pytest.mark.slow
 def test_files_are_read_once(full, shallow, tmp_path, run_quietly, monkeypatch):
     """Also for several precisions; and a copy that was trained, or rounded, is not the next one's network."""
     read, reading = [], loading.read_weights

@@ -36,6 +36,7 @@ def contents(path):
     return json.loads(path.with_suffix(".json").read_text())
 
 
+@pytest.mark.slow
 def test_two_networks(pair, tmp_path, run_quietly):
     out = tmp_path / "new" / "c.yaml"
     said = run_quietly(calibrate.main, [*pair, "--speedup", 1, "--output", out])
@@ -53,6 +54,7 @@ def test_two_networks(pair, tmp_path, run_quietly):
     assert found["networks"][1]["distance"]["mean"] == [0.0] * 20
 
 
+@pytest.mark.slow
 def test_the_same_seed_measures_the_same(pair, tmp_path, run_quietly):
     measured = []
     for name, seed, size in (("a", 1, 4), ("b", 1, 5), ("c", 2, 4)):
@@ -74,6 +76,7 @@ def test_deterministic_solvers_speak_of_shifts(solver, pair, tmp_path, run_quiet
     assert alone.t_max == 19 and alone.t_min == 0
 
 
+@pytest.mark.slow
 def test_without_noise_the_knee_is_that_of_ddpm(pair, tmp_path, run_quietly):
     """Both say the same, with the same images, noise and steps; but without noise the last step is open to all."""
     chosen = []
@@ -112,6 +115,7 @@ def few(shallow, tmp_path):
 
 
 @pytest.mark.parametrize("free", [[], ["--free"]])
+@pytest.mark.slow
 def test_three_networks(free, few, middle, full, tmp_path, run_quietly):
     """Each where it was trained: with no limit to the divergence the cheapest that knows a timestep runs there.
 
@@ -135,6 +139,7 @@ def test_three_networks(free, few, middle, full, tmp_path, run_quietly):
     assert images_of(tmp_path / "s") in of_chosen and len(of_chosen) == 2
 
 
+@pytest.mark.slow
 def test_verified(pair, tmp_path, run_quietly, fails):
     out = tmp_path / "c.yaml"
     verify = ["--verify", 3, "--n_samples", 4, "--sample_seeds", 0, 1, *EXTRACTOR]
@@ -156,6 +161,7 @@ def test_verified(pair, tmp_path, run_quietly, fails):
     assert about["fid"] == pytest.approx(0, abs=1e-3) and about["reference"]["n_reference"] == 2
 
 
+@pytest.mark.slow
 def test_flags_describe_the_first_network(shallow, full, tmp_path, run_quietly):
     """To its samplers too: to the one that has the full network alone as well, which carries its description."""
     content = torch.load(shallow, weights_only=True)
@@ -170,6 +176,7 @@ def test_flags_describe_the_first_network(shallow, full, tmp_path, run_quietly):
     assert sum("scores" in option for option in one) == 2
 
 
+@pytest.mark.slow
 def test_classes_and_guidance(runs, tmp_path, run_quietly, fails):
     no_class = runs / "no_class" / "digits_uvit_last.pth"
     flags = ["--checkpoint_path", no_class, no_class, *QUICK, "--steps", 4, "--budget", 1]
@@ -186,6 +193,7 @@ def test_classes_and_guidance(runs, tmp_path, run_quietly, fails):
     fails(calibrate.main, flags, "--guidance_scale 1", "no class")
 
 
+@pytest.mark.slow
 def test_refusals(pair, shallow, middle, full, runs, tmp_path, fails):
     out = ["--output", tmp_path / "c.yaml"]
     fails(calibrate.main, ["--checkpoint_path", full, *QUICK, *out], "two networks or more")
@@ -222,6 +230,7 @@ def images_of(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
+@pytest.mark.slow
 def test_auto(shallow, full, tmp_path, run_quietly, monkeypatch):
     """It samples with the switch it found, keeps what it found, and does not choose anew when it goes on."""
     auto = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", "auto"]
@@ -247,6 +256,7 @@ def test_auto(shallow, full, tmp_path, run_quietly, monkeypatch):
     assert (report / "calibration.yaml").exists()
 
 
+@pytest.mark.slow
 def test_auto_that_was_stopped_before_its_first_batch(shallow, full, tmp_path, run_quietly, fails, monkeypatch):
     """With images there the switch stays and so does what was measured; without any it is chosen anew."""
     auto = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", "auto", "--dataset", "digits"]
@@ -291,6 +301,7 @@ def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fail
         fails(sampler.main, [*auto, "--class_id", 3], "unconditional")
 
 
+@pytest.mark.slow
 def test_auto_of_several_processes(shallow, full, tmp_path, torchrun, run_quietly):
     auto = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", "auto", "--steps", 5]
     auto += ["--dataset", "digits", "--n_images", 12, "--budget", 1e9, "--n_samples", 4, "--batch_size", 2]

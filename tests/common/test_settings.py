@@ -125,8 +125,8 @@ def test_help_groups_and_defaults(capsys):
     with pytest.raises(SystemExit):
         parsed("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "inner: --width WIDTH width (default 3)" in said
-    assert "default: None" not in said and "default False" not in said
+    assert "inner: --width WIDTH width (default: 3)" in said
+    assert "default: None" not in said and "default: False" not in said
 
 
 @pytest.mark.parametrize(
@@ -164,16 +164,6 @@ def test_records():
 def test_a_field_without_influence_says_why():
     with pytest.raises(TypeError, match="must say why"):
         option(1, "silent", decides=())
-
-
-def test_a_section_may_be_left_out_of_the_record():
-    @dataclass(frozen=True, kw_only=True)
-    class Other(Checked):
-        inner: Inner = section("inner", Inner(), decides=(), why="it is recorded elsewhere")
-
-    assert record(Other()) == {} and flat(Other()) == {"width": 3, "names": []}
-    with pytest.raises(TypeError, match="must say why"):
-        section("silent", decides=())
 
 
 def test_differences_and_merging():
@@ -217,13 +207,13 @@ def changed(f, value):
     raise AssertionError(f"no other value for {f.name}")
 
 
-def leaves(cls, path=(), why=""):
-    """Every field that is no section, the sections that lead to it, and why the result does not depend on it."""
+def leaves(cls, path=()):
+    """Every field that is no section, with the sections that lead to it."""
     for f in fields_of(cls):
         if f.section:
-            yield from leaves(f.section, (*path, f.name), f.about.why)
+            yield from leaves(f.section, (*path, f.name))
         else:
-            yield path, f, f.about.why or why
+            yield path, f
 
 
 def replaced(settings, path, name, value):
@@ -243,11 +233,11 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    ("cls", "path", "f", "why"),
+    ("cls", "path", "f"),
     [(cls, *leaf) for cls in (SamplerSettings, EarlyExitSettings, TrainingSettings) for leaf in leaves(cls)],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_no_option_is_forgotten_in_the_record(cls, path, f, why):
+def test_no_option_is_forgotten_in_the_record(cls, path, f):
     """A setting that is changed changes the record of the run, or says why the result does not depend on it."""
     if cls is TrainingSettings:
         settings = build(cls, {"model": "uvit", "n_steps": 5, "data": {"dataset": "digits"}}, "test")
@@ -259,7 +249,7 @@ def test_no_option_is_forgotten_in_the_record(cls, path, f, why):
     other = replaced(settings, path, f.name, changed(f, getattr(at, f.name)))
     assert other != settings
     if record(other) == record(settings):
-        assert len(why) > 10, f"--{f.name} is not recorded, and does not say why"
+        assert len(f.about.why) > 10, f"--{f.name} is not recorded, and does not say why"
     else:
         assert RESULT in f.about.decides
 

@@ -103,6 +103,7 @@ def test_training_with_too_few_open_files_ends_in_one_line(limited, pictures):
     assert status == 0 and int(fewer) > 0, said
 
 
+@pytest.mark.slow
 def test_open_files_that_run_out_later_end_training_in_one_line(limited, pictures):
     code = TRAINING.format(pictures=str(pictures), num_workers=2, all_taken=True)
     status, _, said = limited(40, 40, code)

@@ -57,6 +57,7 @@ def metrics(folder):
     return json.loads((folder / "report" / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_digits_score_near_0_and_noise_far(real, tmp_path, run_quietly):
     noise = tmp_path / "noise"
     noise.mkdir()
@@ -74,6 +75,7 @@ def test_digits_score_near_0_and_noise_far(real, tmp_path, run_quietly):
     shutil.rmtree(real / "report")
 
 
+@pytest.mark.slow
 def test_statistics_of_a_dataset_are_kept(real, tmp_path, run_quietly):
     argv = [*flags(tmp_path), "--samples_path", real, "--dataset", "digits"]
     said = run_quietly(fid.main, argv)
@@ -88,6 +90,7 @@ def test_statistics_of_a_dataset_are_kept(real, tmp_path, run_quietly):
     shutil.rmtree(real / "report")
 
 
+@pytest.mark.slow
 def test_references(real, tmp_path, run_quietly):
     samples = tmp_path / "samples"
     shutil.copytree(real, samples)
@@ -113,6 +116,7 @@ def test_the_score_knows_where_it_came_from(scored):
     assert about["reference"]["dataset"] == "digits" and about["n_samples"] == 80
 
 
+@pytest.mark.slow
 def test_inception_takes_its_own_path(real, tmp_path, run_quietly, fails, monkeypatch):
     """Its weights are not here: random ones, behind a check that is told to accept them."""
     weights = tmp_path / "weights.pth"
@@ -134,6 +138,7 @@ def test_inception_takes_its_own_path(real, tmp_path, run_quietly, fails, monkey
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+@pytest.mark.slow
 def test_several_processes_give_the_same_score(real, tmp_path, run_quietly, torchrun):
     shutil.copytree(real, tmp_path / "samples")
     argv = ["--samples_path", tmp_path / "samples", "--dataset", "digits", "--metrics", "fid,kid,prc"]
@@ -158,6 +163,7 @@ def test_a_process_without_images_adds_nothing():
         np.testing.assert_allclose(a, b)
 
 
+@pytest.mark.slow
 def test_statistics_whose_writing_was_killed_are_made_again(real, tmp_path, run_quietly, monkeypatch):
     argv = [*flags(tmp_path), "--samples_path", real, "--dataset", "digits"]
 

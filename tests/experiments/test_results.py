@@ -140,6 +140,7 @@ def test_a_page_of_a_quick_run_says_so(measured, tmp_path):
     assert "worth nothing" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_held_against_the_one_before(measured, tmp_path):
     def write(of_sets, torch):
         path = tmp_path / "results.md"

@@ -235,6 +235,7 @@ def test_outside_of_the_main_thread(command, unbroken, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+@pytest.mark.slow
 def test_sigterm_says_how_to_go_on(full, tmp_path):
     argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--n_samples", 5000, "--batch_size", 1]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -250,6 +251,7 @@ def test_sigterm_says_how_to_go_on(full, tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+@pytest.mark.slow
 def test_several_processes_make_the_same_images(command, unbroken, tmp_path, torchrun):
     main, argv = command
     processes = 2 if main is sampler.main else 3
@@ -263,6 +265,7 @@ def test_several_processes_make_the_same_images(command, unbroken, tmp_path, tor
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+@pytest.mark.slow
 def test_what_one_process_meets_ends_all(full, tmp_path, torchrun):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "cat.png").write_bytes(b"a cat")
@@ -272,6 +275,7 @@ def test_what_one_process_meets_ends_all(full, tmp_path, torchrun):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not tell a process's children")
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_another_number_goes_on(full, tmp_path):
     argv = ["--checkpoint_path", full, "--n_samples", 400, "--batch_size", 4, "--device", "cpu", "--quiet"]
     argv = [str(arg) for arg in [*argv, "--solver", "ddim", "--steps", 4]]

@@ -154,6 +154,7 @@ def test_the_record_of_a_run_holds_no_place_and_no_time(full, shallow, tmp_path,
         [
             *("seed", "solver", "steps", "eta", "clip_x0", "class_id", "stages", "cache_interval", "cache_outer"),
             *("timesteps_save", "precision", "device", "autoencoder_sha256", "networks"),
+            *("dataset", "crop", "n_images", "speedup", "budget"),  # of --t_switch auto
         ]
     )
 

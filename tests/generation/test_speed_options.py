@@ -41,6 +41,7 @@ def test_what_the_device_offers_is_the_default_and_is_recorded(duo, tmp_path, ru
 
 
 @pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.slow
 def test_compiled_and_eager_runs_make_the_same_images(duo, ee, tmp_path, run_quietly):
     """Two batches, of which the last is smaller."""
     for main, flags, name in ((sampler.main, duo, "duo"), (eesampler.main, ee, "ee")):

@@ -80,6 +80,7 @@ def test_early_exit_in_half_precision_leaves_where_fp32_does():
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_compiled_and_eager_agree():
     """Also for a last batch of another size, and for batches that shrink on the way."""
     x = torch.randn(6, 1, 8, 8)
@@ -191,6 +192,7 @@ def test_under_guidance_both_halves_keep_theirs():
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_the_cache_compiled_and_in_half_precision():
     x, uvit = torch.randn(4, 1, 8, 8), UViT(**TINY, depth=5).eval()
 

@@ -18,6 +18,7 @@ def losses(folder):
 
 
 @pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.slow
 def test_compiled_training_is_training(full, tmp_path, run_quietly):
     flags = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", 3, "--n_steps", 2, "--log_every_n_steps", 1]
     flags[flags.index("--preview_steps") + 1] = 2

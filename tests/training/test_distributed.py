@@ -79,14 +79,17 @@ def by_two(logs) -> Path:
     return run(logs, "by-two", count=2)
 
 
+@pytest.mark.slow
 def test_two_train_as_one(by_two, alone):
     assert_same_training(by_two, alone)
 
 
+@pytest.mark.slow
 def test_three_train_as_one(logs, alone):
     assert_same_training(run(logs, "by-three", count=3), alone)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_in_pieces(logs, alone):
     """5 steps alone, 5 as two copies, 5 as two pieces with previews, and 5 alone again."""
     run(logs, "mixed", steps=5)
@@ -110,6 +113,7 @@ def pieces(logs) -> Path:
 
 
 @pytest.mark.parametrize("unbroken, steps, more", [("by_two", 20, []), ("pieces", 10, PIECES)])
+@pytest.mark.slow
 def test_two_that_go_on_are_two_that_never_stopped(unbroken, steps, more, logs, request):
     """Bit for bit, unlike one process beside two."""
     unbroken, name = request.getfixturevalue(unbroken), f"{unbroken}-broken"
@@ -137,6 +141,7 @@ def shapes(content) -> object:
 
 
 @pytest.mark.parametrize("more", [[], ["--fsdp", "--preview_steps", 2, "--n_samples", 2]])
+@pytest.mark.slow
 def test_heads_on_a_frozen_backbone(more, logs, runs):
     backbone = ["--load_backbone", runs / "full" / "digits_uvit_last.pth"]
     if not (logs / "heads").exists():
@@ -162,6 +167,7 @@ def test_all_stop_at_the_step_at_which_one_is_told_to(logs, alone):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+@pytest.mark.slow
 def test_two_launchers_one_of_whose_processes_is_killed(logs, alone):
     """torchrun itself, as on two machines; what one of them loses ends the other, and one process goes on alone."""
     argv = [*FLAGS, "--n_steps", 20, "--save_every_n_steps", 2, "--log_path", logs, "--exp_name", "machines"]

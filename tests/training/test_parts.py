@@ -281,6 +281,7 @@ class TestDistillation:
         fails(main_script.main, [*teacher, "--model", "deediff_uvit"], "--distill_from belongs to --model uvit")
         assert not list(tmp_path.rglob("*.pth"))
 
+    @pytest.mark.slow
     def test_compiled(self, full, tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         torch.compiler.reset()
@@ -292,6 +293,7 @@ class TestDistillation:
             assert [m[name] for m in eager] == pytest.approx([m[name] for m in compiled], rel=1e-4)
 
     @pytest.mark.parametrize("more", [[], ["--fsdp"]])
+    @pytest.mark.slow
     def test_several_processes_train_as_one(self, more, full, logs):
         flags = [*FLAGS, "--distill_from", full, "--grad_accum_steps", 2, "--log_every_n_steps", 1, "--t_min", 3]
         if not (logs / "alone").exists():

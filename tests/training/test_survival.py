@@ -86,6 +86,7 @@ def run(unbroken, tmp_path) -> Path:
     return Path(shutil.copytree(unbroken, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(capfd):
     assert kill_training.main(["--kills", "2", "--seed", "3"]) == 0
     assert "2 of 2" in capfd.readouterr().out
@@ -94,6 +95,7 @@ def test_killed_at_random_moments(capfd):
 class TestStopping:
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
     @pytest.mark.parametrize("number, status", [(15, 143), (2, 130), (1, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1)])
+    @pytest.mark.slow
     def test_a_signal_ends_the_run_after_its_step(self, number, status, unbroken, tmp_path, fails):
         """It reaches the processes that load images as well, as from a terminal or a queue."""
         argv = argv_of(tmp_path, "--num_workers", 1, steps=2000)
@@ -386,6 +388,7 @@ class TestExport:
     resume=st.booleans(),
     value=st.sampled_from([None, -1, 10**30, 0.5, "x", "\udcff", [], {}, {"a": None}, {0: {}}, torch.zeros(2), True]),
 )
+@pytest.mark.slow
 def test_a_checkpoint_that_was_altered_is_refused_or_serves(where, inside, resume, value, unbroken, tmp_path_factory):
     """One value of its training state, at the top or further in, becomes something else."""
     folder = Path(shutil.copytree(unbroken, tmp_path_factory.mktemp("altered") / "run"))

@@ -398,6 +398,7 @@ class TestBadInput:
         argv = [*FLAGS, "--dataset", "folder", "--data_path", tmp_path, "--n_steps", 1, "--batch_size", 1]
         fails(train_script.main, [*argv, "--num_workers", 1, "--log_path", tmp_path / "l"], "no image can be read")
 
+    @pytest.mark.slow
     def test_no_permission(self, tmp_path, fails):
         (tmp_path / "file").write_text("")
         argv = [*FLAGS, "--n_steps", 2, "--log_path", tmp_path / "file"]

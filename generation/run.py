@@ -119,8 +119,14 @@ def noise_of(seed: int, indices: Sequence[int], device: torch.device) -> SeededN
     return SeededNoise([nth_seed(seed, "samples", i) for i in indices], device)
 
 
-def guide(config: Config, denoiser: Denoiser, scale: float, option: str = "--guidance_scale") -> Denoiser:
-    """The denoiser under classifier-free guidance, or as it is for a scale of 0.
+def guide(
+    config: Config,
+    denoiser: Denoiser,
+    scale: float,
+    option: str = "--guidance_scale",
+    guides: Callable[[int], bool] = lambda t: True,
+) -> Denoiser:
+    """The denoiser under classifier-free guidance at the timesteps where `guides`, or as it is for a scale of 0.
 
     option: named in the InputError for a network that has no class for none.
     """
@@ -131,7 +137,7 @@ def guide(config: Config, denoiser: Denoiser, scale: float, option: str = "--gui
             f'{option} {scale:g}: the network has no class that stands for "no class" '
             f"(num_classes={config.model_params.num_classes}, {len(config.classes)} of them real); leave it out"
         )
-    return guided(denoiser, scale, config.no_class)
+    return guided(denoiser, scale, config.no_class, guides)
 
 
 @torch.inference_mode()

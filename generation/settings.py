@@ -152,6 +152,17 @@ class SamplerSettings(RunSettings):
     guidance_scale_late: float | None = of_samples(
         None, "of the full backbone (default: --guidance_scale)", least=0, most=1000, decides=(), why=AS_STAGES
     )
+    guidance_t_min: int | None = of_samples(
+        None,
+        "guide at t from this on alone (default: 0); where the scale is off, the network runs once, not twice",
+        least=0,
+        most=99_999,
+        decides=(),
+        why=AS_STAGES,
+    )
+    guidance_t_max: int | None = of_samples(
+        None, "guide at t up to this alone (default: all)", least=0, most=99_999, decides=(), why=AS_STAGES
+    )
     stages: Path | None = of_stages(
         None,
         "YAML file with any number of networks and their timesteps, in place of --checkpoint_path",
@@ -180,6 +191,7 @@ class SamplerSettings(RunSettings):
         super().__post_init__()
         self._check_networks()
         self._check_calibration()
+        self._check_guidance()
         if self.offload and self.speed.compile:
             raise InputError("--offload moves the weights that --compile records the places of; give one of them")
 
@@ -208,6 +220,16 @@ class SamplerSettings(RunSettings):
             if getattr(self, name) not in (None, False) and not self.checkpoint_path_late:
                 raise InputError(f"--{name} needs --checkpoint_path_late")
 
+    def _check_guidance(self) -> None:
+        """End on an interval of guidance that is empty, or without guidance."""
+        least, most = self.guidance_t_min, self.guidance_t_max
+        if least is not None and most is not None and least > most:
+            raise InputError(f"--guidance_t_min {least} is more than --guidance_t_max {most}")
+        if (least is not None or most is not None) and not (
+            self.guidance_scale or self.guidance_scale_late or self.stages
+        ):
+            raise InputError("--guidance_t_min and --guidance_t_max need --guidance_scale")
+
     def _check_calibration(self) -> None:
         """End on options of --t_switch auto without it, and on what it cannot do."""
         if self.t_switch != "auto":
@@ -217,9 +239,11 @@ class SamplerSettings(RunSettings):
                 )
         elif not self.calibration.dataset:
             raise InputError("--t_switch auto: measures on real images; give --dataset")
-        elif self.offload or self.cache_interval > 1 or self.guidance_scale_late is not None:
+        of_stages = (self.guidance_scale_late, self.guidance_t_min, self.guidance_t_max)
+        if self.t_switch == "auto" and (self.offload or self.cache_interval > 1 or of_stages != (None, None, None)):
             raise InputError(
-                "--t_switch auto: not with --offload, --cache_interval or --guidance_scale_late; run calibrate.py first"
+                "--t_switch auto: not with --offload, --cache_interval, --guidance_scale_late, --guidance_t_min or "
+                "--guidance_t_max; run calibrate.py first"
             )
 
 

@@ -249,9 +249,10 @@ def _typed_item(f: Field, value: Any, where: str) -> Any:
 def _check_own(f: Field, kind: type, value: Mapping[Any, Any], where: str) -> None:
     """Raises InputError for a key that another class of the section has, and this one has not."""
     own = {nested.name for nested in fields_of(kind)}
-    for name, other in (f.about.kinds or {}).items():
+    kinds = f.about.kinds or {}
+    for name, other in kinds.items():
         if strange := [nested.name for nested in fields_of(other) if nested.name in value and nested.name not in own]:
-            here = [name for name, of in f.about.kinds.items() if of is kind]
+            here = [name for name, of in kinds.items() if of is kind]
             raise InputError(
                 f"{where}: {', '.join(strange)} belongs to {f.about.chosen_by} {name}, not {' or '.join(here)}"
             )

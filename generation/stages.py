@@ -47,10 +47,11 @@ class StageEntry(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for least, most in (("t_min", "t_max"), ("guidance_t_min", "guidance_t_max")):
-            low, high = getattr(self, least), getattr(self, most)
+        for name in ("t_min", "guidance_t_min"):
+            other = name.replace("min", "max")
+            low, high = getattr(self, name), getattr(self, other)
             if low is not None and high is not None and low > high:
-                raise InputError(f"{least}={low}, {most}={high}: wanted {least} <= {most}")
+                raise InputError(f"{name}={low}, {other}={high}: wanted {name} <= {other}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class Plan:
         highest = [num_timesteps - 1, *(stage.t_min - 1 for stage in self.stages[:-1])]
         described = []
         for stage, t_max in zip(self.stages, highest, strict=True):
-            about = {"network": stage.network, "t_min": stage.t_min, "t_max": t_max}
+            about: dict[str, Any] = {"network": stage.network, "t_min": stage.t_min, "t_max": t_max}
             about["guidance_scale"] = stage.guidance_scale
             interval = {name: getattr(stage, name) for name in ("guidance_t_min", "guidance_t_max")}
             if stage.guidance_scale:  # or else it decides nothing

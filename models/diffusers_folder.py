@@ -41,6 +41,7 @@ class DiffusersBackbone(Backbone):
     A variance that it makes too is dropped. It does not run around its middle, nor leave early.
     """
 
+    config: DiffusersConfig
     time_dtype = torch.float32  # the network makes sinusoids of them
 
     def __init__(self, network: nn.Module, config: DiffusersConfig):
@@ -65,9 +66,6 @@ class DiffusersBackbone(Backbone):
         raise InputError(
             f"--cache_interval: a {self.config.network} of diffusers does not run around its middle; leave it out"
         )
-
-    def denoise_around(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise AssertionError("see middle")
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ class DiT(Backbone):
     "no class", and who makes the batch puts that class (`config.no_class`) in the place of some.
     """
 
+    config: DiTConfig
+
     def __init__(self, **model_params):
         super().__init__()
         self.config = config = DiTConfig(**model_params)

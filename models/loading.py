@@ -60,6 +60,7 @@ def build_network(config: Config) -> UViT | DiT | EarlyExitUViT:
     backbone.time_scale, backbone.time_shift = config.diffusion_params.time_line
     if config.classifier_type is None:
         return backbone
+    assert isinstance(backbone, UViT), f"classifier_type with model {config.model}"
     return EarlyExitUViT(backbone, config.classifier_type, config.diffusion_params.num_timesteps)
 
 
@@ -126,7 +127,9 @@ def _load_folder(
         own.get("autoencoder", {}).pop("checkpoint_path", None)
     config = _agreed(path, own, stated, described)
     _check_kind(path, config, kind)
+    assert isinstance(config.model_params, DiffusersConfig), config.model
     network = load_backbone(folder, config.model_params)
+    assert isinstance(network, kind)
     network.time_scale, network.time_shift = config.diffusion_params.time_line
     if "diffusion_params" not in own:
         log.warning("%s has no scheduler; taken from %s: %s", path, described, config.conventions)

@@ -105,6 +105,8 @@ class UViT(Backbone):
     model_params: the fields of `UViTConfig`; anything else raises TypeError, a value out of range InputError.
     """
 
+    config: UViTConfig
+
     def __init__(self, **model_params):
         super().__init__()
         self.config = config = UViTConfig(**model_params)

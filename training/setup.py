@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.config import AutoencoderConfig, Config, build_config, carried_settings, contradictions
+from common.config import BACKBONES, AutoencoderConfig, Config, build_config, carried_settings, contradictions
 from common.devices import check_compiler
 from common.distributed import main_first, on_main, part_of
 from common.errors import InputError
@@ -107,10 +107,11 @@ Task = tuple[Config, nn.Module, Objective, Denoiser]  # the denoiser makes previ
 def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
     """A backbone from fresh weights, or from those of a deeper one."""
     given = stated(settings)
-    if settings.model not in (None, given.setdefault("model", settings.model or "uvit")):
-        raise InputError(
-            f"--model {settings.model} contradicts model {given['model']} of {settings.config_path}; leave one out"
-        )
+    model = given.setdefault("model", settings.model or "uvit")
+    if settings.model not in (None, model):
+        raise InputError(f"--model {settings.model} contradicts model {model} of {settings.config_path}; leave one out")
+    if model not in BACKBONES:
+        raise InputError(f"{settings.config_path} describes a {model}; train.py trains {' or '.join(BACKBONES)}")
     config = build_config(given, described_by(settings.config_path))
     torch.manual_seed(settings.seed)
     network = build_network(config)

@@ -80,15 +80,15 @@ class RunSettings(Checked):
     )
     class_name: tuple[str, ...] = of_samples(
         (),
-        'in place of --class_id: classes of ImageNet by their English names, such as "golden retriever", of networks '
-        "that number them by the sorted WordNet ids, as the public ones do",
+        'classes of ImageNet by name, such as "golden retriever", in place of --class_id; the network must number '
+        "them by the sorted WordNet ids, as the public ones do",
         decides=(),
         why="recorded as the numbers of --class_id",
     )
     guidance_scale: float = of_samples(
         0.0,
-        "s in cond + s (cond - uncond), 0 is off, and one less than the scale of DiT and SiT, uncond + s (cond - "
-        "uncond); needs a network with a class for none",
+        "s in cond + s (cond - uncond), 0 is off; the scales of DiT and SiT, in uncond + s (cond - uncond), are one "
+        "more; needs a network with a class for none",
         least=0,
         most=1000,
         decides=(),
@@ -154,14 +154,14 @@ class SamplerSettings(RunSettings):
     )
     guidance_t_min: int | None = of_samples(
         None,
-        "guide at t from this on alone (default: 0); where the scale is off, the network runs once, not twice",
+        "lowest t with guidance (default 0); without guidance the network runs once per step, not twice",
         least=0,
         most=99_999,
         decides=(),
         why=AS_STAGES,
     )
     guidance_t_max: int | None = of_samples(
-        None, "guide at t up to this alone (default: all)", least=0, most=99_999, decides=(), why=AS_STAGES
+        None, "highest t with guidance (default T - 1)", least=0, most=99_999, decides=(), why=AS_STAGES
     )
     stages: Path | None = of_stages(
         None,

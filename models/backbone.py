@@ -1,4 +1,4 @@
-"""What samplers and training ask of a backbone, whatever its blocks are."""
+"""The interface of backbones, for samplers and training."""
 
 from __future__ import annotations
 

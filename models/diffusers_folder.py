@@ -38,7 +38,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class DiffusersBackbone(Backbone):
     """A network of diffusers as a backbone for samplers: UNet2DModel or DiTTransformer2DModel.
 
-    A variance that it makes too is dropped. It does not run around its middle, nor leave early.
+    It drops a learned variance. It supports neither caches of its middle nor early exit.
     """
 
     config: DiffusersConfig
@@ -70,7 +70,7 @@ class DiffusersBackbone(Backbone):
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds."""
+    """The content of a folder."""
 
     network: Path  # folder of the network
     name: str  # its class in diffusers
@@ -103,7 +103,7 @@ def load_backbone(folder: Folder, config: DiffusersConfig) -> DiffusersBackbone:
 def pretrained(cls: Any, path: Path, what: str) -> nn.Module:
     """A model of diffusers from a folder of its config.json and safetensors.
 
-    cls: its class in diffusers. what: it is, for messages. Raises InputError for a folder that holds no such model,
+    cls: its class in diffusers. what: its name in messages. Raises InputError for a folder that holds no such model,
     pickles alone, or weights that do not fit or are not finite.
     """
     if not (path / "config.json").is_file():

@@ -207,7 +207,7 @@ def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, Image
 
 
 def with_label_dropout(settings: TrainingSettings, config: Config) -> TrainingSettings:
-    """The settings with how often the class is dropped: what the flag says, else what the network is made for."""
+    """The settings with a rate of label dropout: the flag's, else the class_dropout_prob of a DiT, else 0."""
     if settings.data.label_dropout is not None:
         return settings
     made_for = 0.0 if config.no_class is None else getattr(config.model_params, "class_dropout_prob", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import statistics
 from collections.abc import Sequence
@@ -200,7 +201,7 @@ def make_stages(
     for stage, visited in zip(plan.stages, own, strict=True):
         config = networks[stage.network].config
         denoiser = denoiser_of(backbones[stage.network], config, solver)
-        denoiser = guide(config, denoiser, stage.guidance_scale, stage.option)
+        denoiser = guide(config, denoiser, stage.guidance_scale, stage.option, stage.guides)
         session = partial(offloader.resident, stage.network) if offloader else nullcontext
         stages.append(Stage(denoiser, visited, session))
     return stages, backbones
@@ -220,7 +221,12 @@ def make_caches(
         return [None] * len(networks)
     caches: list[MiddleCache | None] = []
     for k, network in enumerate(networks):
-        of_network = [visited for stage, visited in zip(plan.stages, own, strict=True) if stage.network == k]
+        of_network = [
+            list(alike)  # the batch has another size where guidance begins or ends
+            for stage, visited in zip(plan.stages, own, strict=True)
+            for _, alike in itertools.groupby(visited, stage.guides)
+            if stage.network == k
+        ]
         cache = MiddleCache(outer, refreshing(of_network, settings.cache_interval))
         caches.append(cache if network.module.middle(outer) else None)
     if not any(cache and cache.refresh for cache in caches):
@@ -265,7 +271,7 @@ def describe_work(
     described = []
     for k, (name, network, backbone) in enumerate(zip(plan.names, networks, backbones, strict=True)):
         visited = [
-            (t, 2 if planned.guidance_scale else 1)  # guidance runs each image with and without its class
+            (t, 2 if planned.guides(t) else 1)  # guidance runs each image twice, with its class and without
             for planned, stage in zip(plan.stages, stages, strict=True)
             for t in stage.timesteps
             if planned.network == k

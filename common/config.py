@@ -129,7 +129,7 @@ class DiTConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersConfig(Checked):
-    """A network in a folder of diffusers, as far as samplers ask. Its architecture stays in that folder."""
+    """A network in a folder of diffusers, without its architecture, which the folder has."""
 
     network: str = option(flag=False, help="its class in diffusers", choices=("UNet2DModel", "DiTTransformer2DModel"))
     sample_size: int = option(flag=False, help="side of the images or latents", least=1, most=4096)

@@ -44,13 +44,16 @@ def split_timesteps(timesteps: Sequence[int], lowest: Sequence[int]) -> list[lis
     return [[t for t in timesteps if least <= t <= most] for least, most in zip(lowest, highest, strict=True)]
 
 
-def guided(denoiser: Denoiser, scale: float, no_class: int) -> Denoiser:
+def guided(denoiser: Denoiser, scale: float, no_class: int, guides: Callable[[int], bool] = lambda t: True) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans 2022): cond + scale (cond - uncond), both in one call.
 
-    scale: 0 is no guidance. no_class: the class that stands for none.
+    scale: 0 is no guidance. no_class: the class that stands for none. guides: whether there is guidance at t; where
+    there is none, cond alone is called for (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     """
 
     def both(x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        if not guides(t):
+            return denoiser(x_t, t, y)
         assert y is not None, "guidance without classes"
         classes = torch.cat([y, torch.full_like(y, no_class)])
         cond, uncond = denoiser(torch.cat([x_t, x_t]), t, classes).chunk(2)

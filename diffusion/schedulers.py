@@ -18,9 +18,9 @@ SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_c
 def process_of(about: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The parametrization and the diffusion_params of a network whose time input is the 0-based t.
 
-    about: the content of scheduler_config.json. The noise schedule and the meaning of the output are taken, not how
-    that scheduler steps (its variance, clipping and spacing of timesteps). where: the file, named in the InputError
-    for a process that cannot be said in this project's words.
+    about: the content of scheduler_config.json, of which the scheduler's steps (variance, clipping, spacing of
+    timesteps) are left out: the sampler has its own. where: the file, named in the InputError for a process that this
+    project does not have.
     """
     name = about.get("_class_name", "the scheduler")
     prediction = about.get("prediction_type", "epsilon")

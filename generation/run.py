@@ -114,8 +114,14 @@ def noise_of(seed: int, indices: Sequence[int], device: torch.device) -> SeededN
     return SeededNoise([nth_seed(seed, "samples", i) for i in indices], device)
 
 
-def guide(config: Config, denoiser: Denoiser, scale: float, option: str = "--guidance_scale") -> Denoiser:
-    """The denoiser with classifier-free guidance; unchanged for a scale of 0.
+def guide(
+    config: Config,
+    denoiser: Denoiser,
+    scale: float,
+    option: str = "--guidance_scale",
+    guides: Callable[[int], bool] = lambda t: True,
+) -> Denoiser:
+    """The denoiser with classifier-free guidance at each t for which `guides` is true; unchanged for a scale of 0.
 
     option: the flag to name in the InputError for a network without a "no class".
     """
@@ -126,7 +132,7 @@ def guide(config: Config, denoiser: Denoiser, scale: float, option: str = "--gui
             f'{option} {scale:g}: the network has no class that stands for "no class" '
             f"(num_classes={config.model_params.num_classes}, {len(config.classes)} of them real); leave it out"
         )
-    return guided(denoiser, scale, config.no_class)
+    return guided(denoiser, scale, config.no_class, guides)
 
 
 @torch.inference_mode()

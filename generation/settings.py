@@ -83,8 +83,8 @@ class RunSettings(Checked):
     )
     class_name: tuple[str, ...] = of_samples(
         (),
-        'in place of --class_id: classes of ImageNet by their English names, such as "golden retriever", of networks '
-        "that number them by the sorted WordNet ids, as the public ones do",
+        'classes of ImageNet by name, such as "golden retriever", in place of --class_id; the network must number '
+        "them by the sorted WordNet ids, as the public ones do",
         decides=(),
         why="recorded as the numbers of --class_id",
     )
@@ -197,6 +197,17 @@ class SamplerSettings(RunSettings):
         decides=(),
         why=AS_STAGES,
     )
+    guidance_t_min: int | None = of_samples(
+        None,
+        "lowest t with guidance (default 0); without guidance the network runs once per step, not twice",
+        least=0,
+        most=99_999,
+        decides=(),
+        why=AS_STAGES,
+    )
+    guidance_t_max: int | None = of_samples(
+        None, "highest t with guidance (default T - 1)", least=0, most=99_999, decides=(), why=AS_STAGES
+    )
     stages: Path | None = of_stages(
         None,
         "YAML file with any number of networks and their timesteps, in place of --checkpoint_path",
@@ -226,6 +237,7 @@ class SamplerSettings(RunSettings):
         super().__post_init__()
         self._check_networks()
         self._check_calibration()
+        self._check_guidance()
         if self.cache_interval == 1 and self.cache_outer is not None:
             raise InputError("--cache_outer needs a --cache_interval of 2 or more")
         if self.cache_interval > 1 and self.cache_outer is None:
@@ -258,6 +270,16 @@ class SamplerSettings(RunSettings):
             if getattr(self, name) not in (None, False) and not self.checkpoint_path_late:
                 raise InputError(f"--{name} needs --checkpoint_path_late")
 
+    def _check_guidance(self) -> None:
+        """End on an interval of guidance that is empty, or without guidance."""
+        least, most = self.guidance_t_min, self.guidance_t_max
+        if least is not None and most is not None and least > most:
+            raise InputError(f"--guidance_t_min {least} is more than --guidance_t_max {most}")
+        if (least is not None or most is not None) and not (
+            self.guidance_scale or self.guidance_scale_late or self.stages
+        ):
+            raise InputError("--guidance_t_min and --guidance_t_max need --guidance_scale")
+
     def _check_calibration(self) -> None:
         """Raises InputError for options that need --t_switch auto, or that it does not support."""
         if self.t_switch != "auto":
@@ -266,9 +288,11 @@ class SamplerSettings(RunSettings):
                     raise InputError(f"--{f.name} belongs to --t_switch auto")
         elif not self.calibration.dataset:
             raise InputError("--t_switch auto: measures on real images; give --dataset")
-        elif self.offload or self.cache_interval > 1 or self.guidance_scale_late is not None:
+        of_stages = (self.guidance_scale_late, self.guidance_t_min, self.guidance_t_max)
+        if self.t_switch == "auto" and (self.offload or self.cache_interval > 1 or of_stages != (None, None, None)):
             raise InputError(
-                "--t_switch auto: not with --offload, --cache_interval or --guidance_scale_late; run calibrate.py first"
+                "--t_switch auto: not with --offload, --cache_interval, --guidance_scale_late, --guidance_t_min or "
+                "--guidance_t_max; run calibrate.py first"
             )
 
 

@@ -6,6 +6,7 @@
         t_min: 400                     # the lowest and the highest timestep at which it runs
         t_max: 999
         guidance_scale: 0.4            # optional (default: the run's own)
+        guidance_t_min: 500            # optional, with guidance_t_max: guidance is off at t outside of these
       - checkpoint_path: full.pth
         t_min: 0
         t_max: 399
@@ -40,12 +41,17 @@ class StageEntry(Checked):
     config_path: Path | None = None
     t_min: int = option(least=0, most=99_999)
     t_max: int = option(least=0, most=99_999)
-    guidance_scale: float | None = option(None, least=0, most=1000)  # None: that of the run
+    guidance_scale: float | None = option(None, least=0, most=1000)  # None: that of the run, as for those below
+    guidance_t_min: int | None = option(None, least=0, most=99_999)
+    guidance_t_max: int | None = option(None, least=0, most=99_999)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.t_min > self.t_max:
-            raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted t_min <= t_max")
+        for name in ("t_min", "guidance_t_min"):
+            other = name.replace("min", "max")
+            low, high = getattr(self, name), getattr(self, other)
+            if low is not None and high is not None and low > high:
+                raise InputError(f"{name}={low}, {other}={high}: wanted {name} <= {other}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,14 @@ class PlannedStage:
     t_min: int  # its lowest timestep; all higher ones belong to the stages before it
     guidance_scale: float
     option: str  # the source of guidance_scale, for messages
+    guidance_t_min: int | None = None  # the scale is 0 at smaller t
+    guidance_t_max: int | None = None  # and at larger t
+
+    def guides(self, t: int) -> bool:
+        """Whether the network is guided at t: it then runs each image twice, with its class and without."""
+        above = self.guidance_t_min is None or t >= self.guidance_t_min
+        below = self.guidance_t_max is None or t <= self.guidance_t_max
+        return self.guidance_scale > 0 and above and below
 
 
 @dataclass(frozen=True)
@@ -116,10 +130,15 @@ class Plan:
     def described(self, num_timesteps: int) -> list[dict[str, Any]]:
         """The stages as plain values, for the record of a run."""
         highest = [num_timesteps - 1, *(stage.t_min - 1 for stage in self.stages[:-1])]
-        return [
-            {"network": stage.network, "t_min": stage.t_min, "t_max": t_max, "guidance_scale": stage.guidance_scale}
-            for stage, t_max in zip(self.stages, highest, strict=True)
-        ]
+        described = []
+        for stage, t_max in zip(self.stages, highest, strict=True):
+            about: dict[str, Any] = {"network": stage.network, "t_min": stage.t_min, "t_max": t_max}
+            about["guidance_scale"] = stage.guidance_scale
+            interval = {name: getattr(stage, name) for name in ("guidance_t_min", "guidance_t_max")}
+            if stage.guidance_scale:  # or else it decides nothing
+                about |= {name: t for name, t in interval.items() if t is not None}
+            described.append(about)
+        return described
 
     def switched_at(self, t_switch: int) -> Plan:
         """The plan with the second of its two stages at every t <= t_switch."""
@@ -150,8 +169,10 @@ def plan_of(settings: SamplerSettings) -> Plan:
     """
     if settings.stages is not None:
         return _plan_of_file(settings.stages, settings)
+    interval = settings.guidance_t_min, settings.guidance_t_max
     if settings.checkpoint_path_late is None:
-        return one_stage(settings)
+        guided = PlannedStage(0, 0, settings.guidance_scale, "--guidance_scale", *interval)
+        return replace(one_stage(settings), stages=[guided])
     assert settings.checkpoint_path is not None and settings.checkpoint_path_late is not None, "--t_switch of no two"
     early = settings.checkpoint_path, settings.config_path
     late = settings.checkpoint_path_late, settings.config_path_late
@@ -160,8 +181,8 @@ def plan_of(settings: SamplerSettings) -> Plan:
     return Plan(
         [early, late],
         [
-            PlannedStage(0, lowest, settings.guidance_scale, "--guidance_scale"),
-            PlannedStage(1, 0, scale, "--guidance_scale_late"),
+            PlannedStage(0, lowest, settings.guidance_scale, "--guidance_scale", *interval),
+            PlannedStage(1, 0, scale, "--guidance_scale_late", *interval),
         ],
         source=f"--t_switch {settings.t_switch}",
     )
@@ -173,12 +194,16 @@ def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
     files = list(dict.fromkeys(used))
     if settings.offload and len(files) == 1:
         raise InputError(f"--offload keeps idle networks away; {path} names one alone")
-    stages = [
-        PlannedStage(files.index(file), stage.t_min, settings.guidance_scale, "--guidance_scale")
-        if stage.guidance_scale is None
-        else PlannedStage(files.index(file), stage.t_min, stage.guidance_scale, f"{path}: guidance_scale")
-        for file, stage in zip(used, content.stages, strict=True)
-    ]
+    stages = []
+    for file, stage in zip(used, content.stages, strict=True):
+        scale, option = stage.guidance_scale, f"{path}: guidance_scale"
+        if scale is None:
+            scale, option = settings.guidance_scale, "--guidance_scale"
+        interval = {
+            name: getattr(settings if getattr(stage, name) is None else stage, name)
+            for name in ("guidance_t_min", "guidance_t_max")
+        }
+        stages.append(PlannedStage(files.index(file), stage.t_min, scale, option, **interval))
     return Plan(files, stages, content.stages[0].t_max + 1, content.calibration, str(path))
 
 

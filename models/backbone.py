@@ -1,8 +1,6 @@
-"""What samplers and training ask of a backbone, whatever its blocks are."""
+"""The interface of backbones, for samplers and training."""
 
 from __future__ import annotations
-
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from common.config import DiffusersConfig, DiTConfig, UViTConfig
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module):
     """Predicts what `parametrization` says from a noisy image, its timestep and its class."""
 
     config: UViTConfig | DiTConfig | DiffusersConfig
@@ -25,22 +23,21 @@ class Backbone(nn.Module, ABC):
         """x: (B, C, H, W). timesteps: (B,), or one for all, int or float. y: (B,) classes. Returns (B, C, H, W)."""
         return self.denoise(x, self.time_tokens(per_image(timesteps, x)), y)
 
-    @abstractmethod
     def time_tokens(self, timesteps: Tensor) -> Tensor:
         """What the network is told of the noise level: timesteps (B,) -> (B, D)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def denoise(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """`forward` for those who have the `time_tokens` already, (B, D), or (1, D) for all."""
+        raise NotImplementedError
 
-    @abstractmethod
     def middle(self, outer: int) -> range:
         """The layers without the first and the last `outer`; empty where there are no more.
 
         Raises InputError for a network that does not run around its middle.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def denoise_around(
         self, x: Tensor, time: Tensor, y: Tensor | None, outer: int, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -49,6 +46,7 @@ class Backbone(nn.Module, ABC):
         residual: (B, N, D), what the middle's blocks add to the tokens that enter the first of them; None to run them.
         Returns the output (B, C, H, W) and the residual.
         """
+        raise NotImplementedError
 
 
 def per_image(timesteps: Tensor | float, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class DiffusersBackbone(Backbone):
     """A network of diffusers as a backbone for samplers: UNet2DModel or DiTTransformer2DModel.
 
-    A variance that it makes too is dropped. It does not run around its middle, nor leave early.
+    It drops a learned variance. It supports neither caches of its middle nor early exit.
     """
 
     config: DiffusersConfig
@@ -69,13 +69,10 @@ class DiffusersBackbone(Backbone):
             f"--cache_interval: a {self.config.network} of diffusers does not run around its middle; leave it out"
         )
 
-    def denoise_around(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise AssertionError("see middle")
-
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds."""
+    """The content of a folder."""
 
     network: Path  # folder of the network
     name: str  # its class in diffusers
@@ -108,7 +105,7 @@ def load_backbone(folder: Folder, config: DiffusersConfig) -> DiffusersBackbone:
 def pretrained(cls: type[M], path: Path, what: str) -> M:
     """A model of diffusers from a folder of its config.json and safetensors.
 
-    cls: its class in diffusers. what: it is, for messages. Raises InputError for a folder that holds no such model,
+    cls: its class in diffusers. what: its name in messages. Raises InputError for a folder that holds no such model,
     pickles alone, or weights that do not fit or are not finite.
     """
     if not (path / "config.json").is_file():

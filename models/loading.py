@@ -125,7 +125,7 @@ def _agreed(path: Path, carried: Mapping[str, Any], stated: Mapping[str, Any], d
 def _load_folder(
     path: Path, stated: Mapping[str, Any], kind: type[M], described: str, device: torch.device | str
 ) -> Network[M]:
-    """`load_network`, of a folder of diffusers, which says itself what it holds but for the process of a lone model."""
+    """`load_network` for a folder of diffusers; a model without a scheduler takes its process from `stated`."""
     folder = read_folder(path)
     own = folder.description
     if (stated.get("autoencoder") or {}).get("checkpoint_path"):

@@ -82,11 +82,9 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
 
 def is_exported(folder: Path) -> bool:
     """Whether it is a folder that export.py wrote."""
-    return (folder / "config.json").is_file() and _format_of(read_json(folder / "config.json")) == FORMAT
-
-
-def _format_of(content: Any) -> Any:
-    return content.get("format") if isinstance(content, dict) else None
+    path = folder / "config.json"
+    content = read_json(path) if path.is_file() else None
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def _read_exported(folder: Path) -> Weights:

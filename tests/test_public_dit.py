@@ -194,3 +194,15 @@ def test_what_does_not_fit_is_named(early, late, flags, words, files, tmp_path, 
     flags = flags if "--t_switch" in flags else [*flags, "--t_switch", 500]
     fails(sampler_script.main, argv_of(files, early, late, tmp_path / "out", *flags), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_latents_of_two_scales(files, tmp_path, fails):
+    settings = read_yaml(files / "sit_imagenet256_s.yaml")
+    settings["autoencoder"]["scale_factor"] = 0.13025
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(settings))
+    argv = argv_of(files, "sit_imagenet256_s", "dit_imagenet256_xl", tmp_path / "out", "--t_switch", 500)
+    argv[argv.index(str(files / "sit_imagenet256_s.yaml"))] = str(tmp_path / "other.yaml")
+    fails(sampler_script.main, argv, "scale of latents (0.13025 and 0.18215)")
+    argv += ["--class_id", "1000"]
+    argv[argv.index(str(tmp_path / "other.yaml"))] = str(files / "sit_imagenet256_s.yaml")
+    fails(sampler_script.main, argv, "--class_id 1000: the network knows classes 0..999")

@@ -78,7 +78,7 @@ def export(source: Path, target: Path, weights: str, scores: Path | None = None)
         raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
     check_numbers(read.state_dict, source)
     if in_folder:
-        card = model_card(read, target, scores)
+        card = model_card(read, read.settings, target, scores)
         target.mkdir(exist_ok=True)
         _write_folder(read, target, card)
     else:
@@ -106,13 +106,12 @@ def _write_folder(read: Weights, folder: Path, card: str) -> None:
         temporary.write_text(card, encoding="utf-8")
 
 
-def model_card(read: Weights, folder: Path, scores: Path | None) -> str:
+def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scores: Path | None) -> str:
     """README.md of a folder: what the network is and was trained on, how it scored, how to sample from it.
 
-    scores: metrics.json. Raises InputError for one of other networks.
+    description: of the network, see common.config. scores: metrics.json. Raises InputError for one of other networks.
     """
-    assert read.settings is not None, "weights without a description have no card"
-    config = build_config(read.settings, str(folder))
+    config = build_config(description, str(folder))
     params = config.model_params
     channels, side, _ = params.image_shape
     early_exit = config.model == "deediff_uvit"
@@ -138,20 +137,26 @@ def model_card(read: Weights, folder: Path, scores: Path | None) -> str:
     parts = [
         f"# {folder.resolve().name}\n\nA diffusion model of DuoDiff.",
         _markdown(("", ""), rows),
-        *([f"## Scores\n\n{_scores(read, scores)}"] if scores else []),
+        *(
+            [f"## Scores\n\n{_scores({**description, 'step': read.step, 'weights': read.kind}, scores)}"]
+            if scores
+            else []
+        ),
         f"## Sampling\n\n```\n{shlex.join(words)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _scores(read: Weights, path: Path) -> str:
-    """The scores as a table, with what they depend on. Raises InputError for those of other networks."""
+def _scores(own: Mapping[str, Any], path: Path) -> str:
+    """The scores as a table, with what they depend on.
+
+    own: the network's description, step and kind of weights. Raises InputError for scores of other networks.
+    """
     content = read_json(path)
     run = _mapping_in(content, "run")
     backbones = run.get("backbones")
     if not isinstance(backbones, list) or not any(name in content for name in SCORES):
         raise InputError(f"--scores {path}: wanted the report/metrics.json that fid.py wrote of samples")
-    own = {**(read.settings or {}), "step": read.step, "weights": read.kind}
     found = [contradictions(own, backbone) for backbone in backbones if isinstance(backbone, Mapping)]
     if [] not in found:
         differ = ", ".join(found[0]) if found else "all"

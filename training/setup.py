@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.config import AutoencoderConfig, Config, build_config, carried_settings, contradictions
+from common.config import BACKBONES, AutoencoderConfig, Config, build_config, carried_settings, contradictions
 from common.devices import check_compiler
 from common.distributed import main_first, on_main, part_of
 from common.errors import InputError
@@ -114,10 +114,11 @@ Task = tuple[Config, Backbone | EarlyExitUViT, Objective, Denoiser]  # the denoi
 def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
     """A backbone with fresh weights, or initialised from a deeper one."""
     given = stated(settings)
-    if settings.model not in (None, given.setdefault("model", settings.model or "uvit")):
-        raise InputError(
-            f"--model {settings.model} contradicts model {given['model']} of {settings.config_path}; leave one out"
-        )
+    model = given.setdefault("model", settings.model or "uvit")
+    if settings.model not in (None, model):
+        raise InputError(f"--model {settings.model} contradicts model {model} of {settings.config_path}; leave one out")
+    if model not in BACKBONES:
+        raise InputError(f"{settings.config_path} describes a {model}; train.py trains {' or '.join(BACKBONES)}")
     config = build_config(given, described_by(settings.config_path))
     torch.manual_seed(settings.seed)
     network = build_network(config)
@@ -217,7 +218,7 @@ def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, Image
 
 
 def with_label_dropout(settings: TrainingSettings, config: Config) -> TrainingSettings:
-    """The settings with how often the class is dropped: what the flag says, else what the network is made for."""
+    """The settings with a rate of label dropout: the flag's, else the class_dropout_prob of a DiT, else 0."""
     if settings.data.label_dropout is not None:
         return settings
     made_for = 0.0 if config.no_class is None else getattr(config.model_params, "class_dropout_prob", 0.0)

@@ -18,6 +18,7 @@ from diffusers import (
     DiTTransformer2DModel,
     UNet2DModel,
 )
+from safetensors.torch import save_file
 
 import calibrate as calibrate_script
 import eesampler as eesampler_script
@@ -147,6 +148,21 @@ def test_classes_of_a_unet_are_its_own(tmp_path):
     torch.testing.assert_close(ours.module(x, t, y), network(x, t, y).sample)
     with pytest.raises(InputError, match="missing"):
         ours.module(x, t)
+
+
+def test_names_of_older_files(tmp_path):
+    """Attention had other names in the files of the first releases, the public networks' among them."""
+    network = noisy(UNet2DModel(**UNET))
+    network.save_pretrained(tmp_path / "net")
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = network.state_dict()
+    for new, old in older.items():
+        weights = {name.replace(new, old): value for name, value in weights.items()}
+    assert weights.keys() != network.state_dict().keys()
+    save_file(weights, tmp_path / "net" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    x = torch.randn(1, 1, 8, 8)
+    ours = load_network(tmp_path / "net", {}, Backbone).module
+    torch.testing.assert_close(ours(x, 7), network(x, torch.tensor([7])).sample)
 
 
 def test_between_timesteps_in_half_precision(tmp_path):

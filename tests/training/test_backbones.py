@@ -135,6 +135,9 @@ def test_a_model_that_contradicts_the_file(tmp_path, fails):
     (tmp_path / "dit.yaml").write_text(yaml.safe_dump({"model": "dit", "model_params": SHAPE}))
     argv = [*TRAINING, "--model", "uvit", "--config_path", tmp_path / "dit.yaml", "--log_path", tmp_path]
     fails(train_script.main, argv, "--model uvit contradicts model dit")
+    early_exit = {"model": "deediff_uvit", "classifier_type": "mlp_probe_per_layer", "model_params": {"img_size": 8}}
+    (tmp_path / "dit.yaml").write_text(yaml.safe_dump(early_exit))
+    fails(train_script.main, [*TRAINING, *argv[-4:]], "describes a deediff_uvit; train.py trains uvit or dit")
     (tmp_path / "dit.yaml").write_text(yaml.safe_dump({"model": "dti", "model_params": SHAPE}))
     fails(train_script.main, [*TRAINING, *argv[-4:]], "model='dti'", "uvit, dit")
 

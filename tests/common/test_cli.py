@@ -19,7 +19,7 @@ COMMANDS = commands()
 PER_COMMAND = pytest.mark.parametrize("command", COMMANDS, ids=str)
 TOO_LARGE = [str(2**63), "9" * 400, "9" * 5000, "-" + "9" * 5000, "1e400", "inf", "-inf", "nan"]
 REFUSED = r" is no (whole )?number| is out of range, wanted (-?[0-9]|more than [0-9])"
-MAY_BE_MINUS_1 = {"num_classes", "t_switch", "time_shift"}
+MAY_BE_MINUS_1 = {"num_classes", "t_switch", "logsnr_switch", "time_shift"}
 
 
 def refusal(command: Command, argv: Sequence[str]) -> str:

@@ -74,7 +74,7 @@ def test_what_is_no_alpha_bar_is_named(wrong, beta_schedule):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_timesteps": 0}, {"beta_schedule": "cosine"}, {"beta_start": 0.1}, {"beta_end": 1.0}]
+    "wrong", [{"num_timesteps": 0}, {"beta_schedule": "quadratic"}, {"beta_start": 0.1}, {"beta_end": 1.0}]
 )
 def test_a_schedule_that_is_none_is_named(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):

@@ -53,7 +53,7 @@ def calls(monkeypatch):
     made, call = [], BackboneDenoiser.__call__
 
     def recording(self, x_t, t, y):
-        made.append((self.uvit.config.num_blocks, t))
+        made.append((self.backbone.config.num_blocks, t))
         return call(self, x_t, t, y)
 
     monkeypatch.setattr(BackboneDenoiser, "__call__", recording)
@@ -153,7 +153,7 @@ def test_the_record_of_a_run_holds_no_place_and_no_time(full, shallow, tmp_path,
     assert sorted(recorded) == sorted(
         [
             *("seed", "solver", "steps", "eta", "clip_x0", "class_id", "stages", "cache_interval", "cache_outer"),
-            *("timesteps_save", "precision", "device", "autoencoder_sha256", "networks"),
+            *("timesteps_save", "precision", "device", "autoencoder_sha256", "networks", "sampling_schedule"),
             *("dataset", "crop", "n_images", "speedup", "budget"),  # of --t_switch auto
         ]
     )

@@ -16,6 +16,7 @@ from tests.conftest import TINY, perturbed
 
 CPU = torch.device("cpu")
 TIMESTEPS = [999, 998, 500, 0]
+TIMES = {t: t for t in TIMESTEPS}  # the networks' own: the schedule is theirs
 
 
 def make(depth: int = 3, **changes) -> UViT:
@@ -39,7 +40,7 @@ def threshold_for(model: EarlyExitUViT, x: torch.Tensor) -> float:
 def test_in_fp32_it_is_the_network(changes):
     uvit, x = make(**changes), torch.randn(4, 1, 8, 8)
     y = torch.tensor([0, 1, 2, 0]) if "num_classes" in changes else None
-    denoiser = BackboneDenoiser(uvit, TIMESTEPS, torch.float32, CPU)
+    denoiser = BackboneDenoiser(uvit, TIMES, torch.float32, CPU)
     for t in TIMESTEPS:
         torch.testing.assert_close(denoiser(x, t, y), uvit(x, t, y))
 
@@ -50,7 +51,7 @@ def test_half_precision_is_near_and_gives_fp32(dtype, tolerance):
     """Eight or eleven bits of a number, a few roundings in a row: errors of a few 2^-8 or 2^-11 of the scale."""
     uvit, x = UViT(**TINY, depth=3).eval(), torch.randn(4, 1, 8, 8)
     want = uvit(x, 500)
-    got = BackboneDenoiser(uvit, TIMESTEPS, dtype, CPU)(x, 500, None)
+    got = BackboneDenoiser(uvit, TIMES, dtype, CPU)(x, 500, None)
     assert got.dtype == torch.float32
     assert uvit.pos_embed.dtype == dtype
     assert 0 < (got - want).abs().max() < tolerance * want.abs().max()
@@ -60,7 +61,7 @@ def test_neighbouring_timesteps_stay_apart_in_half_precision():
     """bf16 has no 998: the sinusoids are made of the exact number."""
     uvit = make()
     exact = uvit.time_tokens(torch.tensor(TIMESTEPS))
-    tokens = BackboneDenoiser(uvit, TIMESTEPS, torch.bfloat16, CPU).time_tokens
+    tokens = BackboneDenoiser(uvit, TIMES, torch.bfloat16, CPU).time_tokens
     assert not torch.equal(tokens[999], tokens[998])
     torch.testing.assert_close(torch.cat([tokens[t] for t in TIMESTEPS]).float(), exact, rtol=0, atol=2**-8)
 
@@ -71,7 +72,7 @@ def test_early_exit_in_half_precision_leaves_where_fp32_does():
     model = make_early_exit()
     threshold = threshold_for(model, x)
     want = model.trace_early_exit(x, 500, threshold=threshold)
-    tracer = EarlyExitTracer(model, TIMESTEPS, torch.bfloat16, CPU, threshold=threshold)
+    tracer = EarlyExitTracer(model, TIMES, torch.bfloat16, CPU, threshold=threshold)
     got = tracer(x, 500, None)
     assert got.output.dtype == torch.float32
     assert len(want.exit_layer.unique()) > 1, "the case is of no use if all leave at one layer"
@@ -85,14 +86,14 @@ def test_compiled_and_eager_agree():
     """Also for a last batch of another size, and for batches that shrink on the way."""
     x = torch.randn(6, 1, 8, 8)
     uvit = make()
-    eager, compiled = (BackboneDenoiser(uvit, TIMESTEPS, torch.float32, CPU, compiled=c) for c in (False, True))
+    eager, compiled = (BackboneDenoiser(uvit, TIMES, torch.float32, CPU, compiled=c) for c in (False, True))
     for t, images in ((999, x), (0, x), (500, x[:2])):
         torch.testing.assert_close(compiled(images, t, None), eager(images, t, None), rtol=1e-4, atol=1e-4)
 
     model = make_early_exit()
     threshold = threshold_for(model, x)
-    want = EarlyExitTracer(model, TIMESTEPS, torch.float32, CPU, threshold=threshold)(x, 500, None)
-    tracer = EarlyExitTracer(model, TIMESTEPS, torch.float32, CPU, threshold=threshold, compiled=True)
+    want = EarlyExitTracer(model, TIMES, torch.float32, CPU, threshold=threshold)(x, 500, None)
+    tracer = EarlyExitTracer(model, TIMES, torch.float32, CPU, threshold=threshold, compiled=True)
     got = tracer(x, 500, None)
     assert len(want.exit_layer.unique()) > 1, "the case is of no use if all leave at one layer"
     assert torch.equal(got.exit_layer, want.exit_layer)
@@ -104,7 +105,7 @@ def test_offloading_moves_weights_and_changes_no_image(monkeypatch):
     networks = [make(1), make(3)]
     schedule = NoiseSchedule(num_timesteps=20)
     timesteps = list(range(19, -1, -1))
-    denoisers = [BackboneDenoiser(n, timesteps, torch.float32, CPU) for n in networks]
+    denoisers = [BackboneDenoiser(n, {t: t for t in timesteps}, torch.float32, CPU) for n in networks]
 
     def images(session=lambda k: nullcontext()):
         stages = [
@@ -154,9 +155,9 @@ def test_what_was_called_before_does_not_matter():
     uvit, x, other = make(5), torch.randn(3, 1, 8, 8), torch.randn(2, 1, 8, 8)
 
     def denoiser():
-        return BackboneDenoiser(uvit, TIMESTEPS, torch.float32, CPU, cache=MiddleCache(1, {999, 500}))
+        return BackboneDenoiser(uvit, TIMES, torch.float32, CPU, cache=MiddleCache(1, {999, 500}))
 
-    fresh, used, plain = denoiser(), denoiser(), BackboneDenoiser(uvit, TIMESTEPS, torch.float32, CPU)
+    fresh, used, plain = denoiser(), denoiser(), BackboneDenoiser(uvit, TIMES, torch.float32, CPU)
     assert torch.equal(used(other, 998, None), plain(other, 998, None)), "nothing was kept yet"
     want = [fresh(x, t, None) for t in TIMESTEPS]
     assert torch.equal(used(x, 998, None), plain(x, 998, None)), "what was kept is of another batch size"
@@ -171,7 +172,7 @@ def test_each_network_keeps_its_own_cache():
     one, two = (make(3), make(5))
     x = torch.randn(2, 1, 8, 8)
     alone, together = (
-        [BackboneDenoiser(n, TIMESTEPS, torch.float32, CPU, cache=MiddleCache(1, {999})) for n in (one, two)]
+        [BackboneDenoiser(n, TIMES, torch.float32, CPU, cache=MiddleCache(1, {999})) for n in (one, two)]
         for _ in range(2)
     )
     want = [[denoiser(x, t, None) for t in (999, 0)] for denoiser in alone]
@@ -183,7 +184,7 @@ def test_each_network_keeps_its_own_cache():
 def test_under_guidance_both_halves_keep_theirs():
     uvit, x, y = make(5, num_classes=4), torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     both, cond, uncond = (
-        BackboneDenoiser(uvit, TIMESTEPS, torch.float32, CPU, cache=MiddleCache(1, {999})) for _ in range(3)
+        BackboneDenoiser(uvit, TIMES, torch.float32, CPU, cache=MiddleCache(1, {999})) for _ in range(3)
     )
     for t in TIMESTEPS:
         with_class, without = cond(x, t, y), uncond(x, t, torch.full_like(y, 3))
@@ -198,7 +199,7 @@ def test_the_cache_compiled_and_in_half_precision():
 
     def run(dtype=torch.float32, compiled=False):
         cache = MiddleCache(1, {999, 500})
-        denoiser = BackboneDenoiser(uvit, TIMESTEPS, dtype, CPU, compiled=compiled, cache=cache)
+        denoiser = BackboneDenoiser(uvit, TIMES, dtype, CPU, compiled=compiled, cache=cache)
         return torch.stack([denoiser(images, t, None)[:2] for images in (x, x[:2]) for t in TIMESTEPS])
 
     want = run()

@@ -26,7 +26,8 @@ SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # scale of the latents of the public U-ViT weights
 MOST_YAML_BYTES = 2**20
-BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp", "cosine", "rectified_flow")
+WITHOUT_NUMBERS = ("cosine", "rectified_flow")  # schedules without beta_start and beta_end
+BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp", *WITHOUT_NUMBERS)
 # Of samplers that do not use the network's schedule: latent diffusion's betas for scaled_linear, DDPM's for the others.
 SAMPLING_SCHEDULES: dict[str, dict[str, Any]] = {
     name: {"beta_schedule": name, "beta_start": 1e-4, "beta_end": 0.02} for name in BETA_SCHEDULES
@@ -175,7 +176,8 @@ class DiffusionConfig(Checked):
     between T points of the continuous VP process (continuous_vp), whose beta rises from T beta_start to T beta_end in
     time 0..1; or those of the squared cosine (cosine; Nichol and Dhariwal 2021, Eq. 17, betas of at most 0.999); or
     those of the variance-preserving process that has, at the times s = (t + 1/2) / T, the signal-to-noise ratio of
-    rectified flow, x_s = (1 - s) x0 + s eps (rectified_flow; Liu et al. 2023). The last two take no other numbers.
+    rectified flow, x_s = (1 - s) x0 + s eps (rectified_flow; Liu et al. 2023). The last two ignore beta_start and
+    beta_end.
 
     The network's time input is time_scale * (t + time_shift), or with toward_data time_scale * (T - t - time_shift),
     see `diffusion.time_input`. The public U-ViT weights expect 0.999 (t + 1), which is 999 times the continuous time,
@@ -204,7 +206,7 @@ class DiffusionConfig(Checked):
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """The arguments of NoiseSchedule; networks of one run must share them."""
+        """The arguments of NoiseSchedule."""
         names = ("num_timesteps", "beta_schedule", "beta_start", "beta_end")
         return {name: getattr(self, name) for name in names}
 
@@ -293,8 +295,10 @@ class Config(Checked):
         if shift and (scale != 1 or normalize):
             told = f"({told})"
         told = f"{'' if scale == 1 else f'{scale:g} '}{told}{' / 1000' if normalize else ''}"
-        betas = f"{diffusion.beta_schedule} betas {diffusion.beta_start:g}..{diffusion.beta_end:g}"
-        return f"{betas}, time input {told} for t = 0..{diffusion.num_timesteps - 1}"
+        betas = f" {diffusion.beta_start:g}..{diffusion.beta_end:g}"
+        if diffusion.beta_schedule in WITHOUT_NUMBERS:
+            betas = ""
+        return f"{diffusion.beta_schedule} betas{betas}, time input {told} for t = 0..{diffusion.num_timesteps - 1}"
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -174,6 +174,7 @@ def plan_of(settings: SamplerSettings) -> Plan:
         guided = PlannedStage(0, 0, settings.guidance_scale, "--guidance_scale", *interval)
         return replace(one_stage(settings), stages=[guided])
     assert settings.checkpoint_path is not None and settings.checkpoint_path_late is not None, "--t_switch of no two"
+    point = settings.logsnr_switch
     early = settings.checkpoint_path, settings.config_path
     late = settings.checkpoint_path_late, settings.config_path_late
     lowest = settings.t_switch + 1 if isinstance(settings.t_switch, int) else 0
@@ -184,7 +185,7 @@ def plan_of(settings: SamplerSettings) -> Plan:
             PlannedStage(0, lowest, settings.guidance_scale, "--guidance_scale", *interval),
             PlannedStage(1, 0, scale, "--guidance_scale_late", *interval),
         ],
-        source=f"--t_switch {settings.t_switch}",
+        source=f"--t_switch {settings.t_switch}" if point is None else f"--logsnr_switch {point:g}",
     )
 
 

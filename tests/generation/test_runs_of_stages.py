@@ -208,6 +208,9 @@ class TestRefusals:
         outside = stages((shallow, 15, 19), (middling, 4, 14), (full, 0, 3))
         advice = f"let another network run there ({outside})"
         fails(sampler.main, [*flags, outside], "trained on t = 5..14", "would run at t = 4;", advice)
+        pair = ["--checkpoint_path", middling, "--checkpoint_path_late", full, "--logsnr_switch", 3]
+        advice = "let another network run there (--logsnr_switch 3)"
+        fails(sampler.main, [*pair, *flags[:2]], "trained on t = 5..14", advice)
         assert not (tmp_path / "s").exists()
 
     def test_a_stage_outside_its_range_may_be_allowed(self, middling, stages, tmp_path, run_quietly):

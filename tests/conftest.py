@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,11 @@ TRAINING_FLAGS = [
     *("--log_every_n_steps", "4", "--preview_steps", "0", "--device", "cpu", "--quiet"),
 ]
 CLEAR_REFS = Path("/proc/self/clear_refs")
+
+# nohup and the jobs of a script start pytest with these ignored, and so every process of the tests.
+for number, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, number) and signal.getsignal(getattr(signal, number)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, number), handler)
 
 # HYPOTHESIS_PROFILE=thousands python -m pytest tests/test_properties.py
 _ANY = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}

@@ -286,7 +286,7 @@ class Parsed(runner.Runner):
             settings = Parser(prog=module).settings(cls, words)
             folder = settings.log_path / settings.exp_name
             folder.mkdir()
-            (folder / f"{settings.data.dataset}_{settings.model}_last.pth").touch()
+            (folder / f"{settings.data.dataset}_{settings.model or 'uvit'}_last.pth").touch()
             rate = 2.0 if settings.teacher.distill_from else 5.0
             lines = [json.dumps({"step": n, "steps_per_second": rate}) for n in range(2)]
             (folder / "metrics.jsonl").write_text("\n".join(lines))

@@ -24,7 +24,7 @@ from models.inference import BackboneDenoiser
 from models.loading import build_network
 from tests.conftest import perturbed
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}  # width, blocks, heads
 NAMES = list(itertools.product(("dit", "sit"), SIZES))
 SMALL = {"input_size": 4, "hidden_size": 32, "num_heads": 4, "depth": 2}

@@ -119,7 +119,7 @@ class DiTConfig(Checked):
 
     @property
     def no_class(self) -> int | None:
-        """The class that stands for none, where the network has one."""
+        """The index of "no class"; None if the network has no such class."""
         return self.num_classes if self.num_classes > 0 and self.class_dropout_prob else None
 
     @property
@@ -137,7 +137,7 @@ class DiffusersConfig(Checked):
     in_channels: int = option(flag=False, help="channels", least=1, most=256)
     num_blocks: int = option(flag=False, help="transformer blocks, or levels of a U-Net", least=1, most=999)
     num_classes: int = option(-1, 'without "no class"; -1: unconditional', flag=False, least=-1, most=1_000_000)
-    has_no_class: bool = option(False, "there is one more class, num_classes, that stands for none", flag=False)
+    has_no_class: bool = option(False, 'one more class, num_classes, means "no class"', flag=False)
     normalize_timesteps: ClassVar[bool] = False
 
     @property
@@ -146,7 +146,7 @@ class DiffusersConfig(Checked):
 
     @property
     def no_class(self) -> int | None:
-        """The class that stands for none, where the network is known to have one."""
+        """The index of "no class"; None if the network is not known to have such a class."""
         return self.num_classes if self.has_no_class else None
 
     @property
@@ -280,7 +280,7 @@ class Config(Checked):
 
     @property
     def no_class(self) -> int | None:
-        """The class that stands for none, where the network has one."""
+        """The index of "no class"; None if the network has no such class."""
         if self.model_params.no_class is not None:
             return self.model_params.no_class
         one_more = self.classes and len(self.classes) == self.model_params.num_labels - 1

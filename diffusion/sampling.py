@@ -47,7 +47,7 @@ def split_timesteps(timesteps: Sequence[int], lowest: Sequence[int]) -> list[lis
 def guided(denoiser: Denoiser, scale: float, no_class: int, guides: Callable[[int], bool] = lambda t: True) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans 2022): cond + scale (cond - uncond), both in one call.
 
-    scale: 0 is no guidance. no_class: the class that stands for none. guides: whether there is guidance at t; where
+    scale: 0 is no guidance. no_class: the index of "no class". guides: whether there is guidance at t; where
     there is none, cond alone is called for (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     """
 

@@ -249,14 +249,8 @@ class SamplerSettings(RunSettings):
         """Raises InputError if the flags name no network, or name one twice."""
         of_two = ("config_path_late", "guidance_scale_late")
         if self.stages:
-            for name in (
-                "checkpoint_path",
-                "config_path",
-                "checkpoint_path_late",
-                "t_switch",
-                "logsnr_switch",
-                *of_two,
-            ):
+            others = ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", "logsnr_switch", *of_two)
+            for name in others:
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
             return
@@ -286,10 +280,11 @@ class SamplerSettings(RunSettings):
             for f in fields_of(CalibrationSettings):
                 if getattr(self.calibration, f.name) != f.default:
                     raise InputError(f"--{f.name} belongs to --t_switch auto")
-        elif not self.calibration.dataset:
+            return
+        if not self.calibration.dataset:
             raise InputError("--t_switch auto: measures on real images; give --dataset")
         of_stages = (self.guidance_scale_late, self.guidance_t_min, self.guidance_t_max)
-        if self.t_switch == "auto" and (self.offload or self.cache_interval > 1 or of_stages != (None, None, None)):
+        if self.offload or self.cache_interval > 1 or of_stages != (None, None, None):
             raise InputError(
                 "--t_switch auto: not with --offload, --cache_interval, --guidance_scale_late, --guidance_t_min or "
                 "--guidance_t_max; run calibrate.py first"

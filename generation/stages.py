@@ -105,9 +105,8 @@ class PlannedStage:
 class Plan:
     """The networks of a run, and the stages at which they run, from the noisiest timesteps to the cleanest."""
 
-    files: Sequence[
-        tuple[Path, Path | None]
-    ]  # weights and YAML file of each network, in the order of their first stages
+    # Weights and YAML file of each network, in the order of their first stages.
+    files: Sequence[tuple[Path, Path | None]]
     stages: Sequence[PlannedStage]
     num_timesteps: int | None = None  # T, if the plan is from a file of stages
     calibration: dict[str, Any] | None = None  # the measurement in a file of stages
@@ -155,11 +154,12 @@ class Plan:
             raise InputError(f"--t_switch {t_switch} is out of range, wanted -1..{num_timesteps - 1}")
 
 
-def one_stage(settings: RunSettings) -> Plan:
+def one_stage(settings: RunSettings, guidance_t_min: int | None = None, guidance_t_max: int | None = None) -> Plan:
     """One network at all timesteps."""
     assert settings.checkpoint_path is not None, "neither a network nor stages"
     files = [(settings.checkpoint_path, settings.config_path)]
-    return Plan(files, [PlannedStage(0, 0, settings.guidance_scale, "--guidance_scale")])
+    scale = settings.guidance_scale
+    return Plan(files, [PlannedStage(0, 0, scale, "--guidance_scale", guidance_t_min, guidance_t_max)])
 
 
 def plan_of(settings: SamplerSettings) -> Plan:
@@ -171,9 +171,8 @@ def plan_of(settings: SamplerSettings) -> Plan:
         return _plan_of_file(settings.stages, settings)
     interval = settings.guidance_t_min, settings.guidance_t_max
     if settings.checkpoint_path_late is None:
-        guided = PlannedStage(0, 0, settings.guidance_scale, "--guidance_scale", *interval)
-        return replace(one_stage(settings), stages=[guided])
-    assert settings.checkpoint_path is not None and settings.checkpoint_path_late is not None, "--t_switch of no two"
+        return one_stage(settings, *interval)
+    assert settings.checkpoint_path is not None, "--checkpoint_path_late without --checkpoint_path"
     point = settings.logsnr_switch
     early = settings.checkpoint_path, settings.config_path
     late = settings.checkpoint_path_late, settings.config_path_late

@@ -42,8 +42,8 @@ def test_it_goes_with_the_process_whatever_its_children_do(script, start, tmp_pa
             "from common.files import lock",
             f"held = lock(Path({str(path)!r}), '')",
             "child = os.fork()",
-            "if child == 0: time.sleep(60)",
-            "print(child, flush=True); time.sleep(60)",
+            "if child == 0: print(os.getpid(), flush=True)",  # it runs, and has let go of what it inherited
+            "time.sleep(60)",
         )
     )
     child = int(run.stdout.readline())

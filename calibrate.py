@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from calibration.run import Calibration
     from evaluation.settings import ScoringSettings
     from generation.settings import SamplerSettings
-    from models.backbone import Backbone
-    from models.loading import Network
+    from models.loading import Network, Runnable
 
 BESIDE = (".json", ".png")  # written in addition to the file of stages
 
@@ -88,7 +87,7 @@ def check_output(settings: CalibrateSettings) -> None:
         )
 
 
-def check_verifying(settings: CalibrateSettings, full: Network[Backbone], device: torch.device) -> None:
+def check_verifying(settings: CalibrateSettings, full: Network[Runnable], device: torch.device) -> None:
     """Raises InputError, before sampling, if the samples could not be scored."""
     from evaluation.features import load_extractor
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-import statistics
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
@@ -24,10 +21,7 @@ if TYPE_CHECKING:
     from common.config import Config
     from diffusion import NoiseSchedule
     from diffusion.sampling import Stage
-    from diffusion.solvers import Solver
-    from models.backbone import Backbone
-    from models.inference import BackboneDenoiser, MiddleCache
-    from models.loading import Network
+    from models.loading import Network, Runnable
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +35,10 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     settings = parse_settings(argv)
     plan = plan_of(settings)
 
+    from common.devices import DTYPES
     from common.distributed import is_main, joined_processes
     from diffusion.sampling import sample
+    from generation.denoisers import make_stages
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import write_report
     from generation.run import labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up, with_named_classes
@@ -54,10 +50,16 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
         config = shared_config(networks)
         settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
-        solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
+        configs = [network.config for network in networks]
+        solver, timesteps = solver_of(settings.solver, configs, as_noise=plan.forecasts_noise)
         settings = settled_steps(settings, timesteps)
         plan, calibration = settled_plan(settings, plan, networks, solver.schedule, device)
-        stages, backbones = make_stages(settings, plan, networks, solver, timesteps, device)
+        stages = make_stages(
+            *(plan, networks, solver, timesteps, DTYPES[settings.speed.chosen_precision], device),
+            compiled=settings.speed.compile,
+            offload=settings.offload,
+            allow_outside_range=settings.allow_outside_range,
+        )
 
         folder = SampleFolder(settings, fingerprint(settings, networks, plan, device), conditions_of(settings, device))
         folder.open(settings.batch_size, settings.overwrite)
@@ -65,8 +67,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
             compare_with_calibration(settings, plan)
             name_idle(plan, networks, stages)
         shape = config.model_params.image_shape
-        caching, compiled = settings.cache_interval > 1, settings.speed.compile
-        warm_up(stages, folder.mine, shape, labels, device, compiled=compiled, caching=caching)
+        warm_up(stages, folder.mine, shape, labels, device, compiled=settings.speed.compile, saving=plan.saves)
         with folder.making(len(timesteps), prepare=lambda: save_calibration(settings, plan, calibration)) as bar:
             for indices in folder.mine:
                 batch = BatchUnderWay(folder, indices, decode, device, bar)
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
 
         if is_main():
             batches = folder.finished()
-            work = describe_work(plan, networks, backbones, stages, len(batches))
+            work = describe_work(plan, networks, stages, len(batches))
             summary = write_report(folder, settings, batches, work, sum(b["flops_per_image"] for b in work))
             if 0 <= (t := plan.stages[0].t_min - 1) < solver.schedule.num_timesteps and len(plan.stages) == 2:
                 print(f"t_switch {t}, log-SNR {solver.schedule.log_snr(t):.3f}")
@@ -85,12 +86,14 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
             print(summary)
 
 
-def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Backbone]]:
+def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Runnable]]:
     """Load the networks. Raises InputError unless they fit each other and the timesteps of the stages."""
     from models.loading import load_together
 
     place = idle_place(settings, device)
-    networks = load_together(plan.files, settings.stated, weights=settings.weights, device=place)
+    networks = load_together(
+        plan.files, settings.stated, with_exits=plan.with_exits, weights=settings.weights, device=place
+    )
     plan.check_length(networks[-1].config.diffusion_params.num_timesteps)
     return networks
 
@@ -102,7 +105,7 @@ def idle_place(settings: SamplerSettings, device: torch.device) -> torch.device 
     return "cpu" if settings.offload else device
 
 
-def shared_config(networks: Sequence[Network[Backbone]]) -> Config:
+def shared_config(networks: Sequence[Network[Runnable]]) -> Config:
     """The description of the last network, with the first autoencoder path of all networks."""
     config = networks[-1].config
     named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
@@ -112,7 +115,7 @@ def shared_config(networks: Sequence[Network[Backbone]]) -> Config:
 def settled_plan(
     settings: SamplerSettings,
     plan: Plan,
-    networks: Sequence[Network[Backbone]],
+    networks: Sequence[Network[Runnable]],
     schedule: NoiseSchedule,
     device: torch.device,
 ) -> tuple[Plan, Calibration | None]:
@@ -169,76 +172,7 @@ def save_calibration(settings: SamplerSettings, plan: Plan, calibration: Calibra
         save(settings.output_folder / "report" / "calibration.yaml", calibration, plan.files)
 
 
-def make_stages(
-    settings: SamplerSettings,
-    plan: Plan,
-    networks: Sequence[Network[Backbone]],
-    solver: Solver,
-    timesteps: Sequence[int],
-    device: torch.device,
-) -> tuple[list[Stage], list[BackboneDenoiser]]:
-    """The stages and their networks. Raises InputError if a network was not trained on the timesteps of its stage."""
-    from common.devices import DTYPES
-    from diffusion.matching import own_timesteps
-    from diffusion.sampling import Stage, split_timesteps
-    from generation.run import denoiser_of, guide
-    from models.inference import BackboneDenoiser, Offloader
-    from models.loading import check_range
-
-    own = split_timesteps(timesteps, plan.lowest)
-    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
-    if not settings.allow_outside_range:
-        for stage, visited in zip(plan.stages, own, strict=True):
-            advice = f"let another network run there ({plan.source}), or give --allow_outside_range"
-            check_range(networks[stage.network], [times[stage.network][t] for t in visited], advice)
-    dtype = DTYPES[settings.speed.chosen_precision]
-    backbones = [
-        BackboneDenoiser(network.module, own_times, dtype, device, compiled=settings.speed.compile, cache=cache)
-        for network, own_times, cache in zip(networks, times, make_caches(settings, plan, networks, own), strict=True)
-    ]
-    offloader = Offloader([network.module for network in networks], device) if settings.offload else None
-    stages = []
-    for stage, visited in zip(plan.stages, own, strict=True):
-        config = networks[stage.network].config
-        denoiser = denoiser_of(backbones[stage.network], config, solver)
-        denoiser = guide(config, denoiser, stage.guidance_scale, stage.option, stage.guides)
-        session = partial(offloader.resident, stage.network) if offloader else nullcontext
-        stages.append(Stage(denoiser, visited, session))
-    return stages, backbones
-
-
-def make_caches(
-    settings: SamplerSettings, plan: Plan, networks: Sequence[Network[Backbone]], own: Sequence[Sequence[int]]
-) -> list[MiddleCache | None]:
-    """The cache of each network for --cache_interval; None for a network without middle blocks or without caching.
-
-    own: the timesteps of each stage.
-    """
-    from models.inference import MiddleCache, refreshing
-
-    outer = settings.cache_outer
-    if outer is None:  # --cache_interval 1
-        return [None] * len(networks)
-    caches: list[MiddleCache | None] = []
-    for k, network in enumerate(networks):
-        of_network = [
-            list(alike)  # the batch has another size where guidance begins or ends
-            for stage, visited in zip(plan.stages, own, strict=True)
-            for _, alike in itertools.groupby(visited, stage.guides)
-            if stage.network == k
-        ]
-        cache = MiddleCache(outer, refreshing(of_network, settings.cache_interval))
-        caches.append(cache if network.module.middle(outer) else None)
-    if not any(cache and cache.refresh for cache in caches):
-        most = max(network.config.model_params.num_blocks for network in networks)
-        raise InputError(
-            f"--cache_interval {settings.cache_interval}: no network that runs has blocks between the "
-            f"{outer} outermost on either side (--cache_outer); the deepest has {most}"
-        )
-    return caches
-
-
-def name_idle(plan: Plan, networks: Sequence[Network[Backbone]], stages: Sequence[Stage]) -> None:
+def name_idle(plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage]) -> None:
     """Warn about stages without a timestep of the run."""
     visited = [t for stage in stages for t in stage.timesteps]
     for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
@@ -259,36 +193,29 @@ def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
 
 
 def describe_work(
-    plan: Plan,
-    networks: Sequence[Network[Backbone]],
-    backbones: Sequence[BackboneDenoiser],
-    stages: Sequence[Stage],
-    batches: int,
+    plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage], batches: int
 ) -> list[dict[str, Any]]:
     """The number of calls and the FLOPs of each network, for the report."""
-    from models.flops import backbone_flops
+    from generation.denoisers import Call, calls_of, flops_of, reuses
 
+    calls = Counter(
+        call
+        for planned, stage in zip(plan.stages, stages, strict=True)
+        for call in calls_of(planned, stage.timesteps, networks)
+    )
     described = []
-    for k, (name, network, backbone) in enumerate(zip(plan.names, networks, backbones, strict=True)):
-        visited = [
-            (t, 2 if planned.guides(t) else 1)  # guidance runs each image twice, with its class and without
-            for planned, stage in zip(plan.stages, stages, strict=True)
-            for t in stage.timesteps
-            if planned.network == k
-        ]
-        cache, whole = backbone.cache, backbone_flops(network.module)
-        around = backbone_flops(network.module, cache.outer) if cache else whole
-        reused = {t for t, _ in visited if cache and cache.reuses(t)}
-        costs = [passes * (around if t in reused else whole) for t, passes in visited]
+    for k, (name, network) in enumerate(zip(plan.names, networks, strict=True)):
+        own = {call: count for call, count in calls.items() if call.network == k}
+        flops, timesteps = sum(count * flops_of(call, networks) for call, count in own.items()), sum(own.values())
         work = {
             "name": name,
-            "timesteps": len(visited),
-            "calls": len(visited) * batches,
-            "flops_per_image_call": statistics.mean(costs or [whole]),
-            "flops_per_image": sum(costs),
+            "timesteps": timesteps,
+            "calls": timesteps * batches,
+            "flops_per_image_call": flops / timesteps if timesteps else flops_of(Call(k, passes=1), networks),
+            "flops_per_image": flops,
         }
-        if cache:
-            work["timesteps_reusing"] = len(reused)
+        if any(planned.network == k and reuses(planned, networks) for planned in plan.stages):
+            work["timesteps_reusing"] = sum(count for call, count in own.items() if call.outer is not None)
         described.append(work | network.describe())
     return described
 

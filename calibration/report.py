@@ -17,8 +17,7 @@ from common.files import write_json
 from common.settings import record
 from common.tables import table
 from generation.stages import StageEntry, StageFile, write_stages
-from models.backbone import Backbone
-from models.loading import Network
+from models.loading import Network, Runnable
 
 ROWS = 14  # rows of the table, without the chosen one
 WIDE = 0.05  # spread of the choice, as a part of all timesteps, that leads to a note
@@ -75,7 +74,7 @@ def name_of(calibration: Calibration, option: Option) -> str:
     return " + ".join(map(str, counts(calibration, option))) + " timesteps"
 
 
-def blocks_of(network: Network[Backbone]) -> str:
+def blocks_of(network: Network[Runnable]) -> str:
     number = network.config.model_params.num_blocks
     return f"{number} block" + "s" * (number > 1)
 

@@ -27,12 +27,11 @@ from data import open_dataset
 from diffusion.divergence import step_weights
 from diffusion.matching import own_timesteps
 from diffusion.solvers import Solver, make_solver
+from generation.denoisers import Call, flops_of
 from generation.run import denoiser_of, guide, solver_of
 from generation.settings import CalibrationSettings
-from models.backbone import Backbone
-from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
-from models.loading import Network, check_range, knows
+from models.loading import Network, Runnable, check_range, knows
 
 KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by their option
 
@@ -45,7 +44,7 @@ class Calibration(NamedTuple):
     """
 
     settings: Measurement
-    networks: Sequence[Network[Backbone]]
+    networks: Sequence[Network[Runnable]]
     of_switches: bool  # two networks and one switch: each option is a switch
     predictions: Predictions
     steps: Steps
@@ -59,7 +58,7 @@ class Calibration(NamedTuple):
     images_there: int  # in the dataset
 
 
-def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], device: torch.device) -> Calibration:
+def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], device: torch.device) -> Calibration:
     """Measure the networks and choose. Converts the networks to the working precision.
 
     Raises InputError if they do not fit each other, or cannot reach the requested speed-up.
@@ -174,10 +173,11 @@ def rule_of(choice: CalibrationSettings) -> str:
     return KNEE if choice.budget is None else f"--budget {choice.budget:g}"
 
 
-def check_growing(networks: Sequence[Network[Backbone]]) -> None:
+def check_growing(networks: Sequence[Network[Runnable]]) -> None:
     """Raises InputError unless each network has at least as many FLOPs as the one before it."""
-    for one, other in itertools.pairwise(networks):
-        if backbone_flops(one.module) > backbone_flops(other.module):
+    flops = [flops_of(Call(k, passes=1), networks) for k in range(len(networks))]
+    for (one, less), (other, more) in itertools.pairwise(zip(networks, flops, strict=True)):
+        if less > more:
             raise InputError(
                 f"{one.path} is larger than {other.path}: give the networks from small to large, the full one last"
             )

@@ -163,6 +163,76 @@ class CalibrationSettings(Checked):
             raise InputError("--speedup and --budget are two rules; give one of them")
 
 
+INTERVALS = ("correct_every", "reuse_every", "hold_every")
+of_saving = partial(option, decides=(), why=AS_STAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingSettings(Checked):
+    """How a stage saves work: what changes slowly is computed at every k-th step, and forecast at the steps between.
+
+    The order of a forecast is 0 to hold the last value, 1 to follow the line through the last two.
+    """
+
+    correct_every: int = of_saving(
+        1,
+        "run the full backbone at every n-th step; at the steps between, the shallow one with a forecast of the "
+        "difference between both; 1: off",
+        least=1,
+        most=100_000,
+    )
+    correct_order: int | None = of_saving(None, "order of this forecast, 0 or 1 (default: 1)", least=0, most=1)
+    reuse_every: int = of_saving(
+        1,
+        "compute the middle blocks at every n-th step of each stage, and reuse their sum at the steps between; 1: off",
+        aliases=("--cache_interval",),
+        least=1,
+        most=100_000,
+    )
+    reuse_order: int | None = of_saving(None, "order of the forecast of this sum (default: 0)", least=0, most=1)
+    reuse_outer: int | None = of_saving(
+        None,
+        "number of outer blocks on each side that run at every step (default: 1)",
+        aliases=("--cache_outer",),
+        least=1,
+        most=999,
+    )
+    hold_every: int = of_saving(
+        1,
+        "run the network at every n-th step, and forecast the predicted noise at the steps between; 1: off",
+        least=1,
+        most=100_000,
+    )
+    hold_order: int | None = of_saving(None, "order of this forecast, 0 or 1 (default: 1)", least=0, most=1)
+    exit_layer: int | None = of_saving(
+        None,
+        "for an early-exit model: all images leave after this many blocks, and no probe runs",
+        least=0,
+        most=9_999,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        used = [name for name in INTERVALS if getattr(self, name) > 1]
+        if len(used) > 1:
+            raise InputError(f"{used[0]} and {used[1]} are two ways to save the same calls; give one of them")
+        for name, default in (("correct_order", 1), ("reuse_order", 0), ("reuse_outer", 1), ("hold_order", 1)):
+            interval = f"{name.split('_')[0]}_every"
+            if interval not in used and getattr(self, name) is not None:
+                raise InputError(f"{name} needs a {interval} of 2 or more")
+            if interval in used and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if self.exit_layer is not None and self.reuse_every > 1:
+            raise InputError(
+                "exit_layer and reuse_every: the blocks after the exit do not run anyway; give one of them"
+            )
+
+    @property
+    def described(self) -> dict[str, int]:
+        """The values that have an effect."""
+        return {f.name: getattr(self, f.name) for f in fields_of(SavingSettings) if getattr(self, f.name) != f.default}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings(RunSettings):
     """Settings of sampler.py."""
@@ -216,21 +286,13 @@ class SamplerSettings(RunSettings):
         decides=(),
         why=AS_STAGES,
     )
-    cache_interval: int = of_work(
-        1,
-        "compute the middle blocks at every n-th step of a stage, and reuse their sum at the steps between; 1: off",
-        least=1,
-        most=100_000,
-    )
-    cache_outer: int | None = of_work(
-        None, "number of outer blocks on each side that run at every step (default: 1)", least=1, most=999
-    )
     offload: bool = of_network(
         False,
         "keep idle networks in host memory to save GPU memory (CUDA)",
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )
+    saving: SavingSettings = section("less work, in the last stage", SavingSettings())
     calibration: CalibrationSettings = section("for --t_switch auto", CalibrationSettings())
 
     def __post_init__(self) -> None:
@@ -238,10 +300,6 @@ class SamplerSettings(RunSettings):
         self._check_networks()
         self._check_calibration()
         self._check_guidance()
-        if self.cache_interval == 1 and self.cache_outer is not None:
-            raise InputError("--cache_outer needs a --cache_interval of 2 or more")
-        if self.cache_interval > 1 and self.cache_outer is None:
-            object.__setattr__(self, "cache_outer", 1)
         if self.offload and self.speed.compile:
             raise InputError("--offload moves the weights that --compile records the places of; give one of them")
 
@@ -253,6 +311,9 @@ class SamplerSettings(RunSettings):
             for name in others:
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
+            for name in self.saving.described:
+                if not name.startswith("reuse_"):
+                    raise InputError(f"--{name} and --stages, which says how each stage saves work: give one of them")
             return
         if not self.checkpoint_path:
             raise InputError("give --checkpoint_path, or --stages")
@@ -260,6 +321,8 @@ class SamplerSettings(RunSettings):
             raise InputError("--t_switch and --logsnr_switch are two names of one point; give one of them")
         if (self.checkpoint_path_late is None) != (self.t_switch is None and self.logsnr_switch is None):
             raise InputError("--checkpoint_path_late and --t_switch (or --logsnr_switch) go together")
+        if self.saving.correct_every > 1 and not self.checkpoint_path_late:
+            raise InputError("--correct_every needs --checkpoint_path_late, the network that corrects the shallow one")
         for name in (*of_two, "offload"):
             if getattr(self, name) not in (None, False) and not self.checkpoint_path_late:
                 raise InputError(f"--{name} needs --checkpoint_path_late")
@@ -284,10 +347,12 @@ class SamplerSettings(RunSettings):
         if not self.calibration.dataset:
             raise InputError("--t_switch auto: measures on real images; give --dataset")
         of_stages = (self.guidance_scale_late, self.guidance_t_min, self.guidance_t_max)
-        if self.offload or self.cache_interval > 1 or of_stages != (None, None, None):
+        if used := [name for name in self.saving.described if name.endswith("_every") or name == "exit_layer"]:
+            raise InputError(f"--t_switch auto: not with --{used[0]}; run calibrate.py first, or give --plan auto")
+        if self.offload or of_stages != (None, None, None):
             raise InputError(
-                "--t_switch auto: not with --offload, --cache_interval, --guidance_scale_late, --guidance_t_min or "
-                "--guidance_t_max; run calibrate.py first"
+                "--t_switch auto: not with --offload, --guidance_scale_late, --guidance_t_min or --guidance_t_max; run "
+                "calibrate.py first"
             )
 
 

@@ -66,7 +66,7 @@ class DiffusersBackbone(Backbone):
 
     def middle(self, outer: int) -> range:
         raise InputError(
-            f"--cache_interval: a {self.config.network} of diffusers does not run around its middle; leave it out"
+            f"--reuse_every: a {self.config.network} of diffusers does not run around its middle; leave it out"
         )
 
 

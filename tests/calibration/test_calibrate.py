@@ -290,7 +290,7 @@ def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fail
     fails(sampler.main, [*two, "--t_switch", 5, "--dataset", "digits"], "--dataset belongs to --t_switch auto")
     fails(sampler.main, [*two, "--t_switch", 5, "--speedup", 2], "--speedup belongs to --t_switch auto")
     auto = [*two, "--t_switch", "auto", "--dataset", "digits"]
-    fails(sampler.main, [*auto, "--cache_interval", 2], "--t_switch auto", "--cache_interval")
+    fails(sampler.main, [*auto, "--reuse_every", 2], "--t_switch auto", "--reuse_every")
     fails(sampler.main, [*auto, "--speedup", 500, "--n_images", 4, "--steps", 3], "--speedup 500")
     assert not (tmp_path / "s").exists()
     (tmp_path / "s").mkdir()

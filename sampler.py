@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from generation.stages import Plan, plan_of
 if TYPE_CHECKING:
     import torch
 
-    from calibration.run import Calibration
+    from calibration.automatic import Save
     from common.config import Config
     from diffusion import NoiseSchedule
     from diffusion.sampling import Stage
@@ -51,9 +50,9 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
         settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         configs = [network.config for network in networks]
-        solver, timesteps = solver_of(settings.solver, configs, as_noise=plan.forecasts_noise)
+        solver, timesteps = solver_of(settings.solver, configs, plan.forecasts_noise or bool(settings.plan))
         settings = settled_steps(settings, timesteps)
-        plan, calibration = settled_plan(settings, plan, networks, solver.schedule, device)
+        plan, save_choice = settled_plan(settings, plan, networks, solver.schedule, device)
         stages = make_stages(
             *(plan, networks, solver, timesteps, DTYPES[settings.speed.chosen_precision], device),
             compiled=settings.speed.compile,
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
             name_idle(plan, networks, stages)
         shape = config.model_params.image_shape
         warm_up(stages, folder.mine, shape, labels, device, compiled=settings.speed.compile, saving=plan.saves)
-        with folder.making(len(timesteps), prepare=lambda: save_calibration(settings, plan, calibration)) as bar:
+        with folder.making(len(timesteps), save_choice) as bar:
             for indices in folder.mine:
                 batch = BatchUnderWay(folder, indices, decode, device, bar)
                 with batch.sampling():
@@ -92,7 +91,11 @@ def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -
 
     place = idle_place(settings, device)
     networks = load_together(
-        plan.files, settings.stated, with_exits=plan.with_exits, weights=settings.weights, device=place
+        plan.files,
+        settings.stated,
+        with_exits=None if settings.plan else plan.with_exits,
+        weights=settings.weights,
+        device=place,
     )
     plan.check_length(networks[-1].config.diffusion_params.num_timesteps)
     return networks
@@ -118,58 +121,21 @@ def settled_plan(
     networks: Sequence[Network[Runnable]],
     schedule: NoiseSchedule,
     device: torch.device,
-) -> tuple[Plan, Calibration | None]:
-    """Replace --logsnr_switch or --t_switch auto by a timestep: for auto the recorded one of a continued run, or the
-    measured best one.
+) -> tuple[Plan, Save | None]:
+    """The plan with a timestep in place of --logsnr_switch, or with what --t_switch auto or --plan auto chooses.
 
-    A continued run keeps its switch, because a second measurement may choose another. Process 0 also returns the
-    measurement, if this call made one.
+    Process 0 also returns a function that saves the measurement, if there was one.
     """
     if settings.logsnr_switch is not None:
         clean = [t for t in range(schedule.num_timesteps) if schedule.log_snr(t) >= settings.logsnr_switch]
         return plan.switched_at(max(clean, default=-1)), None
-    if settings.t_switch != "auto":
+    if settings.plan is None and settings.t_switch != "auto":
         return plan, None
 
-    from calibration.report import in_words
-    from calibration.run import calibrate
-    from calibration.settings import Measurement
-    from common.distributed import on_main
-    from generation.folder import recorded_switch, samples_in
+    from calibration.automatic import chosen_plan, chosen_switch
 
-    calibration = None
-
-    def choose() -> int:
-        nonlocal calibration
-        samples_in(settings.output_folder)  # refuse a folder with other files before the measurement
-        if not settings.overwrite and (t_switch := recorded_switch(settings.output_folder)) is not None:
-            print(f"t_switch {t_switch}, as it was chosen when this run began")
-            return t_switch
-        measurement = Measurement(
-            choice=settings.calibration,
-            solver=settings.solver,
-            precision=settings.speed.chosen_precision,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            guidance_scale=settings.guidance_scale,
-            allow_outside_range=settings.allow_outside_range,
-            quiet=settings.machine.quiet,
-        )
-        # Copies, because the measurement converts the weights to the working precision.
-        copies = [replace(network, module=copy.deepcopy(network.module)) for network in networks]
-        calibration = calibrate(measurement, copies, device)
-        print(in_words(calibration))
-        return calibration.chosen.t_switch(calibration.steps.timesteps)
-
-    return plan.switched_at(on_main(choose)), calibration
-
-
-def save_calibration(settings: SamplerSettings, plan: Plan, calibration: Calibration | None) -> None:
-    """Write the measurement behind --t_switch auto into the report of the run."""
-    if calibration is not None:
-        from calibration.report import save
-
-        save(settings.output_folder / "report" / "calibration.yaml", calibration, plan.files)
+    choose = chosen_plan if settings.plan else chosen_switch
+    return choose(settings, plan, networks, device)
 
 
 def name_idle(plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage]) -> None:

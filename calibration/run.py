@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,19 +19,18 @@ from calibration.choice import (
     evaluated,
     switches,
 )
-from calibration.measure import Predictions, choose_images, measure_predictions, seconds_per_call
+from calibration.measure import Predictions, measure_predictions, seconds_per_call
+from calibration.preparation import prepare
 from calibration.settings import Measurement
 from common.devices import DTYPES
 from common.errors import InputError
-from data import open_dataset
 from diffusion.divergence import step_weights
-from diffusion.matching import own_timesteps
 from diffusion.solvers import Solver, make_solver
 from generation.denoisers import Call, flops_of
-from generation.run import denoiser_of, guide, solver_of
+from generation.run import denoiser_of, guide
 from generation.settings import CalibrationSettings
 from models.inference import BackboneDenoiser
-from models.loading import Network, Runnable, check_range, knows
+from models.loading import Network, Runnable
 
 KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by their option
 
@@ -63,29 +62,11 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], devi
 
     Raises InputError if they do not fit each other, or cannot reach the requested speed-up.
     """
-    full, choice = networks[-1], settings.choice
-    config = full.config
-    solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
+    choice, config = settings.choice, networks[-1].config
     check_growing(networks)
-    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
-    known: list[Collection[int]] = [timesteps] * len(networks)
-    if not settings.allow_outside_range:
-        check_range(full, list(times[-1].values()), "the network that the others are held against must know them all")
-        known = [
-            {t for t, own in of_network.items() if knows(network, own)}
-            for network, of_network in zip(networks, times, strict=True)
-        ]
-    channels, side, _ = image_shape = config.model_params.image_shape
-    assert choice.dataset is not None, "a calibration without images"
-    dataset = open_dataset(
-        choice.dataset,
-        choice.data_path,
-        img_size=side,
-        in_chans=channels,
-        num_classes=config.model_params.num_classes,
-        crop=choice.crop or (config.crop if config.dataset == choice.dataset else None),
-    )
-    indices = choose_images(dataset, choice.n_images, settings.seed)
+    ground = prepare(settings, networks)
+    solver, timesteps, known, dataset = ground.solver, ground.timesteps, ground.known, ground.dataset
+    assert dataset is not None, "a switch is measured on real images"
     denoisers = [
         guide(
             network.config,
@@ -96,13 +77,10 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], devi
             ),
             settings.guidance_scale,
         )
-        for network, of_network in zip(networks, times, strict=True)
+        for network, of_network in zip(networks, ground.times, strict=True)
     ]
-    visited = [[t for t in timesteps if t in able] for able in known]
-    if idle := [network for network, own in zip(networks, visited, strict=True) if not own]:
-        raise InputError(f"{idle[0].path} was trained on none of the timesteps of this sampler")
-    classes = len(config.classes)
-    costs = seconds_per_call(denoisers, [own[0] for own in visited], image_shape, classes, settings.batch_size, device)
+    shape, classes = config.model_params.image_shape, len(config.classes)
+    costs = seconds_per_call(denoisers, ground.first, shape, classes, settings.batch_size, device)
     of_switches = len(networks) == 2 and not settings.free
 
     def options_of(steps: Steps) -> list[Option]:
@@ -114,7 +92,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], devi
         blank = Predictions(both, both, dimensions=1)
         check_reachable(options_of(weighed(blank, solver, timesteps, costs)[0]), choice.speedup)
     predictions = measure_predictions(
-        *(denoisers, known, solver, timesteps, dataset, indices),
+        *(denoisers, known, solver, timesteps, dataset, ground.indices),
         conditional=bool(config.classes),
         batch_size=settings.batch_size,
         seed=settings.seed,

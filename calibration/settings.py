@@ -47,7 +47,13 @@ class CalibrateSettings(Checked):
     """Settings of calibrate.py."""
 
     checkpoint_path: tuple[Path, ...] = option(
-        help="at least two networks, from small to large, the full one last", exists="path"
+        help="networks, from small to large, the full one last: at least two for a switch, one for a plan",
+        exists="path",
+    )
+    plan: bool = option(
+        False,
+        "choose the best plan of everything that the networks can do: switches, corrections, exit layers, reused "
+        "middle blocks, held predictions (default: the networks and their timesteps alone)",
     )
     config_path: tuple[Path | Literal["none"], ...] = option(
         (), 'a YAML file for each network whose weights have no description, "none" for the others'
@@ -72,14 +78,18 @@ class CalibrateSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         count = len(self.checkpoint_path)
-        if count < 2:
+        if count < 2 and not self.plan:
             raise InputError("--checkpoint_path: give two networks or more, the full one last")
         if self.config_path and len(self.config_path) != count:
             raise InputError(f"--config_path: one for each of the {count} networks, none where none is needed")
         if self.output.suffix not in (".yaml", ".yml"):
             raise InputError(f"--output {self.output}: wanted a .yaml")
-        if not self.choice.dataset:
-            raise InputError("--dataset: say on which images to measure")
+        if self.plan:
+            if self.free or self.verifying.verify:
+                raise InputError(f"--{'free' if self.free else 'verify'} and --plan: give one of them")
+        else:
+            self.choice.check_for_switch()
+        self.choice.check_images("a calibration")
 
     @property
     def files(self) -> list[tuple[Path, Path | None]]:

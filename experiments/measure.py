@@ -298,4 +298,5 @@ def chosen_by_rules(options: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
 def knee_of(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What calibrate.py chooses by default."""
     rows: list[Any] = [SimpleNamespace(**option) for option in options]  # the numbers of an Option, not its networks
-    return vars(knee(rows))
+    chosen: SimpleNamespace = knee(rows)
+    return vars(chosen)

@@ -141,7 +141,12 @@ class CalibrationSettings(Checked):
         why="the same images may lie elsewhere",
     )
     crop: str | None = option(None, "crop of the dataset (default: the crop of the networks)", choices=CROPS)
-    n_images: int = option(256, "number of real images for the measurement", least=2, most=10_000_000)
+    n_images: int = option(256, "number of real images, or of sampled paths, to measure on", least=2, most=10_000_000)
+    paths: str = option(
+        "data",
+        "for a plan: measure on the forward process of real images (data), or where the full network samples (sampled)",
+        choices=("data", "sampled"),
+    )
     speedup: float | None = option(
         None,
         "choose the least divergence at this speed-up, predicted from calls without --compile (default: the knee of "
@@ -149,9 +154,12 @@ class CalibrationSettings(Checked):
         least=1,
         most=1e6,
     )
+    seconds: float | None = option(
+        None, "for a plan: choose the least divergence in so many seconds per image", least=0, most=1e9, above=True
+    )
     budget: float | None = option(
         None,
-        "choose the fastest switch with at most this divergence, in nats per dimension (deterministic solvers: "
+        "choose the fastest option with at most this divergence, in nats per dimension (deterministic solvers: "
         "squared shift per dimension)",
         least=0,
         most=1e12,
@@ -159,8 +167,21 @@ class CalibrationSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.speedup is not None and self.budget is not None:
-            raise InputError("--speedup and --budget are two rules; give one of them")
+        given = [name for name in ("speedup", "seconds", "budget") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"--{given[0]} and --{given[1]} are two rules; give one of them")
+
+    def check_for_switch(self) -> None:
+        """Raises InputError for what belongs to a plan alone."""
+        if self.paths != "data":
+            raise InputError("--paths belongs to a plan (--plan); a switch is measured on real images")
+        if self.seconds is not None:
+            raise InputError("--seconds belongs to a plan (--plan); give --speedup or --budget")
+
+    def check_images(self, for_what: str) -> None:
+        """Raises InputError without real images, unless the paths need none."""
+        if not self.dataset and self.paths == "data":
+            raise InputError(f"{for_what} measures on real images; give --dataset")
 
 
 INTERVALS = ("correct_every", "reuse_every", "hold_every")
@@ -251,6 +272,12 @@ class SamplerSettings(RunSettings):
         decides=(),
         why=AS_STAGES,
     )
+    plan: Literal["auto"] | None = of_stages(
+        None,
+        "auto: measure everything that the networks can do, and run the best plan for --speedup, --seconds or --budget",
+        decides=(),
+        why=AS_STAGES,
+    )
     logsnr_switch: float | None = of_stages(
         None,
         "--t_switch as a log-SNR, log (alpha bar / (1 - alpha bar)), which is the same point under any noise schedule",
@@ -293,7 +320,7 @@ class SamplerSettings(RunSettings):
         why="it moves weights and changes none",
     )
     saving: SavingSettings = section("less work, in the last stage", SavingSettings())
-    calibration: CalibrationSettings = section("for --t_switch auto", CalibrationSettings())
+    calibration: CalibrationSettings = section("for --t_switch auto and --plan auto", CalibrationSettings())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,8 +334,8 @@ class SamplerSettings(RunSettings):
         """Raises InputError if the flags name no network, or name one twice."""
         of_two = ("config_path_late", "guidance_scale_late")
         if self.stages:
-            others = ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", "logsnr_switch", *of_two)
-            for name in others:
+            others = ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", "logsnr_switch", "plan")
+            for name in (*others, *of_two):
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
             for name in self.saving.described:
@@ -319,13 +346,25 @@ class SamplerSettings(RunSettings):
             raise InputError("give --checkpoint_path, or --stages")
         if self.t_switch is not None and self.logsnr_switch is not None:
             raise InputError("--t_switch and --logsnr_switch are two names of one point; give one of them")
-        if (self.checkpoint_path_late is None) != (self.t_switch is None and self.logsnr_switch is None):
+        if self.plan is not None:
+            self._check_plan()
+        elif (self.checkpoint_path_late is None) != (self.t_switch is None and self.logsnr_switch is None):
             raise InputError("--checkpoint_path_late and --t_switch (or --logsnr_switch) go together")
         if self.saving.correct_every > 1 and not self.checkpoint_path_late:
             raise InputError("--correct_every needs --checkpoint_path_late, the network that corrects the shallow one")
         for name in (*of_two, "offload"):
             if getattr(self, name) not in (None, False) and not self.checkpoint_path_late:
                 raise InputError(f"--{name} needs --checkpoint_path_late")
+
+    def _check_plan(self) -> None:
+        """Raises InputError for options that --plan auto decides, or does not support."""
+        for name in ("t_switch", "logsnr_switch", "guidance_scale_late", "guidance_t_min", "guidance_t_max"):
+            if getattr(self, name) is not None:
+                raise InputError(f"--{name} and --plan auto, which chooses what runs when: give one of them")
+        for name in self.saving.described:
+            raise InputError(f"--{name} and --plan auto, which chooses how to save work: give one of them")
+        if self.offload:
+            raise InputError("--plan auto measures all networks side by side; not with --offload")
 
     def _check_guidance(self) -> None:
         """End on an interval of guidance that is empty, or without guidance."""
@@ -339,13 +378,16 @@ class SamplerSettings(RunSettings):
 
     def _check_calibration(self) -> None:
         """Raises InputError for options that need --t_switch auto, or that it does not support."""
+        if self.plan is not None:
+            self.calibration.check_images("--plan auto:")
+            return
         if self.t_switch != "auto":
             for f in fields_of(CalibrationSettings):
                 if getattr(self.calibration, f.name) != f.default:
-                    raise InputError(f"--{f.name} belongs to --t_switch auto")
+                    raise InputError(f"--{f.name} belongs to --t_switch auto or --plan auto")
             return
-        if not self.calibration.dataset:
-            raise InputError("--t_switch auto: measures on real images; give --dataset")
+        self.calibration.check_for_switch()
+        self.calibration.check_images("--t_switch auto:")
         of_stages = (self.guidance_scale_late, self.guidance_t_min, self.guidance_t_max)
         if used := [name for name in self.saving.described if name.endswith("_every") or name == "exit_layer"]:
             raise InputError(f"--t_switch auto: not with --{used[0]}; run calibrate.py first, or give --plan auto")

@@ -207,6 +207,35 @@ def one_stage(settings: RunSettings, guidance_t_min: int | None = None, guidance
     return Plan(files, [PlannedStage(0, 0, scale, "--guidance_scale", guidance_t_min, guidance_t_max)])
 
 
+def stages_described(described: Sequence[Any], folder: Path) -> list[PlannedStage]:
+    """The stages that `Plan.described` describes. Raises InputError, which names the folder, for anything else."""
+    stages = []
+    for about in described:
+        known = build(_Described, about, f"{folder}: report/run.json: stages") if isinstance(about, dict) else None
+        if known is None:
+            raise InputError(f"{folder}: report/run.json does not describe stages")
+        interval = known.guidance_t_min, known.guidance_t_max
+        saving = SavingSettings(**known.described)
+        scale = known.guidance_scale
+        stages.append(
+            PlannedStage(known.network, known.t_min, scale, "--guidance_scale", *interval, saving, known.correct_with)
+        )
+    return stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described(SavingSettings):
+    """An item of `Plan.described`."""
+
+    network: int
+    t_min: int
+    t_max: int
+    guidance_scale: float
+    guidance_t_min: int | None = None
+    guidance_t_max: int | None = None
+    correct_with: int | None = None
+
+
 def in_every_stage(saving: SavingSettings) -> SavingSettings:
     """The part of the flags that holds for stages before the last too: the middle of any network can be reused."""
     return replace(saving, correct_every=1, correct_order=None, hold_every=1, hold_order=None, exit_layer=None)

@@ -44,6 +44,7 @@ class DiffusersBackbone(Backbone):
     """
 
     config: DiffusersConfig
+    has_middle = False
     time_dtype = torch.float32  # the network makes sinusoids of them
 
     def __init__(self, network: nn.Module, config: DiffusersConfig):

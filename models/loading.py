@@ -149,22 +149,22 @@ def load_together(
     files: Sequence[tuple[Path, Path | None]],
     given: Mapping[str, Any],
     *,
-    with_exits: Collection[int] = (),
+    with_exits: Collection[int] | None = (),
     weights: str = "ema",
     device: torch.device | str = "cpu",
 ) -> list[Network[Runnable]]:
     """Load networks that run on one image, stage by stage.
 
     files: weights, and a YAML file for weights without a description. given: the description on the command line; its
-    architecture applies only to the first network. with_exits: the numbers of the early-exit models; all others are
-    backbones. Raises InputError unless every network fits the last.
+    architecture applies only to the first network. with_exits: the numbers of the early-exit models, all others must
+    be backbones; None: as the files say. Raises InputError unless every network fits the last.
     """
     of_all = {key: value for key, value in given.items() if key != "model_params"}
     networks: list[Network[Runnable]] = [
         load_network(
             path,
             stated_settings(config_path, given if n == 0 else of_all),
-            EarlyExitUViT if n in with_exits else Backbone,
+            _kind_of(n, with_exits),
             described=described_by(config_path),
             weights=weights,
             device=device,
@@ -174,6 +174,12 @@ def load_together(
     for network in networks[:-1]:
         check_pair(network, networks[-1])
     return networks
+
+
+def _kind_of(n: int, with_exits: Collection[int] | None) -> type[Any]:
+    if with_exits is None:
+        return nn.Module
+    return EarlyExitUViT if n in with_exits else Backbone
 
 
 def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network[Backbone]:

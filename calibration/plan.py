@@ -115,7 +115,7 @@ def calibrate_plan(
     prices = Prices(ground.timesteps, divergence.astype(float), ways, seconds.overhead)
     joint = frontier(prices)
     chosen, rule = choose(settings, prices, joint)
-    fresh = walk(other_images(settings, ground), "checking")
+    fresh = walk(other_images(settings, ground), "checking a plan")
     denoisers = denoisers_of(prices, chosen, networks, running, settings, ground)
     return PlanCalibration(
         settings=settings,

@@ -63,9 +63,12 @@ class Prices:
     def seconds_full(self) -> float:
         return len(self.timesteps) * (float(self.ways[0].seconds[0]) + self.overhead)
 
-    def only(self, *mechanisms: str) -> Prices:
-        """The prices of the full network and of these mechanisms alone."""
-        ways = [way for n, way in enumerate(self.ways) if n == 0 or way.mechanism in mechanisms]
+    def only(self, mechanism: str) -> Prices:
+        """The prices of the full network and of one mechanism, which does not run smaller networks alone beside."""
+        full = self.ways[0].network
+        smaller_too = mechanism in ("network", "exit")
+        ways = [way for way in self.ways[1:] if way.mechanism == mechanism and (smaller_too or way.network == full)]
+        ways.insert(0, self.ways[0])
         return Prices(self.timesteps, self.divergence, ways, self.overhead)
 
     @cached_property
@@ -77,7 +80,7 @@ class States:
     """All states of the program, J of them, as arrays.
 
     way, row: (J,) of each state. following: (J,) the state after it in the same way. starts: (W,) the first state of
-    each way. seconds: (S, J). divergence: (S, J), the mean over paths; infinite where it cannot be had.
+    each way. later: (W,) the first of its later periods. seconds: (S, J). divergence: (S, J), the mean over paths; infinite where it cannot be had.
     """
 
     def __init__(self, prices: Prices):
@@ -85,16 +88,19 @@ class States:
         row: list[int] = []
         following: list[int] = []
         starts: list[int] = []
+        later: list[int] = []
         seconds: list[float] = []
         for n, of in enumerate(prices.ways):
             starts.append(len(way))
             period = len(of.seconds)
-            later = starts[-1] + period  # where its later periods begin
-            following += [*range(starts[-1] + 1, later), later, *range(later + 1, later + period), later]
+            begin = starts[-1] + period  # of its later periods
+            later.append(begin)
+            following += [*range(starts[-1] + 1, begin), begin, *range(begin + 1, begin + period), begin]
             way += [n] * 2 * period
             row += of.rows.ravel().tolist()
             seconds += [*of.seconds, *of.seconds]
-        self.way, self.row, self.following, self.starts = map(np.array, (way, row, following, starts))
+        self.way, self.row, self.following = map(np.array, (way, row, following))
+        self.starts, self.later = map(np.array, (starts, later))
         steps = len(prices.timesteps)
         self.seconds = np.tile(np.array(seconds) + prices.overhead, (steps, 1))
         mean = prices.divergence.mean(axis=-1).T  # (S, R)
@@ -287,9 +293,9 @@ def stages_of_states(prices: Prices, states: NDArray[np.int64]) -> list[tuple[Wa
     of = prices.states
     stages: list[tuple[Way, int]] = []
     for s, state in enumerate(states):
-        way = prices.ways[of.way[state]]
-        goes_on = s > 0 and of.following[states[s - 1]] == state
-        plain_again = bool(stages) and stages[-1][0] is way and len(way.seconds) == 1
-        if not goes_on and not plain_again:
+        way, on = prices.ways[of.way[state]], of.following[states[s - 1]]
+        # A new stage of the same way at the end of a period is none if a period remembers nothing of the one before.
+        alike = s > 0 and of.way[on] == of.way[state] and on in of.later and (way.rows[0] == way.rows[1]).all()
+        if s == 0 or not (on == state or (alike and state in of.starts)):
             stages.append((way, s))
     return stages

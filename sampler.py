@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from calibration.run import Calibration
-    from common.config import Config
     from diffusion import NoiseSchedule
     from diffusion.sampling import Stage
     from diffusion.solvers import Solver
@@ -45,13 +44,22 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     from diffusion.sampling import sample
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import write_report
-    from generation.run import labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up, with_named_classes
+    from generation.run import (
+        labels_of,
+        noise_of,
+        settled_speed,
+        settled_steps,
+        shared_config,
+        solver_of,
+        warm_up,
+        with_named_classes,
+    )
     from models.autoencoder import image_maker
 
     with joined_processes(settings.machine.device) as device:
         settings = settled_speed(settings, device)
         networks = load_networks(settings, plan, device)
-        config = shared_config(networks)
+        config = shared_config([network.config for network in networks])
         settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
@@ -100,13 +108,6 @@ def idle_place(settings: SamplerSettings, device: torch.device) -> torch.device 
     if settings.offload and device.type != "cuda":
         raise InputError(f"--offload is for CUDA: on {device.type} the networks are in the host's memory anyway")
     return "cpu" if settings.offload else device
-
-
-def shared_config(networks: Sequence[Network[Backbone]]) -> Config:
-    """The description of the last network, with the first autoencoder path of all networks."""
-    config = networks[-1].config
-    named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
-    return replace(config, autoencoder=named[0]) if named else config
 
 
 def settled_plan(

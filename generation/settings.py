@@ -21,6 +21,11 @@ AS_STAGES = "recorded as the stages that follow from it"
 AS_NETWORKS = "recorded with the networks, by their SHA-256"
 
 
+def with_autoencoder(described: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
+    """The description of a network, nested as a YAML file would have it, with the path of its autoencoder if given."""
+    return {**described, **({"autoencoder": {"checkpoint_path": str(path)}} if path else {})}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Checked):
     """Settings of both sampling scripts."""
@@ -111,9 +116,7 @@ class RunSettings(Checked):
     @property
     def stated(self) -> dict[str, Any]:
         """The flags that describe the network, nested as a YAML file would have them."""
-        path = self.autoencoder_checkpoint_path
-        autoencoder = {"autoencoder": {"checkpoint_path": str(path)}} if path else {}
-        return {**self.described, **autoencoder}
+        return with_autoencoder(self.described, self.autoencoder_checkpoint_path)
 
     def __post_init__(self) -> None:
         if self.n_samples is None:

@@ -57,9 +57,9 @@ def solver_of(settings: SolverSettings, configs: Sequence[Config]) -> tuple[Solv
 
 
 def shared_config(configs: Sequence[Config]) -> Config:
-    """The description of the last network, with the first autoencoder path of all networks."""
+    """The description of the last network; if it does not name an autoencoder, with that of the nearest before it."""
     named = [each.autoencoder for each in configs if each.autoencoder and each.autoencoder.checkpoint_path]
-    return replace(configs[-1], autoencoder=named[0]) if named else configs[-1]
+    return replace(configs[-1], autoencoder=named[-1]) if named else configs[-1]
 
 
 def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:

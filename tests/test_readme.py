@@ -41,7 +41,7 @@ from common.config import build_config, read_yaml
 from experiments import results
 from models import autoencoder
 from models.loading import build_network
-from tests.autoencoders import NARROW, public_names
+from tests.latents import NARROW, public_names, tiny_imagenet
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")
@@ -99,15 +99,6 @@ def tiny_celeba(path: Path) -> None:
             archive.writestr(f"img_align_celeba/{n:06d}.jpg", file.getvalue())
 
 
-def tiny_imagenet(path: Path) -> None:
-    """Two class folders of eight images; path: the first class."""
-    for folder in (path, path.with_name("n15075141")):
-        folder.mkdir(parents=True)
-        for n in range(8):
-            pixels = np.random.default_rng(n).integers(0, 256, (72, 80, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{n}.JPEG")
-
-
 def public_weights(path: Path, described: str) -> None:
     """A tiny network in the public layout, in which no weight is 0. described: a file in configs/."""
     settings = {"model": "uvit"} | read_yaml(path.parents[1] / "configs" / described)
@@ -132,7 +123,7 @@ def public_autoencoder(path: Path) -> None:
 # What a reader is told to put somewhere, and what stands for it here.
 TO_PUT: dict[str, Callable[[Path], object]] = {
     "img_align_celeba.zip": tiny_celeba,
-    "n01440764/": tiny_imagenet,
+    "n01440764/": lambda first_class: tiny_imagenet(first_class.parent, 8, (80, 72)),
     **dict.fromkeys(("autoencoder_kl.pth", "autoencoder_kl_ema.pth"), public_autoencoder),
     **dict.fromkeys(("sd-vae-ft-mse/", "sd-vae-ft-ema/"), public_autoencoder),
     "celeba_uvit_small.pth": partial(public_weights, described="uvit_celeba_public.yaml"),

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 import models.autoencoder
 from common.errors import InputError
 from models.autoencoder import load_autoencoder
-from tests.autoencoders import NARROW, public_names
+from tests.latents import NARROW, public_names
 
 
 @pytest.fixture

@@ -1,9 +1,16 @@
-"""The public autoencoder file, narrow."""
+"""A small ImageNet, and autoencoders for it: the public file, narrow, and one whose latents are of the right scale."""
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from common.images import from_uint8
+from data import open_source
 from models.autoencoder import ARCHITECTURE
 
 # The public file's architecture, narrow.
@@ -40,3 +47,23 @@ def public_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             value = value[:, :, None, None]  # attention as 1 x 1 convolutions
         renamed[name] = value
     return renamed
+
+
+def tiny_imagenet(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """The first and the last of the 1000 classes, with as many images of noise each. size: width and height."""
+    for synset in ("n01440764", "n15075141"):
+        (folder / synset).mkdir(parents=True)
+        for n in range(count):
+            pixels = np.random.default_rng(n).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / synset / f"{n}.JPEG")
+
+
+def scaled_autoencoder(root: Path, img_size: int) -> tuple[AutoencoderKL, float]:
+    """A narrow autoencoder, saved as root/vae, and the scale by which latents of root's ImageNet have a std of 1."""
+    torch.manual_seed(0)
+    network = AutoencoderKL(**NARROW).eval()
+    network.save_pretrained(root / "vae")
+    source = open_source("imagenet256", root, img_size=img_size, in_chans=3)
+    with torch.no_grad():
+        latents = network.encode(from_uint8(source.__getitems__(range(len(source)))[0])).latent_dist.mean
+    return network, 1 / latents.std().item()

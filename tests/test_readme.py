@@ -137,10 +137,13 @@ TO_PUT: dict[str, Callable[[Path], object]] = {
         )
     },
     **{
-        f"{family}-{size}-2-256x256.pt": partial(
-            public_weights, described=f"{family}_imagenet256_{size}_public.yaml".lower()
+        f"{name}.pt": partial(public_weights, described=f"{config}_public.yaml")
+        for name, config in (
+            ("DiT-L-2-256x256", "dit_imagenet256_l"),
+            ("DiT-XL-2-256x256", "dit_imagenet256_xl"),
+            ("SiT-S-2-256", "sit_imagenet256_s"),
+            ("SiT-XL-2-256x256", "sit_imagenet256_xl"),
         )
-        for family, size in (("DiT", "L"), ("DiT", "XL"), ("SiT", "S"), ("SiT", "XL"))
     },
 }
 PUT = re.compile(r"[Pp]ut\s((?:`[^`]+`(?:,\s|\sand\s)?)+)[^`]*?into\s`([^`]+)`")

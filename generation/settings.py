@@ -227,7 +227,8 @@ class SamplerSettings(RunSettings):
     )
     offload: bool = of_network(
         False,
-        "keep idle networks in host memory to save GPU memory (CUDA)",
+        "hold a network in memory only in its own stages: it is read from its file when a stage begins (on CUDA from "
+        "host memory), and must stay as it is there",
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )
@@ -265,13 +266,9 @@ class SamplerSettings(RunSettings):
                 raise InputError(f"--{name} needs --checkpoint_path_late")
 
     def _check_guidance(self) -> None:
-        """End on an interval of guidance that is empty, or without guidance."""
-        least, most = self.guidance_t_min, self.guidance_t_max
-        if least is not None and most is not None and least > most:
-            raise InputError(f"--guidance_t_min {least} is more than --guidance_t_max {most}")
-        if (least is not None or most is not None) and not (
-            self.guidance_scale or self.guidance_scale_late or self.stages
-        ):
+        """Raises InputError for an interval of guidance without guidance."""
+        interval = self.guidance_t_min, self.guidance_t_max
+        if interval != (None, None) and not (self.guidance_scale or self.guidance_scale_late or self.stages):
             raise InputError("--guidance_t_min and --guidance_t_max need --guidance_scale")
 
     def _check_calibration(self) -> None:

@@ -8,6 +8,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
 
     with joined_processes(settings.machine.device) as device:
         settings = settled_speed(settings, device)
+        fetch(settings)
         networks = load_networks(settings, plan, device)
         config = shared_config(networks)
         settings = with_named_classes(settings, config)
@@ -83,6 +85,16 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
                 print(f"t_switch {t}, log-SNR {solver.schedule.log_snr(t):.3f}")
             print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
             print(summary)
+
+
+def fetch(settings: SamplerSettings) -> None:
+    """Download the networks of --download and --download_late whose folders do not exist."""
+    if settings.downloads:
+        from common.distributed import on_main
+        from models.hub import download
+
+        for repo, folder in settings.downloads:
+            on_main(partial(download, repo, folder, quiet=settings.machine.quiet))
 
 
 def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Backbone]]:

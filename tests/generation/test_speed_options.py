@@ -127,7 +127,7 @@ def test_a_file_that_is_gone_when_its_stage_begins(duo, full, tmp_path, fails, m
     assert not samples(tmp_path / "s")
 
 
-WIDE = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 512, "num_heads": 4, "depth": 9}
+WIDE = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 512, "num_heads": 4, "depth": 5}
 
 
 @pytest.mark.slow
@@ -152,4 +152,4 @@ def test_offloading_saves_the_memory_of_a_network(suffix, tmp_path):
         assert f"peak memory {peaks[name] / 2**20:.0f} MiB" in said.read_text()
     assert equal(samples(tmp_path / "s"), samples(tmp_path / "offloaded"))
     size = path.stat().st_size
-    assert size > 2**26 and peaks["s"] - peaks["offloaded"] > 0.95 * size
+    assert size > 2**25 and peaks["s"] - peaks["offloaded"] > 0.95 * size

@@ -157,7 +157,7 @@ def _load_folder(
     if not offload:
         return Network(network, config, "unknown", None, path)
     empty(network)
-    stored = StoredWeights(path, lambda: load_backbone(folder, params).state_dict())
+    stored = StoredWeights(folder.network, lambda: load_backbone(folder, params).state_dict())
     return Network(network, config, "unknown", None, path, stored)
 
 

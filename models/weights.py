@@ -209,8 +209,7 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Copies of the tensors. The file is opened anew in between, because what was read of it stays in memory until it
-    closes."""
+    """Copies of the tensors. What was read of a file stays in memory until it closes, so it is opened several times."""
     found: dict[str, Tensor] = {}
     remaining = iter(names)
     while len(found) < len(names):

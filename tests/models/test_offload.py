@@ -120,3 +120,29 @@ def test_the_chosen_weights_are_read_again(uvit, tmp_path, chosen, caplog):
     wanted = averaged if chosen == "ema" else raw
     assert read.keys() == wanted.keys() and all(torch.equal(read[key], wanted[key]) for key in read)
     assert said and len(caplog.records) == said
+
+
+def test_on_cuda_they_come_from_the_host(uvit, tmp_path, monkeypatch):
+    """There is no second device here: copies stand for it. The file is read once, and its later fate is no matter."""
+    network = stored(uvit.state_dict(), tmp_path / "a.pth")
+    pinned, to = [], torch.Tensor.to
+
+    def pin(weight):
+        pinned.append(weight.clone())
+        return pinned[-1]
+
+    def copied(weight, device, dtype=None, **more):
+        there = isinstance(device, torch.device) and device.type == "cuda"
+        return weight.clone() if there else to(weight, device, **more)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    session = session_of(network.module, network.stored, torch.bfloat16, torch.device("cuda"))
+    (tmp_path / "a.pth").unlink()
+    assert len(pinned) == len(uvit.state_dict()) and {weight.dtype for weight in pinned} == {torch.bfloat16}
+    for _ in range(2):
+        with session():
+            for name, weight in network.module.state_dict().items():
+                assert torch.equal(weight, to(uvit.state_dict()[name], torch.bfloat16))
+                assert weight.data_ptr() not in {host.data_ptr() for host in pinned}
+        assert is_empty(network.module)

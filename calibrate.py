@@ -37,11 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from calibration.report import as_table, in_words, save
     from calibration.run import calibrate
     from common.devices import device_name, pick_device, pick_precision
+    from diffusion.schedulers import process_of
     from models.loading import load_together
 
     device = pick_device(settings.machine.device)
     precision = pick_precision(settings.precision, device)
-    networks = load_together(settings.files, settings.stated, weights=settings.weights, device=device)
+    networks = load_together(
+        settings.files, settings.stated, weights=settings.weights, device=device, process_of=process_of
+    )
     check_output(settings)
     if settings.verifying.verify:
         check_verifying(settings, networks[-1], device)

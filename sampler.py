@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
-from common.errors import InputError, command
+from common.errors import command
 from generation.settings import SamplerSettings
 from generation.stages import Plan, plan_of
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from calibration.automatic import Save
-    from common.config import Config
     from diffusion import NoiseSchedule
     from diffusion.sampling import Stage
     from models.loading import Network, Runnable
@@ -39,14 +38,24 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     from diffusion.sampling import sample
     from generation.denoisers import make_stages
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
-    from generation.report import write_report
-    from generation.run import labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up, with_named_classes
+    from generation.report import most_memory, write_report
+    from generation.run import (
+        labels_of,
+        noise_of,
+        settled_speed,
+        settled_steps,
+        shared_config,
+        solver_of,
+        warm_up,
+        with_named_classes,
+    )
     from models.autoencoder import image_maker
 
     with joined_processes(settings.machine.device) as device:
         settings = settled_speed(settings, device)
+        fetch(settings)
         networks = load_networks(settings, plan, device)
-        config = shared_config(networks)
+        config = shared_config([network.config for network in networks])
         settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         configs = [network.config for network in networks]
@@ -56,7 +65,6 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
         stages = make_stages(
             *(plan, networks, solver, timesteps, DTYPES[settings.speed.chosen_precision], device),
             compiled=settings.speed.compile,
-            offload=settings.offload,
             allow_outside_range=settings.allow_outside_range,
         )
 
@@ -75,44 +83,44 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
                     x0 = sample(stages, solver, noise, shape, labels(indices), batch.on_step)
                 batch.save(x0)
 
+        memory = most_memory(device)
         if is_main():
             batches = folder.finished()
             work = describe_work(plan, networks, stages, len(batches))
-            summary = write_report(folder, settings, batches, work, sum(b["flops_per_image"] for b in work))
+            flops = sum(about["flops_per_image"] for about in work)
+            summary = write_report(folder, settings, batches, work, flops, memory)
             if 0 <= (t := plan.stages[0].t_min - 1) < solver.schedule.num_timesteps and len(plan.stages) == 2:
                 print(f"t_switch {t}, log-SNR {solver.schedule.log_snr(t):.3f}")
             print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
             print(summary)
 
 
+def fetch(settings: SamplerSettings) -> None:
+    """Download the networks of --download and --download_late whose folders do not exist."""
+    if settings.downloads:
+        from common.distributed import on_main
+        from models.hub import download
+
+        for repo, folder in settings.downloads:
+            on_main(partial(download, repo, folder, quiet=settings.machine.quiet))
+
+
 def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Runnable]]:
     """Load the networks. Raises InputError unless they fit each other and the timesteps of the stages."""
+    from diffusion.schedulers import process_of
     from models.loading import load_together
 
-    place = idle_place(settings, device)
     networks = load_together(
         plan.files,
         settings.stated,
         with_exits=None if settings.plan else plan.with_exits,
         weights=settings.weights,
-        device=place,
+        device=device,
+        process_of=process_of,
+        offload=settings.offload,
     )
     plan.check_length(networks[-1].config.diffusion_params.num_timesteps)
     return networks
-
-
-def idle_place(settings: SamplerSettings, device: torch.device) -> torch.device | str:
-    """The device of a network's weights while another one runs. Raises InputError where --offload has no use."""
-    if settings.offload and device.type != "cuda":
-        raise InputError(f"--offload is for CUDA: on {device.type} the networks are in the host's memory anyway")
-    return "cpu" if settings.offload else device
-
-
-def shared_config(networks: Sequence[Network[Runnable]]) -> Config:
-    """The description of the last network, with the first autoencoder path of all networks."""
-    config = networks[-1].config
-    named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
-    return replace(config, autoencoder=named[0]) if named else config
 
 
 def settled_plan(

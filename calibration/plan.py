@@ -79,7 +79,7 @@ def calibrate_plan(
 
     Raises InputError if the networks do not fit each other, or no plan is as fast as asked.
     """
-    ground = prepare(settings, networks, as_noise=True)
+    ground = prepare(settings, networks, device, as_noise=True)
     running = [
         BackboneDenoiser(network.module, of_network, DTYPES[settings.precision], device)
         for network, of_network in zip(networks, ground.times, strict=True)

@@ -80,7 +80,8 @@ class States:
     """All states of the program, J of them, as arrays.
 
     way, row: (J,) of each state. following: (J,) the state after it in the same way. starts: (W,) the first state of
-    each way. later: (W,) the first of its later periods. seconds: (S, J). divergence: (S, J), the mean over paths; infinite where it cannot be had.
+    each way. later: (W,) the first of its later periods. seconds: (S, J). divergence: (S, J), the mean over paths;
+    infinite where it cannot be had.
     """
 
     def __init__(self, prices: Prices):

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from calibration.measure import choose_images
 from calibration.settings import Measurement
+from common.config import Config
 from common.errors import InputError
-from data import open_dataset
+from data import crop_of, open_source
 from data.dataset import ImageDataset
+from data.packing.latents import LatentSource, PackedLatents
+from data.packing.packed import find_packed
 from diffusion.matching import own_timesteps
 from diffusion.solvers import Solver
-from generation.run import solver_of
+from generation.run import shared_config, solver_of
+from generation.settings import CalibrationSettings
+from models.autoencoder import load_autoencoder
 from models.loading import Network, Runnable, check_range, knows
 
 
@@ -37,7 +46,9 @@ class Preparation:
         return [next(t for t in self.timesteps if t in able) for able in self.known]
 
 
-def prepare(settings: Measurement, networks: Sequence[Network[Runnable]], *, as_noise: bool = False) -> Preparation:
+def prepare(
+    settings: Measurement, networks: Sequence[Network[Runnable]], device: torch.device, *, as_noise: bool = False
+) -> Preparation:
     """as_noise: see `generation.run.solver_of`. Raises InputError for networks or images that do not fit."""
     solver, timesteps = solver_of(settings.solver, [network.config for network in networks], as_noise)
     times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
@@ -51,18 +62,42 @@ def prepare(settings: Measurement, networks: Sequence[Network[Runnable]], *, as_
         ]
     if idle := [network for network, able in zip(networks, known, strict=True) if not able]:
         raise InputError(f"{idle[0].path} was trained on none of the timesteps of this sampler")
-    choice, config = settings.choice, networks[-1].config
+    choice = settings.choice
     if choice.paths == "sampled":
         return Preparation(solver, timesteps, times, known, None, range(choice.n_images))
-    channels, side, _ = config.model_params.image_shape
-    assert choice.dataset is not None, "a calibration without images"
-    dataset = open_dataset(
-        choice.dataset,
-        choice.data_path,
-        img_size=side,
-        in_chans=channels,
-        num_classes=config.model_params.num_classes,
-        crop=choice.crop or (config.crop if config.dataset == choice.dataset else None),
-    )
+    dataset = open_images(choice, shared_config([network.config for network in networks]), device)
     indices = choose_images(dataset, choice.n_images, settings.seed)
     return Preparation(solver, timesteps, times, known, dataset, indices)
+
+
+def open_images(choice: CalibrationSettings, config: Config, device: torch.device) -> ImageDataset:
+    """The real images, as a network with this description gets them.
+
+    For a network of latents these are the packed latents of the dataset if there are some, else its images, which the
+    autoencoder of the description encodes when they are measured. Raises InputError if they do not fit the network.
+    """
+    assert choice.dataset is not None, "a calibration without images"
+    channels, side, _ = config.model_params.image_shape
+    crop = crop_of(choice.dataset, choice.crop or (config.crop if config.dataset == choice.dataset else None))
+    wanted: dict[str, Any] = {"num_classes": config.model_params.num_classes, "crop": crop}
+    autoencoder = config.autoencoder
+    packed = find_packed(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
+    if isinstance(packed, PackedLatents) and autoencoder and packed.scale_factor != autoencoder.scale_factor:
+        raise InputError(
+            f"{packed.folder} was packed with scale_factor {packed.scale_factor}, the networks have "
+            f"{autoencoder.scale_factor}"
+        )
+    if packed is not None:
+        return packed
+    if autoencoder is None:
+        return open_source(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
+    if autoencoder.checkpoint_path is None:
+        raise InputError(
+            "the networks make latents: give --autoencoder_checkpoint_path, which encodes the images, or pack their "
+            "latents with pack.py"
+        )
+    path = Path(autoencoder.checkpoint_path)
+    encoder = load_autoencoder(path, autoencoder.scale_factor, device)
+    pixels = side * encoder.downsampling
+    images = open_source(choice.dataset, choice.data_path, img_size=pixels, in_chans=3, **wanted)
+    return LatentSource(images, encoder, path, device)

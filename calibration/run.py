@@ -64,7 +64,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], devi
     """
     choice, config = settings.choice, networks[-1].config
     check_growing(networks)
-    ground = prepare(settings, networks)
+    ground = prepare(settings, networks, device)
     solver, timesteps, known, dataset = ground.solver, ground.timesteps, ground.known, ground.dataset
     assert dataset is not None, "a switch is measured on real images"
     denoisers = [

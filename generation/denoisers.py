@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -21,8 +21,9 @@ from generation.stages import Plan, PlannedStage
 from models.backbone import Backbone
 from models.early_exit import EarlyExitUViT
 from models.flops import backbone_flops, exit_flops
-from models.inference import Around, BackboneDenoiser, Offloader
+from models.inference import Around, BackboneDenoiser
 from models.loading import Network, Runnable, check_range
+from models.offload import on_host, session_of
 
 
 class Call(NamedTuple):
@@ -43,7 +44,6 @@ def make_stages(
     device: torch.device,
     *,
     compiled: bool = False,
-    offload: bool = False,
     allow_outside_range: bool = False,
 ) -> list[Stage]:
     """The stages of a run. Converts the networks to dtype.
@@ -58,16 +58,25 @@ def make_stages(
         for planned, visited in zip(plan.stages, own, strict=True):
             for k in planned.networks:
                 check_range(networks[k], [times[k][t] for t in visited], advice)
-    running = [
-        BackboneDenoiser(network.module, of_network, dtype, device, compiled=compiled)
-        for network, of_network in zip(networks, times, strict=True)
-    ]
-    offloader = Offloader([network.module for network in networks], device) if offload else None
+    running, sessions = [], []
+    for network, of_network in zip(networks, times, strict=True):
+        with on_host(network.module, network.stored):
+            running.append(BackboneDenoiser(network.module, of_network, dtype, device, compiled=compiled))
+        sessions.append(session_of(network.module, network.stored, dtype, device))
     stages = []
     for planned, visited in zip(plan.stages, own, strict=True):
-        session = partial(offloader.resident, *planned.networks) if offloader else nullcontext
+        session = partial(together, [sessions[k] for k in planned.networks])
         stages.append(Stage(stage_denoiser(planned, visited, networks, running, solver), visited, session))
     return stages
+
+
+@contextmanager
+def together(sessions: Sequence[Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
+    """A context of several."""
+    with ExitStack() as stack:
+        for session in sessions:
+            stack.enter_context(session())
+        yield
 
 
 def stage_denoiser(

@@ -67,11 +67,8 @@ class StageEntry(SavingSettings):
             raise InputError("correct_with needs a correct_every of 2 or more")
         if self.correct_with_config is not None and self.correct_with is None:
             raise InputError("correct_with_config describes the network of correct_with; give that too")
-        for name in ("t_min", "guidance_t_min"):
-            other = name.replace("min", "max")
-            low, high = getattr(self, name), getattr(self, other)
-            if low is not None and high is not None and low > high:
-                raise InputError(f"{name}={low}, {other}={high}: wanted {name} <= {other}")
+        if self.t_min > self.t_max:
+            raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted t_min <= t_max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +102,7 @@ class StageFile:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage before its network is loaded."""
+    """A stage before its network is loaded. Raises InputError for an empty interval of guidance."""
 
     network: int  # index in Plan.files
     t_min: int  # its lowest timestep; all higher ones belong to the stages before it
@@ -120,6 +117,11 @@ class PlannedStage:
     def networks(self) -> tuple[int, ...]:
         """All networks that run in the stage."""
         return (self.network,) if self.cheap is None else (self.cheap, self.network)
+
+    def __post_init__(self) -> None:
+        least, most = self.guidance_t_min, self.guidance_t_max
+        if least is not None and most is not None and least > most:
+            raise InputError(f"guidance_t_min {least} is more than guidance_t_max {most}")
 
     def guides(self, t: int) -> bool:
         """Whether the network is guided at t: it then runs each image twice, with its class and without."""
@@ -291,17 +293,20 @@ def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
             name: getattr(settings if getattr(stage, name) is None else stage, name)
             for name in ("guidance_t_min", "guidance_t_max")
         }
-        stages.append(
-            PlannedStage(
-                files.index(file),
-                stage.t_min,
-                scale,
-                option,
-                **interval,
-                saving=stage.saving if stage.described else in_every_stage(settings.saving),
-                cheap=None if other is None else files.index(other),
+        try:
+            stages.append(
+                PlannedStage(
+                    files.index(file),
+                    stage.t_min,
+                    scale,
+                    option,
+                    **interval,
+                    saving=stage.saving if stage.described else in_every_stage(settings.saving),
+                    cheap=None if other is None else files.index(other),
+                )
             )
-        )
+        except InputError as error:
+            raise InputError(f"{path}: stages {n}: {error}") from None
     return Plan(files, stages, content.stages[0].t_max + 1, content.calibration, str(path))
 
 

@@ -14,7 +14,8 @@ from calibration.plan import calibrate_plan, planned_stages
 from calibration.run import calibrate
 from calibration.settings import Measurement
 from common.distributed import on_main
-from generation.folder import recorded_stages, samples_in
+from common.errors import InputError
+from generation.folder import ADVICE, recorded_stages, samples_in
 from generation.settings import SamplerSettings
 from generation.stages import Plan, PlannedStage, stages_described
 from models.loading import Network, Runnable
@@ -35,6 +36,8 @@ def chosen_switch(
     def choose() -> int:
         nonlocal save
         if (recorded := _recorded(settings)) is not None:
+            if len(recorded) != 2 or any(stage.saving.described for stage in recorded):
+                raise InputError(f"{settings.output_folder} holds samples of a run without --t_switch; {ADVICE}")
             t_switch = recorded[0].t_min - 1
             print(f"t_switch {t_switch}, as it was chosen when this run began")
             return t_switch

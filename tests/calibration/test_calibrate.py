@@ -280,7 +280,7 @@ def test_auto_that_was_stopped_before_its_first_batch(shallow, full, tmp_path, r
     assert "t_switch 3, as it was chosen when this run began" in said
     assert read_stages(report / "calibration.yaml").t_switch == 3
     (report / "run.json").write_text("{}")
-    fails(sampler.main, [*auto, "--budget", 1e9], "a run without --t_switch", "--overwrite")
+    fails(sampler.main, [*auto, "--budget", 1e9], "stages are not recorded", "--overwrite")
 
 
 def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fails, monkeypatch):
@@ -296,7 +296,7 @@ def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fail
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "mine.txt").touch()
     with monkeypatch.context() as patch:
-        patch.setattr("calibration.run.calibrate", pytest.fail)
+        patch.setattr("calibration.automatic.calibrate", pytest.fail)
         fails(sampler.main, auto, "mine.txt, which is no sample")
         fails(sampler.main, [*auto, "--class_id", 3], "unconditional")
 

@@ -12,13 +12,12 @@ from PIL import Image
 
 from common import plots
 from common.errors import InputError
-from evaluation.comparison import Summary, about_bars, bars, paired, timed_alike
+from evaluation.comparison import WIDE, Summary, about_bars, bars, paired, timed_alike
 from evaluation.images import FinishedImages
 
 SAMPLES_SHOWN = 10
 SHORT = 30  # longest label of a legend in two columns
 FEW = 6  # most labels of a legend inside the axes
-WIDE = 4  # the axis is logarithmic if scores differ by more than this factor
 
 
 def draw(path: Path, summaries: Sequence[Summary], metric: str) -> None:

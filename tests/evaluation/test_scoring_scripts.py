@@ -259,7 +259,8 @@ def test_compare(scored, run_quietly):
     picture = scored / "picture.png"
     argv = [f"slow one={scored / 'slow'}", f"quick={scored / 'quick'}", "--output", picture]
     lines = run_quietly(compare.main, argv).splitlines()
-    assert lines[0].split() == ["run", "FID", "s/image", "MFLOP/image", "speed-up"]
+    assert lines[0].split() == ["run", "FID", *["PSNR", "to", "slow", "one"], "s/image", "MFLOP/image", "speed-up"]
+    assert "(noise)" in lines[3], "ddpm draws it at each step, and their steps differ"
     slow, quick = (json.loads((scored / n / "report" / "statistics.json").read_text()) for n in ("slow", "quick"))
     want = slow["seconds_per_image"] / quick["seconds_per_image"]
     assert lines[2].startswith("slow one ") and lines[2].endswith("1.00x")

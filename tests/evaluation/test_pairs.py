@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +176,23 @@ def test_bad_input(sampled, fails, tmp_path):
     fails(compare.main, [run, "--html", "x.png"], "--html x.png", ".html")
     (tmp_path / "full" / "000003.png").write_bytes(b"broken")
     fails(compare.main, [run, f"same={sampled('same', noise(0))}", "--output", tmp_path / "x.png"], "000003.png")
+
+
+def test_the_commands_of_the_docs(tmp_path, monkeypatch):
+    """They are taken as they stand, and name the folders that the demo makes."""
+    root = Path(compare.__file__).parent
+    demo = (root / "scripts" / "demo.sh").read_text()
+    text = (root / "docs" / "comparing.md").read_text()
+    commands = [shlex.split(block.replace("\\\n", "")) for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+    assert [command[:2] for command in commands] == [
+        ["bash", "scripts/demo.sh"],
+        *[["venv/bin/python", "compare.py"]] * 2,
+    ]
+    monkeypatch.chdir(root)
+    for command in commands[1:]:
+        for folder in [word.rpartition("=")[2] for word in command if "=demo/" in word]:
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            name = re.sub(r"_\d+$", "_$t_switch", folder.removeprefix("demo/"))
+            assert f'"$demo/{name}"' in demo, f"the demo makes no {folder}"
+        words = [word.replace("=demo/", f"={tmp_path}/demo/") for word in command[2:]]
+        assert len(compare.parse_settings(words).runs) >= 3

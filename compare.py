@@ -41,7 +41,9 @@ class CompareSettings(Checked):
     output: Path = option(Path("comparison.png"), "file of the picture")
     json: Path | None = option(None, "also write all numbers to this JSON file")
     html: Path | None = option(None, "also write a web page with the samples of all runs side by side")
-    html_samples: int = option(48, "samples on that page; fewer if their images are too large for one", least=1)
+    html_samples: int = option(
+        48, "samples on that page; fewer if their images are too large for one", least=1, most=10_000
+    )
     pairs: PairSettings = section("images of the same noise", PairSettings())
     machine: MachineSettings = section("machine", MachineSettings())
 

@@ -101,7 +101,9 @@ class PairSettings(Checked):
     pair_with: str | None = option(
         None, "label to whose images those of the other runs are compared (default: the first label)"
     )
-    n_pairs: int = option(1000, "images of each run to compare, those with the smallest indices", least=1)
+    n_pairs: int = option(
+        1000, "images of each run to compare, those with the smallest indices", least=1, most=10_000_000
+    )
     feature_extractor: str | None = option(
         None, "also measure a distance in the features of inception, or of a TorchScript file (see fid.py)"
     )

@@ -61,7 +61,9 @@ def write_page(
     """
     labels = [summary.label for summary in summaries]
     standard = labels.index(pair_with)
-    images = {run.folder: FinishedImages(run.folder) for summary in summaries for run in summary.runs}
+    of_pairs = [len(of_run) for of in summaries if of.pairs for of_run in of.pairs.psnr_of_samples]
+    first = max(of_pairs, default=most_samples)
+    images = {run.folder: FinishedImages(run.folder, first) for summary in summaries for run in summary.runs}
     everything = all_samples(summaries, images, standard)
     shown = chosen(everything, min(most_samples, affordable(images, summaries)))
     width = next(iter(images.values())).size[0]

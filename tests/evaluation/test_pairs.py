@@ -174,6 +174,8 @@ def test_bad_input(sampled, fails, tmp_path):
     fails(compare.main, [run, "--pair_with", "fool"], "--pair_with fool", "no run")
     fails(compare.main, [run, "--feature_extractor", "nowhere.pt"], "nowhere.pt")
     fails(compare.main, [run, "--html", "x.png"], "--html x.png", ".html")
+    fails(compare.main, [run, "--n_pairs", "0"], "--n_pairs", "1..10000000")
+    fails(compare.main, [run, "--html_samples", "0"], "--html_samples", "1..10000")
     (tmp_path / "full" / "000003.png").write_bytes(b"broken")
     fails(compare.main, [run, f"same={sampled('same', noise(0))}", "--output", tmp_path / "x.png"], "000003.png")
 

@@ -11,7 +11,7 @@ from common.config import PRECISIONS
 from common.errors import InputError
 from common.options import MOST_BATCH, MOST_SEED, PRECISION, MachineSettings, SolverSettings
 from common.settings import Checked, flat, option, plain, section
-from generation.settings import CalibrationSettings
+from generation.settings import CalibrationSettings, with_autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,6 @@ class VerifySettings(Checked):
     )
     feature_extractor: str = option("inception", "see fid.py --help")
     feature_extractor_weights: Path | None = option(None, "see fid.py --help", exists="file")
-    autoencoder_checkpoint_path: Path | None = option(None, "see sampler.py --help", exists="path")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +52,12 @@ class CalibrateSettings(Checked):
         (), 'a YAML file for each network whose weights have no description, "none" for the others'
     )
     weights: str = option("ema", "which weights of the checkpoints", choices=("ema", "raw"))
+    autoencoder_checkpoint_path: Path | None = option(
+        None,
+        "autoencoder of networks of latents: encodes the images if they are not packed as latents, and decodes the "
+        "samples of --verify; overrides --config_path",
+        exists="path",
+    )
     batch_size: int = option(128, "images per network call; calls of this size are timed", least=1, most=MOST_BATCH)
     seed: int = option(0, "seed of the images and their noise", least=0, most=MOST_SEED)
     precision: str | None = option(None, PRECISION, choices=PRECISIONS)
@@ -80,6 +85,11 @@ class CalibrateSettings(Checked):
             raise InputError(f"--output {self.output}: wanted a .yaml")
         if not self.choice.dataset:
             raise InputError("--dataset: say on which images to measure")
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The flags that describe the networks, nested as a YAML file would have them."""
+        return with_autoencoder(self.described, self.autoencoder_checkpoint_path)
 
     @property
     def files(self) -> list[tuple[Path, Path | None]]:

@@ -270,6 +270,7 @@ def draw(path: Path, calibration: Calibration, scores: Mapping[int, Sequence[flo
         axes.axvline(x[number], color=plots.GREY, linestyle=":", label=label)
         axes.set_xlabel(x_label)
         axes.grid(alpha=0.3)
+        axes.margins(x=0)
         axes.legend(loc="upper left" if axes is left else "best")
         if calibration.of_switches:
             axes.invert_xaxis()
@@ -302,6 +303,7 @@ def draw_errors(axes: Axes, labels: Sequence[str], timesteps: np.ndarray, errors
         axes.fill_between(t, mean - 2 * error, mean + 2 * error, color=f"C{i}", alpha=0.25, linewidth=0)
     axes.set(yscale="log", xlabel="timestep t (noise on the left, image on the right)")
     axes.set(ylabel="mean squared error of eps", title="Error of each network (band: 2 standard errors)")
+    axes.margins(x=0)
     axes.invert_xaxis()
     axes.grid(alpha=0.3, which="both")
     plots.add_legend(axes, lines, labels)

@@ -64,7 +64,7 @@ def chosen_plan(
         print(plan_report.stage_table(calibration))
         print(plan_report.in_words(calibration))
         save = lambda path: plan_report.save(path, calibration, plan.files)  # noqa: E731
-        return planned_stages(calibration.stages, calibration.prices.timesteps, settings.guidance_scale)
+        return planned_stages(calibration.prices, calibration.chosen, settings.guidance_scale)
 
     return replace(plan, stages=on_main(choose), source="--plan auto"), save
 

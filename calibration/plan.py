@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from calibration.preparation import Preparation, prepare
 from calibration.prices import (
     GivenMiddle,
     Predictors,
+    Seconds,
     Source,
     divergence_weights,
     measure_divergence,
@@ -24,7 +26,7 @@ from calibration.prices import (
 )
 from calibration.settings import Measurement
 from common.devices import DTYPES, Stopwatch
-from diffusion.sampling import Denoiser
+from diffusion.sampling import Denoiser, split_timesteps
 from generation.denoisers import stage_denoiser
 from generation.run import denoiser_of, guide
 from generation.settings import SavingSettings
@@ -72,6 +74,77 @@ class PlanCalibration:
         return stages_of_states(self.prices, self.chosen.states)
 
 
+class PlanMeasurement:
+    """What K networks, the full one last, can do at the steps of a sampler, and the paths to measure it on.
+
+    random: see `PlanCalibration`. Converts the networks to the working precision. Raises InputError if they do not
+    fit each other.
+    """
+
+    def __init__(self, settings: Measurement, networks: Sequence[Network[Runnable]], device: torch.device):
+        self.settings, self.networks, self.device = settings, networks, device
+        self.ground = prepare(settings, networks, device, as_noise=True)
+        self.running = [
+            BackboneDenoiser(network.module, of_network, DTYPES[settings.precision], device)
+            for network, of_network in zip(networks, self.ground.times, strict=True)
+        ]
+        self.predictors = make_predictors(settings, networks, self.running, self.ground)
+        config = networks[-1].config
+        self.shape, self.classes = config.model_params.image_shape, config.classes
+        self.weights, self.random = divergence_weights(self.ground.solver, self.ground.timesteps)
+
+    @cached_property
+    def seconds(self) -> Seconds:
+        ground, batch_size = self.ground, self.settings.batch_size
+        return time_predictors(
+            *(self.predictors, ground.known, ground.solver, ground.timesteps),
+            *(self.shape, len(self.classes), batch_size, self.device),
+        )
+
+    @cached_property
+    def ways(self) -> tuple[list[Way], list[Source]]:
+        return ways_of(self.predictors, self.seconds, names_of(self.networks))
+
+    @property
+    def blank(self) -> Prices:
+        """The prices in seconds, with no divergence."""
+        ways, sources = self.ways
+        divergence = np.zeros((len(sources), len(self.ground.timesteps), 2))
+        return Prices(self.ground.timesteps, divergence, ways, self.seconds.overhead)
+
+    def prices(self) -> Prices:
+        ways, sources = self.ways
+        walk = self.walk(self.ground.indices, "calibration")
+        divergence = measure_divergence(self.predictors, self.ground.known, sources, walk, self.weights)
+        if self.random:  # the last step draws no noise: another network than the full one would be infinitely far
+            divergence[[source != Source("network", self.predictors.full) for source in sources], -1] = np.nan
+        return Prices(self.ground.timesteps, divergence.astype(float), ways, self.seconds.overhead)
+
+    def measured(self, stages: Sequence[PlannedStage]) -> Measured:
+        """A plan as a whole, on paths that the prices are not of.
+
+        The last step of a random solver draws no noise and has no divergence; it is left out.
+        """
+        denoisers = denoisers_of(stages, self.networks, self.running, self.ground)
+        walk = self.walk(other_images(self.settings, self.ground), "checking a plan")
+        weights = np.where(np.arange(len(denoisers)) < len(denoisers) - self.random, self.weights, 0.0)
+        return measure_plan(denoisers, walk, weights, self.seconds.overhead, self.device)
+
+    def walk(self, indices: Sequence[int], purpose: str) -> Walk:
+        return Walk(
+            self.predictors.networks[-1],
+            *(self.ground.solver, self.ground.timesteps, self.ground.dataset, indices),
+            conditional=bool(self.classes),
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            device=self.device,
+            image_shape=self.shape,
+            classes=self.classes,
+            purpose=purpose,
+            quiet=self.settings.quiet,
+        )
+
+
 def calibrate_plan(
     settings: Measurement, networks: Sequence[Network[Runnable]], device: torch.device
 ) -> PlanCalibration:
@@ -79,56 +152,23 @@ def calibrate_plan(
 
     Raises InputError if the networks do not fit each other, or no plan is as fast as asked.
     """
-    ground = prepare(settings, networks, device, as_noise=True)
-    running = [
-        BackboneDenoiser(network.module, of_network, DTYPES[settings.precision], device)
-        for network, of_network in zip(networks, ground.times, strict=True)
-    ]
-    predictors = make_predictors(settings, networks, running, ground)
-    config = networks[-1].config
-    shape, classes = config.model_params.image_shape, config.classes
-    seconds = time_predictors(
-        *(predictors, ground.known, ground.solver, ground.timesteps, shape, len(classes), settings.batch_size, device)
-    )
-    ways, sources = ways_of(predictors, seconds, names_of(networks))
-
-    def walk(indices: Sequence[int], purpose: str) -> Walk:
-        return Walk(
-            predictors.networks[-1],
-            *(ground.solver, ground.timesteps, ground.dataset, indices),
-            conditional=bool(classes),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            device=device,
-            image_shape=shape,
-            classes=classes,
-            purpose=purpose,
-            quiet=settings.quiet,
-        )
-
-    weights, random = divergence_weights(ground.solver, ground.timesteps)
-    blank = np.zeros((len(sources), len(ground.timesteps), 2))
-    choose(settings, Prices(ground.timesteps, blank, ways, seconds.overhead), only_seconds=True)  # before long work
-    divergence = measure_divergence(predictors, ground.known, sources, walk(ground.indices, "calibration"), weights)
-    if random:  # the last step draws no noise: another network than the full one would be infinitely far from it
-        divergence[[source != Source("network", predictors.full) for source in sources], -1] = np.nan
-    prices = Prices(ground.timesteps, divergence.astype(float), ways, seconds.overhead)
+    measurement = PlanMeasurement(settings, networks, device)
+    choose(settings, measurement.blank, only_seconds=True)  # before long work
+    prices = measurement.prices()
     joint = frontier(prices)
     chosen, rule = choose(settings, prices, joint)
-    fresh = walk(other_images(settings, ground), "checking a plan")
-    denoisers = denoisers_of(prices, chosen, networks, running, settings, ground)
     return PlanCalibration(
         settings=settings,
         networks=networks,
         prices=prices,
         joint=joint,
-        alone={name: frontier(prices.only(name)) for name in ALONE if any(way.mechanism == name for way in ways[1:])},
+        alone={name: frontier(prices.only(name)) for name in ALONE if prices.has(name)},
         chosen=chosen,
         rule=rule,
-        measured=measure_plan(denoisers, fresh, weights, seconds.overhead, device),
-        random=random,
-        dimensions=int(np.prod(shape)),
-        n_paths=divergence.shape[-1],
+        measured=measurement.measured(planned_stages(prices, chosen, settings.guidance_scale)),
+        random=measurement.random,
+        dimensions=int(np.prod(measurement.shape)),
+        n_paths=prices.divergence.shape[-1],
     )
 
 
@@ -202,9 +242,10 @@ def other_images(settings: Measurement, ground: Preparation) -> Sequence[int]:
     return sorted(others[i] for i in picked)
 
 
-def planned_stages(stages: Sequence[tuple[Way, int]], timesteps: Sequence[int], scale: float) -> list[PlannedStage]:
+def planned_stages(prices: Prices, option: PlanOption, scale: float) -> list[PlannedStage]:
     """The stages of a plan, as sampler.py has them. scale: of guidance."""
-    lowest = [*(timesteps[s] + 1 for _, s in stages[1:]), 0]
+    stages = stages_of_states(prices, option.states)
+    lowest = [*(prices.timesteps[s] + 1 for _, s in stages[1:]), 0]
     return [
         PlannedStage(way.network, t_min, scale, "--guidance_scale", saving=way.saving, cheap=way.cheap)
         for (way, _), t_min in zip(stages, lowest, strict=True)
@@ -212,22 +253,16 @@ def planned_stages(stages: Sequence[tuple[Way, int]], timesteps: Sequence[int], 
 
 
 def denoisers_of(
-    prices: Prices,
-    option: PlanOption,
+    stages: Sequence[PlannedStage],
     networks: Sequence[Network[Runnable]],
     running: Sequence[BackboneDenoiser],
-    settings: Measurement,
     ground: Preparation,
 ) -> list[Denoiser]:
     """The denoiser of each step of a plan, as sampler.py runs it."""
-    stages, timesteps = stages_of_states(prices, option.states), ground.timesteps
-    ends = [*(s for _, s in stages[1:]), len(timesteps)]
     denoisers: list[Denoiser] = []
-    for planned, (_, start), end in zip(
-        planned_stages(stages, timesteps, settings.guidance_scale), stages, ends, strict=True
-    ):
-        denoiser = stage_denoiser(planned, timesteps[start:end], networks, running, ground.solver)
-        denoisers += [denoiser] * (end - start)
+    own = split_timesteps(ground.timesteps, [stage.t_min for stage in stages])
+    for stage, visited in zip(stages, own, strict=True):
+        denoisers += [stage_denoiser(stage, visited, networks, running, ground.solver)] * len(visited)
     return denoisers
 
 

@@ -11,15 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from calibration.choice import KNEE_RATIO
-from calibration.plan import PlanCalibration
-from calibration.planning import PlanOption, Way, best_plan, stages_of_states
+from calibration.plan import PlanCalibration, planned_stages
+from calibration.planning import PlanOption, best_plan
 from calibration.report import with_error
 from common import plots
 from common.errors import InputError
 from common.files import write_json
 from common.settings import record
 from common.tables import table
-from generation.stages import StageEntry, StageFile, write_stages
+from generation.stages import PlannedStage, StageEntry, StageFile, write_stages
 
 MECHANISMS = {
     "network": "switch of networks",
@@ -107,29 +107,33 @@ def stages_of(
     calibration: PlanCalibration, option: PlanOption, files: Sequence[tuple[Path, Path | None]]
 ) -> tuple[StageEntry, ...]:
     """The stages of a plan for a file of stages. files: weights and YAML file of each network."""
-    timesteps, stages = calibration.prices.timesteps, stages_of_states(calibration.prices, option.states)
-    highest = [timesteps[start] for _, start in stages]
-    return tuple(
-        _entry(way, t_min, t_max, calibration.settings.guidance_scale or None, files)
-        for (way, _), t_max, t_min in zip(stages, highest, [*(t + 1 for t in highest[1:]), 0], strict=True)
-    )
+    planned = planned_stages(calibration.prices, option, calibration.settings.guidance_scale)
+    return entries_of(planned, files, calibration.prices.timesteps[0])
 
 
-def _entry(
-    way: Way, t_min: int, t_max: int, guidance_scale: float | None, files: Sequence[tuple[Path, Path | None]]
-) -> StageEntry:
-    path, config = files[way.network]
-    cheap, cheap_config = (None, None) if way.cheap is None else files[way.cheap]
-    return StageEntry(
-        checkpoint_path=path,
-        config_path=config,
-        t_min=t_min,
-        t_max=t_max,
-        guidance_scale=guidance_scale,
-        correct_with=cheap,
-        correct_with_config=cheap_config,
-        **way.saving.described,
-    )
+def entries_of(
+    planned: Sequence[PlannedStage], files: Sequence[tuple[Path, Path | None]], t_max: int
+) -> tuple[StageEntry, ...]:
+    """Stages for a file of stages. files: weights and YAML file of each network. t_max: of the first stage."""
+    entries = []
+    for stage in planned:
+        (path, config), (cheap, cheap_config) = files[stage.network], (None, None)
+        if stage.cheap is not None:
+            cheap, cheap_config = files[stage.cheap]
+        entries.append(
+            StageEntry(
+                checkpoint_path=path,
+                config_path=config,
+                t_min=stage.t_min,
+                t_max=t_max,
+                guidance_scale=stage.guidance_scale or None,
+                correct_with=cheap,
+                correct_with_config=cheap_config,
+                **stage.saving.described,
+            )
+        )
+        t_max = stage.t_min - 1
+    return tuple(entries)
 
 
 def about(calibration: PlanCalibration) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class Prices:
     def seconds_full(self) -> float:
         return len(self.timesteps) * (float(self.ways[0].seconds[0]) + self.overhead)
 
+    def has(self, mechanism: str) -> bool:
+        """Whether a way other than the full network alone is of this mechanism."""
+        return any(way.mechanism == mechanism for way in self.ways[1:])
+
     def only(self, mechanism: str) -> Prices:
         """The prices of the full network and of one mechanism, which does not run smaller networks alone beside."""
         full = self.ways[0].network

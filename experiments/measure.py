@@ -123,7 +123,17 @@ class Experiment:
         return {"solver": SOLVER, "steps": self.images.sampling_steps, "precision": "fp32"}
 
     def prepare(self) -> None:
-        """The images as the networks see them, what scores them, the full networks and their exits."""
+        """The images, the full networks and their exits."""
+        self.prepare_images()
+        images = self.images
+        full, _, exits = images.configs
+        for seed in self.seeds:
+            self.train("train", f"full_{seed}", full, images.full_steps, seed)
+            heads: Flags = {"model": "deediff_uvit", "load_backbone": self.full(seed), "freeze_backbone": True}
+            self.train("main", f"exits_{seed}", exits, images.exit_steps, seed, **heads)
+
+    def prepare_images(self) -> None:
+        """The images as the networks see them, and what scores them."""
         images = self.images
         if "data_path" in images.data:
             num_classes = len(classes_of(images.data["data_path"]))
@@ -133,11 +143,6 @@ class Experiment:
             if steps := images.classifier_steps:
                 output = images.extractor
                 self.run("experiments.train_classifier", **self.data, **shape, n_steps=steps, output=output)
-        full, _, exits = images.configs
-        for seed in self.seeds:
-            self.train("train", f"full_{seed}", full, images.full_steps, seed)
-            heads: Flags = {"model": "deediff_uvit", "load_backbone": self.full(seed), "freeze_backbone": True}
-            self.train("main", f"exits_{seed}", exits, images.exit_steps, seed, **heads)
 
     def full(self, seed: int) -> Path:
         return self.checkpoint(f"full_{seed}")

@@ -1,0 +1,78 @@
+"""Measure plans of everything that networks can do against each mechanism alone, and write docs/plans.md.
+
+Like results.py it calls the project's scripts, and goes on where it was stopped; what it makes lies in results/plans/.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from common.cli import Parser
+from common.errors import InputError, command
+from common.files import writable_folder
+from common.options import MOST_SEED
+from common.settings import Checked, option
+from experiments.runner import Runner, words_of
+from experiments.sets import ImageSet, colour, digits, fetched_emoji
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlansSettings(Checked):
+    """Settings of plans.py."""
+
+    sets: tuple[str, ...] = option(("digits", "emoji"), "sets of images to measure on", choices=("digits", "emoji"))
+    seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
+    quick: bool = option(
+        False, "a short run to check that everything works; all files, also the page, go to results/plans/quick"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
+            raise InputError("--seeds: give two or more that differ, for there are intervals over them")
+
+    @property
+    def words(self) -> list[str]:
+        """The command line that has these settings."""
+        return words_of((), {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
+
+
+def parse_settings(argv: Sequence[str] | PlansSettings | None) -> PlansSettings:
+    parser = Parser(prog="plans.py", description=__doc__.partition("\n")[0])
+    return parser.settings(PlansSettings, argv, network=False)
+
+
+def images_of(name: str, work: Path) -> ImageSet:
+    """A set, with less training and fewer paths than for docs/results.md."""
+    if name == "digits":
+        return replace(digits(), full_steps=2000, shallow_steps=1000, n_calibration=128)
+    emoji = colour(work, fetched_emoji(Path("results")), is_emoji=True)
+    return replace(emoji, full_steps=1500, shallow_steps=750, n_calibration=128)
+
+
+@command
+def main(argv: Sequence[str] | PlansSettings | None = None) -> None:
+    settings = parse_settings(argv)
+    work = writable_folder(Path("results/plans/quick" if settings.quick else "results/plans"))
+    sets = [images_of(name, work) for name in settings.sets]
+    if settings.quick:
+        sets = [images.quick() for images in sets]
+
+    from benchmarking.measure import describe_machine
+    from common.devices import pick_device
+    from experiments.plans_measure import Evidence
+    from experiments.plans_page import write_page
+
+    run = Runner(work)
+    measured = [Evidence(images, work / images.folder, run, settings.seeds).measure() for images in sets]
+    page = (work if settings.quick else writable_folder(Path("docs"))) / "plans.md"
+    how = f"`{shlex.join(['python', '-m', 'experiments.plans', *settings.words])}`"
+    write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)
+    print(f"-> {page}; its commands took {run.seconds_in_all / 60:.1f} minutes in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,7 @@ MOVED = 3.0  # the speed-up of the plan that is used elsewhere
 T_SWITCH = 439  # the knee of the digits in docs/results.md
 ROUNDS = 2  # of sampling, in turns
 SHALLOW, FULL = 0, 1  # places among the networks
-LEAST_PATHS = 16
+LEAST_PATHS = 16  # where many steps leave time for few
 FULL_ALONE, JOINT, BROUGHT, OWN = "full", "plan of all", "plan brought here", "plan made here"
 TOLD = ("stages", "speed_up", "predicted", "measured", "sampled")  # of a plan
 
@@ -151,10 +151,7 @@ class Evidence:
         networks = load_together(
             [(path, None) for path in self.files(seed, setting)], {}, device=self.device, process_of=process_of
         )
-        n = max(
-            LEAST_PATHS,
-            self.images.n_calibration * self.images.sampling_steps // max(setting.steps, self.images.sampling_steps),
-        )
+        n = self.fewer(self.images.n_calibration, setting, least=LEAST_PATHS)
         return PlanMeasurement(
             Measurement(
                 choice=CalibrationSettings(**self.experiment.data, n_images=n, paths=paths),
@@ -202,7 +199,7 @@ class Evidence:
         try:
             own = best_plan(prices, seconds=prices.seconds_full / brought["speed_up"])
             plans[OWN] = self.numbers(measurement, prices, planned_stages(prices, own, 0.0))
-        except InputError:
+        except InputError:  # the brought one is fast without the full network at the last step, which is infinitely far
             pass
         return {"unit": unit_of(measurement), "plans": plans}
 
@@ -223,9 +220,8 @@ class Evidence:
         labels = [
             label for label in plans[self.seeds[0]]["plans"] if all(label in of["plans"] for of in plans.values())
         ]
-        n = self.images.n_samples
-        if setting.steps > self.images.sampling_steps:  # fewer, so that it takes no longer, and they are not scored
-            n = max(ROUNDS, n * self.images.sampling_steps // setting.steps)
+        n = self.fewer(self.images.n_samples, setting, least=ROUNDS)
+        scored = n == self.images.n_samples
         rows: dict[str, dict[str, Any]] = {}
         for seed in self.seeds:
             hows: dict[str, Flags] = {FULL_ALONE: {"checkpoint_path": self.files(seed, setting)[FULL]}}
@@ -236,14 +232,14 @@ class Evidence:
                     few = setting.steps // 3
                     how = {**hows[FULL_ALONE], "solver": solver, "steps": few}
                     hows[f"full in {few} steps, {solver}"] = how
-            folders = self.folders_of(seed, setting, hows, n)
+            folders = self.folders_of(seed, setting, hows, n, scored)
             of_full = read_json(folders[FULL_ALONE] / "report" / "statistics.json")["seconds_per_image"]
             for label, folder in folders.items():
                 row = rows.setdefault(label, {"label": label})
                 told = {key: plans[seed]["plans"].get(label, {}).get(key) for key in TOLD}
                 seconds = read_json(folder / "report" / "statistics.json")["seconds_per_image"]
                 told |= {"seconds": seconds, "sampled_speed_up": of_full / seconds}
-                if n == self.images.n_samples:
+                if scored:
                     told["score"] = read_json(folder / "report" / "metrics.json")["fid"]
                 if label in labels:
                     told |= pairs_of(folders[FULL_ALONE], folder)
@@ -251,7 +247,9 @@ class Evidence:
                     row.setdefault(key, []).append(value)
         return list(rows.values())
 
-    def folders_of(self, seed: int, setting: Setting, hows: Mapping[str, Flags], n: int) -> dict[str, Path]:
+    def folders_of(
+        self, seed: int, setting: Setting, hows: Mapping[str, Flags], n: int, scored: bool
+    ) -> dict[str, Path]:
         """The folders of samples by the labels, made in turns, so that a slower machine is so for all of them."""
         folders = {label: self.work / "samples" / slug(setting.name) / f"{slug(label)}_{seed}" for label in hows}
         for part in range(1, ROUNDS + 1):
@@ -259,11 +257,16 @@ class Evidence:
                 sampling: Flags = {"solver": setting.solver, "steps": setting.steps, "precision": "fp32", **how}
                 some: Flags = {"n_samples": n * part // ROUNDS, "batch_size": min(250, n // ROUNDS), "seed": seed}
                 self.run("sampler", **sampling, **some, output_folder=folders[label])
-        if n == self.images.n_samples:
+        if scored:
             for folder in folders.values():
                 scoring: Flags = {"feature_extractor": self.images.extractor, "cache_dir": self.work / "cache"}
                 self.run("fid", samples_path=folder, **self.experiment.data, **scoring)
         return folders
+
+    def fewer(self, n: int, setting: Setting, least: int) -> int:
+        """So many images or paths that they take no longer in more steps."""
+        steps = self.images.sampling_steps
+        return max(least, n * steps // max(setting.steps, steps))
 
     def stage_file(self, seed: int, setting: Setting, label: str, described: Sequence[Any]) -> Path:
         path = writable_folder(self.work / "stages") / f"{slug(setting.name)}_{slug(label)}_{seed}.yaml"

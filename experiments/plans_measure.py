@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from calibration.plan import ALONE, PlanMeasurement, planned_stages
+from calibration.plan import ALONE, PlanMeasurement, denoisers_of, other_images, planned_stages
 from calibration.plan_report import MECHANISMS, entries_of
 from calibration.planning import Prices, best_plan, frontier
 from calibration.settings import Measurement
@@ -18,25 +20,29 @@ from common.devices import pick_device
 from common.errors import InputError
 from common.files import read_json, writable_folder, write_json
 from common.options import SolverSettings
-from diffusion.sampling import split_timesteps
+from common.timing import in_turns, ratio
+from diffusion.sampling import sample, split_timesteps
 from diffusion.schedulers import process_of
 from evaluation.images import FinishedImages
 from evaluation.pairs import psnr
 from experiments.measure import PLAIN, Experiment, shallow_name
 from experiments.runner import Flags, Runner
 from experiments.sets import ImageSet
-from generation.settings import CalibrationSettings, SavingSettings
-from generation.stages import Plan, PlannedStage, StageFile, stages_described, write_stages
+from generation.denoisers import make_stages
+from generation.run import noise_of, solver_of
+from generation.settings import CalibrationSettings, SamplerSettings, SavingSettings
+from generation.stages import Plan, PlannedStage, StageFile, plan_of, stages_described, write_stages
 from models.loading import load_together
 
 SPEED_UPS = (2.0, 3.0)
 MOVED = 3.0  # the speed-up of the plan that is used elsewhere
 T_SWITCH = 439  # the knee of the digits in docs/results.md
 ROUNDS = 2  # of sampling, in turns
+TIMED_ROUNDS, TIMED_BATCH = 5, 100
 SHALLOW, FULL = 0, 1  # places among the networks
 LEAST_PATHS = 16  # where many steps leave time for few
 FULL_ALONE, JOINT, BROUGHT, OWN = "full", "plan of all", "plan brought here", "plan made here"
-TOLD = ("stages", "speed_up", "predicted", "measured", "sampled")  # of a plan
+TOLD = ("stages", "speed_up", "predicted", "measured", "sampled", "coherence")  # of a plan
 
 Stages = Sequence[PlannedStage]
 
@@ -95,6 +101,9 @@ class Evidence:
         self.train()
         home, *elsewhere = self.settings
         plans = {seed: self.kept(seed, home, self.made_here) for seed in self.seeds}
+        for seed, of_seed in plans.items():
+            for label, value in self.coherence(seed, of_seed["plans"]).items():
+                of_seed["plans"][label]["coherence"] = value
         rows = self.sampled(home, plans)
         moved = {}
         for setting in elsewhere:
@@ -203,6 +212,16 @@ class Evidence:
             pass
         return {"unit": unit_of(measurement), "plans": plans}
 
+    def coherence(self, seed: int, plans: Mapping[str, Any]) -> dict[str, float]:
+        """`coherence_of` of each plan, from its file if there is one."""
+        path = writable_folder(self.work / "coherence") / f"{seed}.json"
+        if not path.exists():
+            measurement = self.measurement(seed, self.settings[0])
+            stages = {label: stages_described(plan["stages"], self.work) for label, plan in plans.items()}
+            write_json(path, {label: coherence_of(measurement, of) for label, of in stages.items()})
+        found: dict[str, float] = read_json(path)
+        return found
+
     def numbers(self, measurement: PlanMeasurement, prices: Prices, stages: Stages) -> dict[str, Any]:
         """Of a plan: its stages, what is predicted, and its divergence as a whole along other paths."""
         speed_up, predicted = predicted_of(prices, stages)
@@ -233,12 +252,12 @@ class Evidence:
                     how = {**hows[FULL_ALONE], "solver": solver, "steps": few}
                     hows[f"full in {few} steps, {solver}"] = how
             folders = self.folders_of(seed, setting, hows, n, scored)
-            of_full = read_json(folders[FULL_ALONE] / "report" / "statistics.json")["seconds_per_image"]
+            seconds = self.timed(seed, setting, hows, n)
             for label, folder in folders.items():
                 row = rows.setdefault(label, {"label": label})
                 told = {key: plans[seed]["plans"].get(label, {}).get(key) for key in TOLD}
-                seconds = read_json(folder / "report" / "statistics.json")["seconds_per_image"]
-                told |= {"seconds": seconds, "sampled_speed_up": of_full / seconds}
+                told["seconds"] = statistics.median(seconds[label])
+                told["sampled_speed_up"] = ratio(seconds[FULL_ALONE], seconds[label])
                 if scored:
                     told["score"] = read_json(folder / "report" / "metrics.json")["fid"]
                 if label in labels:
@@ -262,6 +281,31 @@ class Evidence:
                 scoring: Flags = {"feature_extractor": self.images.extractor, "cache_dir": self.work / "cache"}
                 self.run("fid", samples_path=folder, **self.experiment.data, **scoring)
         return folders
+
+    def timed(self, seed: int, setting: Setting, hows: Mapping[str, Flags], n: int) -> dict[str, list[float]]:
+        """Seconds per image of sampling a batch, of each label in each round, from its file if there is one."""
+        path = writable_folder(self.work / "seconds") / f"{slug(setting.name)}_{seed}.json"
+        if not path.exists():
+            print(f"\ntimes for {setting.name}, seed {seed}", flush=True)
+            count = min(TIMED_BATCH, n)
+            tasks = {label: self.sampling_task(seed, setting, how, count) for label, how in hows.items()}
+            found = in_turns(tasks, TIMED_ROUNDS, self.device, quiet=True)
+            write_json(path, {label: [of / count for of in seconds] for label, seconds in found.items()})
+        seconds: dict[str, list[float]] = read_json(path)
+        return seconds
+
+    def sampling_task(self, seed: int, setting: Setting, how: Flags, count: int) -> Callable[[], object]:
+        """A function that samples a batch as sampler.py does, without its files."""
+        own = {"solver": setting.solver, "steps": setting.steps, **how}
+        of_solver = SolverSettings(solver=own.pop("solver"), steps=own.pop("steps"))
+        settings = SamplerSettings(output_folder=self.work, solver=of_solver, **own)
+        plan = plan_of(settings)
+        networks = load_together(plan.files, {}, device=self.device, process_of=process_of)
+        configs = [network.config for network in networks]
+        solver, timesteps = solver_of(of_solver, configs, plan.forecasts_noise)
+        stages = make_stages(plan, networks, solver, timesteps, torch.float32, self.device)
+        shape = configs[-1].model_params.image_shape
+        return lambda: sample(stages, solver, noise_of(seed, range(count), self.device), shape)
 
     def fewer(self, n: int, setting: Setting, least: int) -> int:
         """So many images or paths that they take no longer in more steps."""
@@ -296,6 +340,29 @@ def unit_of(measurement: PlanMeasurement) -> str:
 def measurement_of(measurement: PlanMeasurement, stages: Stages) -> float:
     """The divergence of a plan as a whole, per image."""
     return dimensions_of(measurement) * measurement.measured(stages).divergence
+
+
+@torch.inference_mode()
+def coherence_of(measurement: PlanMeasurement, stages: Stages) -> float:
+    """Whether the errors of a plan's steps point the same way: |sum of z|^2 / sum of |z|^2, means over paths.
+
+    z: by how many standard deviations of its noise the error moves a step; its nats are |z|^2 / 2. The result is 1 for
+    errors that have nothing to do with each other, more where they add up, less where they make up for each other.
+    """
+    ground = measurement.ground
+    denoisers = denoisers_of(stages, measurement.networks, measurement.running, ground)
+    scale = np.sqrt(2 * measurement.weights).tolist()
+    scale[-1] = 0.0  # no noise
+    totals: list[Tensor] = []  # of each batch of paths
+    squares = 0.0
+    for at in measurement.walk(other_images(measurement.settings, ground), "checking a plan"):
+        output = denoisers[at.step](at.x_t, at.t, at.y)
+        z = scale[at.step] * (ground.solver.eps(output, at.x_t, at.t) - ground.solver.eps(at.output, at.x_t, at.t))
+        if at.step == 0:
+            totals.append(torch.zeros_like(z))
+        totals[-1] += z
+        squares += float(z.square().sum())
+    return float(torch.cat(totals).square().sum()) / squares
 
 
 def predicted_of(prices: Prices, stages: Stages) -> tuple[float, float]:

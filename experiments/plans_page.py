@@ -13,7 +13,7 @@ from common import plots
 from common.files import read_json, replacing, write_json
 from evaluation.comparison import Estimate, estimate
 from experiments.page import QUICK, bold, filled, table
-from experiments.plans_measure import BROUGHT, FULL_ALONE, JOINT, OWN, SPEED_UPS, at_speed
+from experiments.plans_measure import BROUGHT, FULL_ALONE, JOINT, OWN, SPEED_UPS, TIMED_BATCH, TIMED_ROUNDS, at_speed
 
 Row = Mapping[str, Any]  # of a plan: a list of values for each key, one of each seed
 
@@ -52,7 +52,8 @@ def introduction(of_set: Mapping[str, Any], how: str) -> str:
     return (
         f"Measured by {how}\n\nImages: {of_set['about']}. Networks of the seeds {seeds}: "
         f"full, {full} steps of training; shallow, {shallow}. {of_set['n_samples']} samples by {of_set['setting']}. "
-        f"Divergence: {of_set['n_paths']} paths to predict it and as many others to measure it. "
+        f"Divergence: {of_set['n_paths']} paths to predict it and as many others to measure it. Speed-up: of sampling "
+        f"batches of {TIMED_BATCH} in turns, the median of {TIMED_ROUNDS} rounds. "
         f"Score: {of_set['score']}."
     )
 
@@ -66,6 +67,8 @@ def plans_table(of_set: Mapping[str, Any]) -> str:
             cell(row, "predicted", ".2"),
             cell(row, "measured", ".2"),
             cell(row, "sampled", ".2"),
+            f"{estimate(row['coherence']).mean:.1f}" if has(row, "coherence") else "",
+            f"{1000 * estimate(row['seconds']).mean:.2f}",
             cell(row, "sampled_speed_up", ".2"),
             f"{estimate(row['score']):.2}",
             difference_of(row["score"], scores[FULL_ALONE]),
@@ -73,7 +76,18 @@ def plans_table(of_set: Mapping[str, Any]) -> str:
         )
         for row in of_set["rows"]
     ]
-    head = ("", "nats predicted", "measured", "on sampled paths", "speed-up", "score", "minus full", "PSNR")
+    head = (
+        "",
+        "nats predicted",
+        "measured",
+        "on sampled paths",
+        "coherence",
+        "ms/image",
+        "speed-up",
+        "score",
+        "minus full",
+        "PSNR",
+    )
     return table(head, rows)
 
 

@@ -30,6 +30,7 @@ def test_from_networks_to_the_page(tmp_path, monkeypatch, run_quietly):
     monkeypatch.setattr(plans_measure, "SPEED_UPS", (1.2,))
     monkeypatch.setattr(plans_measure, "MOVED", 1.2)
     monkeypatch.setattr(plans_measure, "ROUNDS", 1)
+    monkeypatch.setattr(plans_measure, "TIMED_ROUNDS", 1)
     monkeypatch.setattr(plans_page, "SPEED_UPS", (1.2,))
     (tmp_path / "configs").symlink_to(Path("configs").resolve())
     monkeypatch.chdir(tmp_path)

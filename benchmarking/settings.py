@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import PRECISIONS, SOLVERS
+from common.config import PRECISIONS
 from common.options import MOST_BATCH, MachineSettings
 from common.settings import Checked, option, section
+from common.solvers import SOLVERS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NETWORK = "a YAML file (the weights are then random) or a checkpoint"
@@ -37,7 +38,7 @@ class SamplingBenchmark(BenchmarkSettings):
     full: Path = option(CONFIGS / "uvit_celeba.yaml", NETWORK, exists="file")
     shallow: Path = option(CONFIGS / "uvit_celeba_3.yaml", NETWORK, exists="file")
     batch_size: int = option(8, "samples per batch", least=1, most=MOST_BATCH)
-    solver: tuple[str, ...] = option(("ddpm", "dpmsolver++"), "one or several solvers", choices=SOLVERS)
+    solver: tuple[str, ...] = option(("ddpm", "dpmsolver++"), "one or several solvers", choices=tuple(SOLVERS))
     steps: int = option(20, "network calls per image", least=1, most=100_000)
     t_switch: tuple[int, ...] = option((300, 500, 699), "one or several switches", least=-1, most=99_999)
 

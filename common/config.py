@@ -22,7 +22,6 @@ BACKBONES = ("uvit", "dit")  # that are built and trained here
 TRAINABLE = (*BACKBONES, "deediff_uvit")
 MODELS = (*TRAINABLE, "diffusers")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous", "predict_v", "predict_velocity")
-SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # scale of the latents of the public U-ViT weights
 MOST_YAML_BYTES = 2**20

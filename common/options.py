@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import BETA_SCHEDULES, PRECISIONS, SOLVERS
+from common.config import BETA_SCHEDULES, PRECISIONS
 from common.errors import InputError
 from common.settings import CONDITIONS, RESULT, Checked, option
+from common.solvers import SOLVERS
 
-DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmsolver++": 20, "unipc": 20}  # None: every timestep
 MOST_SEED, MOST_BATCH = 2**63 - 1, 2**20
 
 
@@ -16,10 +16,12 @@ MOST_SEED, MOST_BATCH = 2**63 - 1, 2**20
 class SolverSettings(Checked):
     """Solver."""
 
-    solver: str = option("ddpm", "solver of the sampling steps", choices=SOLVERS)
+    solver: str = option("ddpm", "solver of the sampling steps", choices=tuple(SOLVERS))
     steps: int | None = option(
         None,
-        "network calls per image (default: every timestep for ddpm, 50 for ddim, 20 for the others)",
+        "network calls per image (default: "
+        + ", ".join(f"{entry.steps or 'every timestep'} for {name}" for name, entry in SOLVERS.items())
+        + ")",
         least=1,
         most=100_000,
     )
@@ -38,7 +40,7 @@ class SolverSettings(Checked):
         if self.solver == "ddim" and self.eta is None:
             object.__setattr__(self, "eta", 0.0)
         if self.steps is None:
-            object.__setattr__(self, "steps", DEFAULT_STEPS[self.solver])
+            object.__setattr__(self, "steps", SOLVERS[self.solver].steps)
 
 
 PRECISION = "precision of the networks (default: bf16 if the device has instructions for it, else fp32)"

@@ -16,7 +16,7 @@ MOST_SEED, MOST_BATCH = 2**63 - 1, 2**20
 class SolverSettings(Checked):
     """Solver."""
 
-    solver: str = option("ddpm", "solver of the sampling steps", choices=tuple(SOLVERS))
+    solver: str = option("ddpm", "method of the sampling steps", choices=tuple(SOLVERS))
     steps: int | None = option(
         None,
         "network calls per image (default: "
@@ -26,7 +26,7 @@ class SolverSettings(Checked):
         most=100_000,
     )
     eta: float | None = option(
-        None, "noise of ddim: 0 is deterministic, 1 has the variance of ddpm (default: 0)", least=0, most=1
+        None, "noise of ddim; 0 is deterministic, 1 has the variance of ddpm (default: 0)", least=0, most=1
     )
     sampling_schedule: str | None = option(
         None, "noise schedule of the sampler (default: that of the last network)", choices=BETA_SCHEDULES
@@ -53,7 +53,7 @@ class SpeedSettings(Checked):
     precision: str | None = option(None, PRECISION, choices=PRECISIONS, decides=(RESULT, CONDITIONS))
     compile: bool = option(
         False,
-        "compile the networks first (torch.compile); takes about a minute",
+        "compile the networks first (torch.compile), which takes about a minute",
         decides=(CONDITIONS,),
         why="compiled networks differ in rounding alone",
     )
@@ -71,8 +71,8 @@ class MachineSettings(Checked):
 
     device: str = option(
         "auto",
-        "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps",
+        "cpu, cuda, cuda:1, mps, or auto for the first of CUDA, MPS and CPU that is there",
         decides=(),
         why="recorded as the kind of device",
     )
-    quiet: bool = option(False, "no progress bar", decides=(), why="it is about the terminal")
+    quiet: bool = option(False, "show no progress bar", decides=(), why="it is about the terminal")

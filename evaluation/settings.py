@@ -27,7 +27,7 @@ def metrics(text: str) -> tuple[str, ...]:
 class ReferenceSettings(Checked):
     """The real images."""
 
-    dataset: str | None = option(None, "dataset whose whole training set to score against", choices=tuple(DATASETS))
+    dataset: str | None = option(None, "dataset to score against, with its whole training set", choices=tuple(DATASETS))
     data_path: Path | None = option(None, "path of the dataset (default: datasets/)", exists="path")
     crop: str | None = option(None, "crop of the dataset (default: the crop of the samples' network)", choices=CROPS)
     download: bool = option(False, "download the dataset first, if it is missing")
@@ -38,7 +38,7 @@ class ReferenceSettings(Checked):
     )
     n_reference: int | None = option(
         None,
-        "number of real images, evenly spaced; broken ones are then skipped (default: all)",
+        "number of real images, evenly spaced, of which broken ones are skipped (default: all)",
         least=2,
         most=10_000_000,
     )
@@ -60,18 +60,22 @@ class ScoringSettings(Checked):
     """Settings of fid.py."""
 
     samples_path: Path = option(
-        help="folder of images from sampler.py, or an .npz with arr_0, uint8 (N, H, W, 3); its scores go to "
-        "<name>_report/ in the same folder",
+        help="folder of images from sampler.py, whose scores go to the report/ in it; or an .npz with arr_0, uint8 "
+        "(N, H, W, 3), whose scores go to <name>_report/ beside it",
         exists="path",
     )
     real: ReferenceSettings = section("real images", ReferenceSettings())
-    metrics: tuple[str, ...] = option(("fid",), "scores, comma-separated", parse=metrics, metavar="fid,kid,is,prc")
-    feature_extractor: str = option("inception", "inception, or a TorchScript file: uint8 (N, C, H, W) -> (N, D)")
+    metrics: tuple[str, ...] = option(
+        ("fid",), "scores to compute, separated by commas", parse=metrics, metavar="fid,kid,is,prc"
+    )
+    feature_extractor: str = option(
+        "inception", "inception, or a TorchScript file that maps uint8 (N, C, H, W) to features (N, D)"
+    )
     feature_extractor_weights: Path | None = option(
         None, "weights of inception (default: downloaded once)", exists="file"
     )
-    save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, which --reference can read")
-    batch_size: int = option(64, "images per call of the feature extractor", least=1, most=MOST_BATCH)
+    save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, which --reference reads")
+    batch_size: int = option(64, "number of images per call of the feature extractor", least=1, most=MOST_BATCH)
     machine: MachineSettings = section("machine", MachineSettings())
 
     def __post_init__(self) -> None:

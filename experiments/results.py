@@ -33,7 +33,7 @@ class ResultsSettings(Checked):
     sets: tuple[str, ...] = option(("digits", "colour"), "sets of images to measure on", choices=("digits", "colour"))
     seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
     quick: bool = option(
-        False, "a short run to check that everything works; all files, also the page, go to results/quick"
+        False, "do little of everything, to check that it works; all files, the page among them, go to results/quick"
     )
 
     def __post_init__(self) -> None:

@@ -27,38 +27,40 @@ class RunSettings(Checked):
 
     checkpoint_path: Path | None = of_network(
         None,
-        "weights: .pth, .safetensors, or a folder of export.py or of diffusers",
+        "weights of the network: a .pth or .safetensors file, or a folder of export.py or of diffusers",
         exists="path",
         decides=(),
         why=AS_NETWORKS,
     )
     config_path: Path | None = of_network(
         None,
-        "YAML file of the network, for weights without a description",
+        "YAML file that describes the network, for weights without a description",
         exists="file",
         decides=(),
         why=AS_NETWORKS,
     )
     weights: str = of_network(
         "ema",
-        "averaged weights (ema), or the weights of the last step (raw)",
+        "ema for averaged weights, raw for those of the last step",
         choices=("ema", "raw"),
         decides=(),
         why=AS_NETWORKS,
     )
     autoencoder_checkpoint_path: Path | None = of_network(
         None,
-        "autoencoder for networks of latents: autoencoder_kl.pth or a diffusers folder; overrides --config_path",
+        "autoencoder of a network of latents: autoencoder_kl.pth or a folder of diffusers; beats --config_path",
         exists="path",
         decides=(),
         why="recorded by its SHA-256",
     )
     described: Mapping[str, Any] = option({}, flag=False, decides=(), why=AS_NETWORKS)  # the network's flags, nested
     output_folder: Path = of_samples(
-        help="folder for the images; all other files go to its report/", decides=(), why="it is the place of the images"
+        help="folder for the images; all other files go to the report/ in it",
+        decides=(),
+        why="it is the place of the images",
     )
     overwrite: bool = of_samples(False, "replace existing samples", decides=(), why="it only removes earlier images")
-    seed: int = of_samples(0, "sample i depends only on the seed and i", least=0, most=MOST_SEED)
+    seed: int = of_samples(0, "seed of the noise; sample i depends only on the seed and i", least=0, most=MOST_SEED)
     n_samples: int = of_samples(
         None,
         "number of samples (default: --batch_size)",
@@ -77,7 +79,7 @@ class RunSettings(Checked):
     )
     class_id: tuple[int | Literal["random"], ...] = of_samples(
         ("random",),
-        "random, or one or more classes, repeated in this order (class-conditional networks)",
+        "class of the samples of a network with classes: random, or classes that repeat in this order",
         least=0,
         most=10**6,
     )
@@ -90,17 +92,19 @@ class RunSettings(Checked):
     )
     guidance_scale: float = of_samples(
         0.0,
-        "s in cond + s (cond - uncond); 0: off; one less than the published scale of DiT and SiT, uncond + s (cond - "
-        'uncond); needs a network with a "no class"',
+        'scale s of classifier-free guidance, cond + s (cond - uncond); needs a network with a "no class"; 0 turns '
+        "guidance off; what DiT and SiT publish as their scale is s + 1",
         least=0,
         most=1000,
         decides=(),
         why=AS_STAGES,
     )
-    timesteps_save: tuple[int, ...] = of_samples((), "also save x_t at these t, to report/frames", least=0, most=99_999)
+    timesteps_save: tuple[int, ...] = of_samples(
+        (), "save x_t at these timesteps too, in report/frames", least=0, most=99_999
+    )
     allow_outside_range: bool = of_network(
         False,
-        "run networks at timesteps on which they were not trained (see --t_min of train.py)",
+        "let networks run at timesteps on which they were not trained (see --t_min of train.py)",
         decides=(),
         why="it permits; the stages decide",
     )
@@ -131,7 +135,7 @@ class CalibrationSettings(Checked):
     """Choice of the switch."""
 
     dataset: str | None = option(
-        None, "real images for the measurement, preferably the training set", choices=tuple(DATASETS)
+        None, "real images to measure on, preferably the training set", choices=tuple(DATASETS)
     )
     data_path: Path | None = option(
         None,
@@ -141,18 +145,18 @@ class CalibrationSettings(Checked):
         why="the same images may lie elsewhere",
     )
     crop: str | None = option(None, "crop of the dataset (default: the crop of the networks)", choices=CROPS)
-    n_images: int = option(256, "number of real images for the measurement", least=2, most=10_000_000)
+    n_images: int = option(256, "number of real images to measure on", least=2, most=10_000_000)
     speedup: float | None = option(
         None,
-        "choose the least divergence at this speed-up, predicted from calls without --compile (default: the knee of "
-        "the curve)",
+        "choose the switch of least divergence with at least this speed-up, which is predicted from calls without "
+        "--compile (default: the knee of the curve)",
         least=1,
         most=1e6,
     )
     budget: float | None = option(
         None,
-        "choose the fastest switch with at most this divergence, in nats per dimension (deterministic solvers: "
-        "squared shift per dimension)",
+        "choose the fastest switch with at most this divergence, in nats per dimension, or for deterministic solvers "
+        "in squared shift per dimension",
         least=0,
         most=1e12,
     )
@@ -168,14 +172,19 @@ class SamplerSettings(RunSettings):
     """Settings of sampler.py."""
 
     checkpoint_path_late: Path | None = of_network(
-        None, "the full backbone; --checkpoint_path is then the shallow one", exists="path", decides=(), why=AS_NETWORKS
+        None,
+        "weights of the full backbone; --checkpoint_path then names the shallow one",
+        exists="path",
+        decides=(),
+        why=AS_NETWORKS,
     )
     config_path_late: Path | None = of_network(
-        None, "YAML file of the full backbone, like --config_path", exists="file", decides=(), why=AS_NETWORKS
+        None, "YAML file that describes the full backbone", exists="file", decides=(), why=AS_NETWORKS
     )
     t_switch: int | Literal["auto"] | None = of_stages(
         None,
-        "timestep: the shallow backbone runs at every t > t_switch, the full one at the rest; auto: measure it first",
+        "timestep of the switch: the shallow backbone runs at every t > t_switch, the full one at all others; auto "
+        "measures which is best",
         least=-1,
         most=99_999,
         decides=(),
@@ -183,7 +192,8 @@ class SamplerSettings(RunSettings):
     )
     logsnr_switch: float | None = of_stages(
         None,
-        "--t_switch as a log-SNR, log (alpha bar / (1 - alpha bar)), which is the same point under any noise schedule",
+        "switch at this log-SNR, log(alpha bar / (1 - alpha bar)), in place of --t_switch; it means the same under any "
+        "noise schedule",
         least=-100,
         most=100,
         decides=(),
@@ -199,18 +209,18 @@ class SamplerSettings(RunSettings):
     )
     guidance_t_min: int | None = of_samples(
         None,
-        "lowest t with guidance (default 0); without guidance the network runs once per step, not twice",
+        "lowest t with guidance; elsewhere the network runs once per step, not twice (default: 0)",
         least=0,
         most=99_999,
         decides=(),
         why=AS_STAGES,
     )
     guidance_t_max: int | None = of_samples(
-        None, "highest t with guidance (default T - 1)", least=0, most=99_999, decides=(), why=AS_STAGES
+        None, "highest t with guidance (default: T - 1)", least=0, most=99_999, decides=(), why=AS_STAGES
     )
     stages: Path | None = of_stages(
         None,
-        "YAML file with any number of networks and their timesteps, in place of --checkpoint_path",
+        "YAML file that names any number of networks and their timesteps, in place of --checkpoint_path",
         aliases=("--schedule",),
         exists="file",
         decides=(),
@@ -218,16 +228,16 @@ class SamplerSettings(RunSettings):
     )
     cache_interval: int = of_work(
         1,
-        "compute the middle blocks at every n-th step of a stage, and reuse their sum at the steps between; 1: off",
+        "run the middle blocks at every n-th step of a stage only, and reuse what they added; 1 turns caching off",
         least=1,
         most=100_000,
     )
     cache_outer: int | None = of_work(
-        None, "number of outer blocks on each side that run at every step (default: 1)", least=1, most=999
+        None, "number of blocks at either end that run at every step (default: 1)", least=1, most=999
     )
     offload: bool = of_network(
         False,
-        "keep idle networks in host memory to save GPU memory (CUDA)",
+        "keep a network in host memory while another one runs, to save GPU memory",
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )

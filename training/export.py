@@ -28,13 +28,13 @@ class ExportSettings(Checked):
 
     source: Path = option(help="checkpoint to read", exists="file", positional=True, metavar="IN")
     target: Path = option(
-        help="file that ends in .safetensors, or folder, which gets a model card too; replaced if it exists",
+        help="file to write, ending in .safetensors, or folder, which gets a model card too; it replaces an older one",
         positional=True,
         metavar="OUT",
     )
-    weights: str = option("ema", "averaged (ema), or of the last step (raw)", choices=("ema", "raw"))
+    weights: str = option("ema", "ema for averaged weights, raw for those of the last step", choices=("ema", "raw"))
     scores: Path | None = option(
-        None, "report/metrics.json of samples of this network, for the model card", exists="file"
+        None, "report/metrics.json of samples of this network, whose scores the model card tells", exists="file"
     )
 
 

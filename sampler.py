@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     from common.distributed import is_main, joined_processes
     from diffusion.sampling import sample
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
-    from generation.report import write_report
+    from generation.report import table_of_work, write_report
     from generation.run import labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up, with_named_classes
     from models.autoencoder import image_maker
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
             summary = write_report(folder, settings, batches, work, sum(b["flops_per_image"] for b in work))
             if 0 <= (t := plan.stages[0].t_min - 1) < solver.schedule.num_timesteps and len(plan.stages) == 2:
                 print(f"t_switch {t}, log-SNR {solver.schedule.log_snr(t):.3f}")
-            print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
+            print(table_of_work(work))
             print(summary)
 
 

@@ -54,6 +54,8 @@ def _packages() -> list[str]:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return str(torch.__version__)  # which tells the build too
     try:
         return version(package)
     except PackageNotFoundError:

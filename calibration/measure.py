@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import InputError
+from common.progress import Progress
 from common.seeds import nth_seed
 from common.timing import in_turns, ratio
 from data.dataset import ImageDataset, say_left_out
@@ -63,7 +63,7 @@ def measure_predictions(
     error, distance = np.full(shape, np.nan), np.full(shape, np.nan)
     broken: dict[int, str] = {}
     starts = range(0, len(indices), batch_size)
-    with tqdm(total=len(starts) * len(timesteps), unit="step", disable=True if quiet else None) as bar:
+    with Progress("calibration", len(starts) * len(timesteps), "steps", images=None, quiet=quiet) as bar:
         for start in starts:
             chosen = indices[start : start + batch_size]
             images, met = dataset.whole_and_broken(chosen)

@@ -378,8 +378,9 @@ def _default_of(f: Field) -> str:
 
 def _path_or_value(value: object) -> str:
     """As text; paths in the project without its place on this machine."""
-    inside = isinstance(value, Path) and value.is_relative_to(PROJECT)
-    return value.relative_to(PROJECT).as_posix() if inside else str(value)
+    if isinstance(value, Path) and value.is_relative_to(PROJECT):
+        return value.relative_to(PROJECT).as_posix()
+    return str(value)
 
 
 def parser_of(f: Field) -> Callable[[str], Any]:

@@ -37,6 +37,7 @@ import train
 from common.config import build_config, read_yaml
 from experiments import results
 from models.loading import build_network
+from tests.folders import timesteps_told
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")
@@ -229,7 +230,7 @@ def test_every_script_has_its_place(walk):
 @pytest.mark.slow
 def test_the_walk(walk):
     said = printed_by(walk, "sampler.py", "out/duodiff")
-    assert "shallow ran 3 timesteps, full ran 1 timesteps" in said  # 999, 749, 499; 249
+    assert timesteps_told(said) == {"shallow": 3, "full": 1}  # 999, 749, 499; 249
     rows = printed_by(walk, "compare.py").splitlines()
     assert rows[0].endswith("speed-up") and [row.split("  ")[0] for row in rows[2:5]] == [
         "full",
@@ -262,7 +263,7 @@ def test_a_queue_is_given_the_job_until_it_is_done(walk, tmp_path):
 @pytest.mark.slow
 def test_from_the_public_weights_to_duodiff(walk):
     said = printed_by(walk, "sampler.py", "out/public_duodiff")
-    assert "shallow ran 2 timesteps, full ran 2 timesteps" in said  # 999, 749; 499, 249
+    assert timesteps_told(said) == {"shallow": 2, "full": 2}  # 999, 749; 499, 249
     carried = torch.load("logs/shallow_public/celeba_uvit_last.pth", weights_only=True)["config"]
     assert carried["crop"] == "uvit128" and carried["diffusion_params"]["beta_schedule"] == "continuous_vp"
 
@@ -284,7 +285,7 @@ def test_networks_for_their_part(walk):
 @pytest.mark.slow
 def test_cascades_and_caching(walk):
     said = printed_by(walk, "sampler.py", "cascade.yaml")
-    assert "network 1 ran 2 timesteps, network 2 ran 1 timesteps, network 3 ran 1 timesteps" in said
+    assert timesteps_told(said) == {"network 1": 2, "network 2": 1, "network 3": 1}
     backbone = json.loads(Path("out/caching/report/statistics.json").read_text())["backbones"][0]
     assert backbone["timesteps_reusing"] == 2  # of 999, 749, 499, 249 the middle two
 

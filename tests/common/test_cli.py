@@ -128,7 +128,7 @@ def test_help_texts_are_plain(command):
             continue  # an older name
         assert said and len(said.split()) > 1, f"{name}: {said!r}"
         assert not re.search(CLUMSY, said), f"{name}: {said!r}"
-        phrase, default = re.fullmatch(r"(.*?)( \(default: .+\))?", said, re.DOTALL).groups()
+        phrase = re.fullmatch(r"(.*?)( \(default: .+\))?", said, re.DOTALL)[1]
         assert "default" not in phrase, f"{name}: the default does not stand at the end of {said!r}"
         assert phrase[0].islower() or phrase.startswith(("DDIM", "TorchScript", "YAML", "MLP")), f"{name}: {said!r}"
     assert "default: None" not in command.parser.format_help()

@@ -107,7 +107,7 @@ def samples_in(folder: Path) -> list[Path]:
         raise InputError(f"{folder} holds {others[0].name}, which is no sample; choose a folder of its own")
     report = folder / "report"
     if foreign := sorted(path.name for path in _listed(report) if path.name not in REPORT_NAMES):
-        raise InputError(f"{report} holds {foreign[0]}, which is of no sampling run; choose another folder")
+        raise InputError(f"{report} holds {foreign[0]}, which no sampling run wrote; choose another folder")
     return samples
 
 
@@ -118,7 +118,7 @@ def _listed(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:  # a file, or no permission; an InputError ends the other processes too
-        raise InputError(f"{folder}: cannot be looked into ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
 def recorded_fingerprint(folder: Path) -> Any:
@@ -126,7 +126,7 @@ def recorded_fingerprint(folder: Path) -> Any:
     path = folder / "report" / "run.json"
     if not path.exists():
         raise InputError(
-            f"{folder} holds {len(samples_in(folder))} samples already, and no report/run.json that says of what run; "
+            f"{folder} holds {len(samples_in(folder))} samples already, but no report/run.json, which tells the run; "
             f"{ADVICE}"
         )
     return read_json(path)

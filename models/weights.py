@@ -230,7 +230,7 @@ def check_fit(model: nn.Module, read: Weights, source: str | Path, weights: str 
         raise InputError(f"{source} holds averaged weights alone; leave --weights raw out")
     check_numbers(candidates[entry], source, entry)
     if entry:
-        log.warning("%s: its entry %s fits the network, and is taken", source, entry)
+        log.warning("%s: using the entry %s, which fits the network", source, entry)
     return read._replace(state_dict=fitting[entry], kind=kind)
 
 

@@ -73,7 +73,7 @@ def export(source: Path, target: Path, weights: str, scores: Path | None = None)
         raise InputError(f"{target} is there already, and of no export; choose another name")
     read = read_weights(source, weights)
     if read.settings is None:
-        raise InputError(f"{source} carries no description of its network; only checkpoints of this project do")
+        raise InputError(f"{source} has no description of its network; only checkpoints of this project have one")
     if read.kind != weights:
         raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
     check_numbers(read.state_dict, source)

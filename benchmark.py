@@ -152,11 +152,12 @@ def open_network(path: Path, kind: type[M], settings: BenchmarkSettings | None =
     InputError for other files.
     """
     from common.config import build_config
+    from diffusion.schedulers import process_of
     from models.loading import Network, build_network, load_network, name_of, stated_settings
 
     flags, config_path = (settings.described, settings.config_path) if settings else ({}, None)
     if path.suffix not in (".yaml", ".yml"):
-        return load_network(path, stated_settings(config_path, flags), kind)
+        return load_network(path, stated_settings(config_path, flags), kind, process_of=process_of)
     if config_path:
         raise InputError(f"--config_path {config_path}: {path} describes its network already; give one of them")
     stated = stated_settings(path, flags)

@@ -37,11 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from calibration.report import as_table, in_words, save
     from calibration.run import calibrate
     from common.devices import device_name, pick_device, pick_precision
+    from diffusion.schedulers import process_of
     from models.loading import load_together
 
     device = pick_device(settings.machine.device)
     precision = pick_precision(settings.precision, device)
-    networks = load_together(settings.files, settings.described, weights=settings.weights, device=device)
+    networks = load_together(
+        settings.files, settings.stated, weights=settings.weights, device=device, process_of=process_of
+    )
     check_output(settings)
     if settings.verifying.verify:
         check_verifying(settings, networks[-1], device)
@@ -90,11 +93,16 @@ def check_output(settings: CalibrateSettings) -> None:
 
 def check_verifying(settings: CalibrateSettings, full: Network[Backbone], device: torch.device) -> None:
     """Raises InputError, before sampling, if the samples could not be scored."""
+    from data import open_source
+    from data.packing.packed import MANIFEST
     from evaluation.features import load_extractor
 
-    verifying, data_path = settings.verifying, settings.choice.data_path
-    if full.config.autoencoder and data_path and not verifying.reference:
-        raise InputError(f"--verify: {data_path} holds latents; give --reference, images to score against")
+    verifying, data_path, dataset = settings.verifying, settings.choice.data_path, settings.choice.dataset
+    if full.config.autoencoder and not verifying.reference:
+        assert dataset is not None, "CalibrateSettings asks for it"
+        if data_path and (data_path / MANIFEST).is_file():
+            raise InputError(f"--verify: {data_path} holds latents; give --reference, images to score against")
+        open_source(dataset, data_path, img_size=64, in_chans=3)  # the images beside their latents
     load_extractor(verifying.feature_extractor, verifying.feature_extractor_weights, device)
 
 
@@ -147,7 +155,7 @@ def sampling_of(
         stages=stages,
         described=described,
         weights=settings.weights,
-        autoencoder_checkpoint_path=verifying.autoencoder_checkpoint_path,
+        autoencoder_checkpoint_path=settings.autoencoder_checkpoint_path,
         output_folder=samples,
         overwrite=settings.overwrite,
         seed=seed,

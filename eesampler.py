@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
     from diffusion.sampling import Stage, sample
     from generation.exits import ExitRecorder, save_exits
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
-    from generation.report import table_of_work, write_report
+    from generation.report import most_memory, table_of_work, write_report
     from generation.run import (
         denoiser_of,
         guide,
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
                     x0 = sample(stages, solver, noise, shape, labels(indices), batch.on_step)
                 batch.save(x0, recorder.end_batch())
 
+        memory = most_memory(device)
         if is_main():
             batches = folder.finished()
             exits = save_exits(
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
             work = describe_work(network, exits, len(batches), settings)
             print(table_of_work([work]))
             print(f"mean exit layer {work['mean_exit_layer']:.2f} of {model.num_layers}")
-            print(write_report(folder, settings, batches, [work], work["flops_per_image"]))
+            print(write_report(folder, settings, batches, [work], work["flops_per_image"], memory))
 
 
 def load(settings: EarlyExitSettings, plan: Plan, device: torch.device) -> Network[EarlyExitUViT]:

@@ -7,7 +7,6 @@ import itertools
 import logging
 import statistics
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from calibration.run import Calibration
-    from common.config import Config
     from diffusion import NoiseSchedule
     from diffusion.sampling import Stage
     from diffusion.solvers import Solver
@@ -44,14 +42,24 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     from common.distributed import is_main, joined_processes
     from diffusion.sampling import sample
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
-    from generation.report import table_of_work, write_report
-    from generation.run import labels_of, noise_of, settled_speed, settled_steps, solver_of, warm_up, with_named_classes
+    from generation.report import most_memory, table_of_work, write_report
+    from generation.run import (
+        labels_of,
+        noise_of,
+        settled_speed,
+        settled_steps,
+        shared_config,
+        solver_of,
+        warm_up,
+        with_named_classes,
+    )
     from models.autoencoder import image_maker
 
     with joined_processes(settings.machine.device) as device:
         settings = settled_speed(settings, device)
+        fetch(settings)
         networks = load_networks(settings, plan, device)
-        config = shared_config(networks)
+        config = shared_config([network.config for network in networks])
         settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
         solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
@@ -75,38 +83,43 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
                     x0 = sample(stages, solver, noise, shape, labels(indices), batch.on_step)
                 batch.save(x0)
 
+        memory = most_memory(device)
         if is_main():
             batches = folder.finished()
             work = describe_work(plan, networks, backbones, stages, len(batches))
-            summary = write_report(folder, settings, batches, work, sum(b["flops_per_image"] for b in work))
+            flops = sum(about["flops_per_image"] for about in work)
+            summary = write_report(folder, settings, batches, work, flops, memory)
             if 0 <= (t := plan.stages[0].t_min - 1) < solver.schedule.num_timesteps and len(plan.stages) == 2:
                 print(f"t_switch {t}, log-SNR {solver.schedule.log_snr(t):.3f}")
             print(table_of_work(work))
             print(summary)
 
 
+def fetch(settings: SamplerSettings) -> None:
+    """Download the networks of --download and --download_late whose folders do not exist."""
+    if settings.downloads:
+        from common.distributed import on_main
+        from models.hub import download
+
+        for repo, folder in settings.downloads:
+            on_main(partial(download, repo, folder, quiet=settings.machine.quiet))
+
+
 def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Backbone]]:
     """Load the networks. Raises InputError unless they fit each other and the timesteps of the stages."""
+    from diffusion.schedulers import process_of
     from models.loading import load_together
 
-    place = idle_place(settings, device)
-    networks = load_together(plan.files, settings.stated, weights=settings.weights, device=place)
+    networks = load_together(
+        plan.files,
+        settings.stated,
+        weights=settings.weights,
+        device=device,
+        process_of=process_of,
+        offload=settings.offload,
+    )
     plan.check_length(networks[-1].config.diffusion_params.num_timesteps)
     return networks
-
-
-def idle_place(settings: SamplerSettings, device: torch.device) -> torch.device | str:
-    """The device of a network's weights while another one runs. Raises InputError where --offload has no use."""
-    if settings.offload and device.type != "cuda":
-        raise InputError(f"--offload is for CUDA: on {device.type} the networks are in the host's memory anyway")
-    return "cpu" if settings.offload else device
-
-
-def shared_config(networks: Sequence[Network[Backbone]]) -> Config:
-    """The description of the last network, with the first autoencoder path of all networks."""
-    config = networks[-1].config
-    named = [n.config.autoencoder for n in networks if n.config.autoencoder and n.config.autoencoder.checkpoint_path]
-    return replace(config, autoencoder=named[0]) if named else config
 
 
 def settled_plan(
@@ -182,8 +195,9 @@ def make_stages(
     from diffusion.matching import own_timesteps
     from diffusion.sampling import Stage, split_timesteps
     from generation.run import denoiser_of, guide
-    from models.inference import BackboneDenoiser, Offloader
+    from models.inference import BackboneDenoiser
     from models.loading import check_range
+    from models.offload import on_host, session_of
 
     own = split_timesteps(timesteps, plan.lowest)
     times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
@@ -192,18 +206,18 @@ def make_stages(
             advice = f"let another network run there ({plan.source}), or give --allow_outside_range"
             check_range(networks[stage.network], [times[stage.network][t] for t in visited], advice)
     dtype = DTYPES[settings.speed.chosen_precision]
-    backbones = [
-        BackboneDenoiser(network.module, own_times, dtype, device, compiled=settings.speed.compile, cache=cache)
-        for network, own_times, cache in zip(networks, times, make_caches(settings, plan, networks, own), strict=True)
-    ]
-    offloader = Offloader([network.module for network in networks], device) if settings.offload else None
+    backbones, sessions = [], []
+    for network, own_times, cache in zip(networks, times, make_caches(settings, plan, networks, own), strict=True):
+        module, compiled = network.module, settings.speed.compile
+        with on_host(module, network.stored):
+            backbones.append(BackboneDenoiser(module, own_times, dtype, device, compiled=compiled, cache=cache))
+        sessions.append(session_of(module, network.stored, dtype, device))
     stages = []
     for stage, visited in zip(plan.stages, own, strict=True):
         config = networks[stage.network].config
         denoiser = denoiser_of(backbones[stage.network], config, solver)
         denoiser = guide(config, denoiser, stage.guidance_scale, stage.option, stage.guides)
-        session = partial(offloader.resident, stage.network) if offloader else nullcontext
-        stages.append(Stage(denoiser, visited, session))
+        stages.append(Stage(denoiser, visited, sessions[stage.network]))
     return stages, backbones
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarking.measure import peak_memory
 from benchmarking.settings import ExitBenchmark
-from common.devices import DTYPES
+from common.devices import DTYPES, peak_memory
 from common.timing import in_turns, ratio
 from diffusion.sampling import random_classes
 from models.early_exit import EarlyExitUViT

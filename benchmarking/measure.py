@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -78,15 +77,3 @@ class CallTimer:
             seconds = sum(after - before for before, after in self._marks)
         self._marks.clear()
         return seconds
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """The peak memory in bytes: of tensors on a GPU, else of the process; None if the system does not report it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

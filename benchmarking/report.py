@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import plots
+from common.devices import in_units
 from common.tables import table
 
 
@@ -18,7 +19,7 @@ def _header(result: Mapping[str, Any], what: str) -> str:
     memory = result["peak_memory_bytes"]
     parts = [what, result["precision"], f"batch {result['batch_size']}"]
     parts += ["compiled"] * result["compiled"]
-    parts += [f"{memory / 2**30:.2f} GiB at most"] if memory else []
+    parts += [f"{in_units(memory)} at most"] if memory else []
     return ", ".join(parts)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarking.measure import CallTimer, MatrixProduct, peak_memory
+from benchmarking.measure import CallTimer, MatrixProduct
 from benchmarking.settings import SamplingBenchmark
-from common.devices import DTYPES, Stopwatch
+from common.devices import DTYPES, Stopwatch, peak_memory
 from common.images import save_png, to_uint8
 from common.seeds import nth_seed
 from common.timing import in_turns, ratio

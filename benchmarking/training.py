@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarking.measure import MatrixProduct, peak_memory
+from benchmarking.measure import MatrixProduct
 from benchmarking.settings import TrainingBenchmark
+from common.devices import peak_memory
 from common.timing import in_turns, ratio
 from data.dataset import InMemoryDataset, training_batches
 from models.backbone import Backbone

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +22,19 @@ from calibration.choice import (
 )
 from calibration.measure import Predictions, choose_images, measure_predictions, seconds_per_call
 from calibration.settings import Measurement
+from common.config import Config
 from common.devices import DTYPES
 from common.errors import InputError
-from data import open_dataset
+from data import crop_of, open_source
+from data.dataset import ImageDataset
+from data.packing.latents import LatentSource, PackedLatents
+from data.packing.packed import find_packed
 from diffusion.divergence import step_weights
 from diffusion.matching import own_timesteps
 from diffusion.solvers import Solver, make_solver
-from generation.run import denoiser_of, guide, solver_of
+from generation.run import denoiser_of, guide, shared_config, solver_of
 from generation.settings import CalibrationSettings
+from models.autoencoder import load_autoencoder
 from models.backbone import Backbone
 from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
@@ -76,16 +82,8 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], devi
             {t for t, own in of_network.items() if knows(network, own)}
             for network, of_network in zip(networks, times, strict=True)
         ]
-    channels, side, _ = image_shape = config.model_params.image_shape
-    assert choice.dataset is not None, "a calibration without images"
-    dataset = open_dataset(
-        choice.dataset,
-        choice.data_path,
-        img_size=side,
-        in_chans=channels,
-        num_classes=config.model_params.num_classes,
-        crop=choice.crop or (config.crop if config.dataset == choice.dataset else None),
-    )
+    image_shape = config.model_params.image_shape
+    dataset = open_images(choice, shared_config([network.config for network in networks]), device)
     indices = choose_images(dataset, choice.n_images, settings.seed)
     denoisers = [
         guide(
@@ -153,6 +151,39 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], devi
         rule=rule,
         images_there=len(dataset),
     )
+
+
+def open_images(choice: CalibrationSettings, config: Config, device: torch.device) -> ImageDataset:
+    """The real images, as a network with this description gets them.
+
+    For a network of latents these are the packed latents of the dataset if there are some, else its images, which the
+    autoencoder of the description encodes when they are measured. Raises InputError if they do not fit the network.
+    """
+    assert choice.dataset is not None, "a calibration without images"
+    channels, side, _ = config.model_params.image_shape
+    crop = crop_of(choice.dataset, choice.crop or (config.crop if config.dataset == choice.dataset else None))
+    wanted: dict[str, Any] = {"num_classes": config.model_params.num_classes, "crop": crop}
+    autoencoder = config.autoencoder
+    packed = find_packed(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
+    if isinstance(packed, PackedLatents) and autoencoder and packed.scale_factor != autoencoder.scale_factor:
+        raise InputError(
+            f"{packed.folder} was packed with scale_factor {packed.scale_factor}, the networks have "
+            f"{autoencoder.scale_factor}"
+        )
+    if packed is not None:
+        return packed
+    if autoencoder is None:
+        return open_source(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
+    if autoencoder.checkpoint_path is None:
+        raise InputError(
+            "the networks make latents: give --autoencoder_checkpoint_path, which encodes the images, or pack their "
+            "latents with pack.py"
+        )
+    path = Path(autoencoder.checkpoint_path)
+    encoder = load_autoencoder(path, autoencoder.scale_factor, device)
+    pixels = side * encoder.downsampling
+    images = open_source(choice.dataset, choice.data_path, img_size=pixels, in_chans=3, **wanted)
+    return LatentSource(images, encoder, path, device)
 
 
 def weighed(

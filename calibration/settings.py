@@ -11,7 +11,7 @@ from common.config import PRECISIONS
 from common.errors import InputError
 from common.options import MOST_BATCH, MOST_SEED, PRECISION, MachineSettings, SolverSettings
 from common.settings import Checked, flat, option, plain, section
-from generation.settings import CalibrationSettings
+from generation.settings import CalibrationSettings, with_autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,6 @@ class VerifySettings(Checked):
     feature_extractor: str = option("inception", "network whose features are compared, as for fid.py")
     feature_extractor_weights: Path | None = option(
         None, "weights of inception, as for fid.py (default: downloaded once)", exists="file"
-    )
-    autoencoder_checkpoint_path: Path | None = option(
-        None, "autoencoder of networks of latents, as for sampler.py", exists="path"
     )
 
     def __post_init__(self) -> None:
@@ -59,6 +56,12 @@ class CalibrateSettings(Checked):
     weights: str = option("ema", "ema for averaged weights, raw for those of the last step", choices=("ema", "raw"))
     batch_size: int = option(
         128, "number of images per network call; calls of this size are timed", least=1, most=MOST_BATCH
+    )
+    autoencoder_checkpoint_path: Path | None = option(
+        None,
+        "autoencoder of networks of latents; it encodes images that are not packed as latents, decodes the samples of "
+        "--verify, and beats --config_path",
+        exists="path",
     )
     seed: int = option(0, "seed of the images and their noise", least=0, most=MOST_SEED)
     precision: str | None = option(None, PRECISION, choices=PRECISIONS)
@@ -86,6 +89,11 @@ class CalibrateSettings(Checked):
             raise InputError(f"--output {self.output}: wanted a .yaml")
         if not self.choice.dataset:
             raise InputError("--dataset: say on which images to measure")
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The flags that describe the networks, nested as a YAML file would have them."""
+        return with_autoencoder(self.described, self.autoencoder_checkpoint_path)
 
     @property
     def files(self) -> list[tuple[Path, Path | None]]:

@@ -1,4 +1,8 @@
-"""ImageNet at 64 x 64 pixels: the downsampled batches (Chrabaszcz et al. 2017), or the full images, resized."""
+"""ImageNet at 64 x 64 pixels: the downsampled batches (Chrabaszcz et al. 2017), or the full images, resized.
+
+Both have the same labels here. The batches come with those of the devkit of ILSVRC, 1..1000, whose order is another
+than that of the sorted WordNet ids.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,14 @@ from torch import Tensor
 from common.errors import InputError
 from data import DEFAULT_PATH
 from data.dataset import ImageDataset, check_labels
-from data.imagenet import ImageNet, find_classes
+from data.imagenet import SYNSETS, ImageNet, find_classes
 from data.rows import RowsFile, content_offset, read_header
 
 log = logging.getLogger(__name__)
 
 MOST_IMAGES = 2**17  # in a batch; the real ones have 128,123
+DEVKIT = Path(__file__).with_name("imagenet_devkit_synsets.txt")  # line k is the id with the number k of the devkit
+NUMBERING = "sorted WordNet ids"  # of the labels; in descriptions, because earlier versions kept the devkit's
 BATCHES = tuple(f"train_data_batch_{k}.npz" for k in range(1, 11))
 
 
@@ -43,7 +49,9 @@ def open_imagenet64(
 
 
 class Downsampled(ImageDataset):
-    """train_data_batch_1.npz .. _10.npz: `data` (N, 12288) uint8, channels first, and `labels` 1..1000.
+    """train_data_batch_1.npz .. _10.npz: `data` (N, 12288) uint8, channels first, and `labels` 1..1000 of the devkit.
+
+    The labels here are those of `ImageNet`: the place 0..999 among the sorted WordNet ids.
 
     Uncompressed batches are read from disk row by row. Compressed batches are loaded at their first use and kept.
     """
@@ -58,7 +66,7 @@ class Downsampled(ImageDataset):
         if any(batch.stored is None for batch in self.batches):
             log.warning("%s: compressed batches are held in memory; python pack.py avoids that", folder)
         self.starts = np.cumsum([0, *map(len, self.batches)])  # the number of each batch's first image, and the end
-        self.labels = torch.from_numpy(np.concatenate([batch.labels for batch in self.batches]))
+        self.labels = torch.from_numpy(label_of_number()[np.concatenate([batch.numbers for batch in self.batches])])
         check_labels(int(self.labels.max()), num_classes, folder)
 
     def __len__(self) -> int:
@@ -90,11 +98,18 @@ class Downsampled(ImageDataset):
             "img_size": 64,
             "in_chans": 3,
             "crop": self.crop,  # does not change images of this size
+            "labels": NUMBERING,
         }
 
 
+def label_of_number() -> np.ndarray:
+    """(1001,) int64: the place among the sorted WordNet ids of each number 1..1000 of the devkit; 0 has no meaning."""
+    place = {synset: label for label, synset in enumerate(SYNSETS.read_text(encoding="ascii").split())}
+    return np.array([-1, *(place[synset] for synset in DEVKIT.read_text(encoding="ascii").split())], dtype=np.int64)
+
+
 class _Batch:
-    """One file: labels (N,) int64 in 0..999, and its images. Raises InputError for a wrong file."""
+    """One file: the devkit's numbers (N,) int64 in 1..1000, and its images. Raises InputError for a wrong file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -124,7 +139,7 @@ class _Batch:
             raise InputError(f"{path}: wanted a label for each of the {len(self)} images")
         if len(labels) and not 1 <= labels.min() <= labels.max() <= 1000:
             raise InputError(f"{path}: labels are {labels.min()}..{labels.max()}, wanted 1..1000")
-        self.labels = labels.astype(np.int64) - 1
+        self.numbers = labels.astype(np.int64)
 
     def __len__(self) -> int:
         return self.shape[0]

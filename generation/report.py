@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.devices import in_units, peak_memory
+from common.distributed import gather
 from common.files import write_json
 from common.images import enlarge, read_png, save_grid, save_png
 from common.progress import duration, images_per_second
@@ -32,15 +34,17 @@ def write_report(
     batches: Sequence[Batch],
     backbones: Sequence[Mapping[str, Any]],
     flops: float,
+    memory: int | None,
 ) -> str:
     """Write statistics.json and the pictures. Returns a line about the run.
 
     batches: all batches of the run. backbones: the description of each network and the number of its calls. flops: of
-    all networks, per image.
+    all networks, per image. memory: see `most_memory`.
     """
     save_pictures(folder)
     timing = timing_of(folder, batches)
     content = timing | {
+        "peak_memory_bytes": memory,
         "network_flops_per_image": flops,
         "backbones": list(backbones),
         "timesteps": folder.fingerprint["steps"],
@@ -53,7 +57,7 @@ def write_report(
     return (
         f"{folder.n_samples:,} images{f', {kept:,} of them there already' if kept else ''} "
         f"({timing['images_timed']:,} in {spent}, {images_per_second(timing['images_per_second'])} on "
-        f"{timing['device']}) -> {folder.folder}"
+        f"{timing['device']}{f', peak memory {in_units(memory)}' if memory else ''}) -> {folder.folder}"
     )
 
 
@@ -71,6 +75,11 @@ def table_of_work(work: Sequence[Mapping[str, Any]]) -> str:
         for network in work
     ]
     return table(("network", "timesteps", "calls", "GFLOP/image", "share"), rows, left=1)
+
+
+def most_memory(device: torch.device) -> int | None:
+    """The largest `peak_memory` of a process of the run, on process 0; None if unknown. All processes must call it."""
+    return max((peak for peak in gather(peak_memory(device)) or () if peak is not None), default=None)
 
 
 def timing_of(folder: SampleFolder, batches: Sequence[Batch]) -> dict[str, Any]:

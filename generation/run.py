@@ -56,6 +56,12 @@ def solver_of(settings: SolverSettings, configs: Sequence[Config]) -> tuple[Solv
     return solver, timesteps
 
 
+def shared_config(configs: Sequence[Config]) -> Config:
+    """The description of the last network; if it does not name an autoencoder, with that of the nearest before it."""
+    named = [each.autoencoder for each in configs if each.autoencoder and each.autoencoder.checkpoint_path]
+    return replace(configs[-1], autoencoder=named[-1]) if named else configs[-1]
+
+
 def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
     """The denoiser with the output that the solver reads. Raises InputError for one that cannot be read so.
 

@@ -21,6 +21,17 @@ AS_STAGES = "recorded as the stages that follow from it"
 AS_NETWORKS = "recorded with the networks, by their SHA-256"
 
 
+def with_autoencoder(described: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
+    """The description of a network, nested as a YAML file would have it, with the path of its autoencoder if given."""
+    return {**described, **({"autoencoder": {"checkpoint_path": str(path)}} if path else {})}
+
+
+def check_there(name: str, path: Path | None) -> None:
+    """Raises InputError for a path of the flag --name that does not exist."""
+    if path is not None and not path.exists():
+        raise InputError(f"--{name} {path}: no such file or folder")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(Checked):
     """Settings of both sampling scripts."""
@@ -28,7 +39,6 @@ class RunSettings(Checked):
     checkpoint_path: Path | None = of_network(
         None,
         "weights of the network: a .pth or .safetensors file, or a folder of export.py or of diffusers",
-        exists="path",
         decides=(),
         why=AS_NETWORKS,
     )
@@ -115,9 +125,7 @@ class RunSettings(Checked):
     @property
     def stated(self) -> dict[str, Any]:
         """The flags that describe the network, nested as a YAML file would have them."""
-        path = self.autoencoder_checkpoint_path
-        autoencoder = {"autoencoder": {"checkpoint_path": str(path)}} if path else {}
-        return {**self.described, **autoencoder}
+        return with_autoencoder(self.described, self.autoencoder_checkpoint_path)
 
     def __post_init__(self) -> None:
         if self.n_samples is None:
@@ -174,12 +182,26 @@ class SamplerSettings(RunSettings):
     checkpoint_path_late: Path | None = of_network(
         None,
         "weights of the full backbone; --checkpoint_path then names the shallow one",
-        exists="path",
         decides=(),
         why=AS_NETWORKS,
     )
     config_path_late: Path | None = of_network(
         None, "YAML file that describes the full backbone", exists="file", decides=(), why=AS_NETWORKS
+    )
+    download: str | None = of_network(
+        None,
+        "repository of the Hugging Face hub, OWNER/NAME, to fetch --checkpoint_path from if it does not exist; a "
+        "folder of diffusers, of which descriptions and safetensors are taken",
+        metavar="REPO",
+        decides=(),
+        why=AS_NETWORKS,
+    )
+    download_late: str | None = of_network(
+        None,
+        "repository to fetch --checkpoint_path_late from, as --download",
+        metavar="REPO",
+        decides=(),
+        why=AS_NETWORKS,
     )
     t_switch: int | Literal["auto"] | None = of_stages(
         None,
@@ -237,7 +259,8 @@ class SamplerSettings(RunSettings):
     )
     offload: bool = of_network(
         False,
-        "keep a network in host memory while another one runs, to save GPU memory",
+        "hold a network in memory only in its own stages; when a stage begins, its network is read from its file (on "
+        "CUDA from host memory), which must not change during the run",
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )
@@ -257,10 +280,10 @@ class SamplerSettings(RunSettings):
 
     def _check_networks(self) -> None:
         """Raises InputError if the flags name no network, or name one twice."""
-        of_two = ("config_path_late", "guidance_scale_late")
+        of_two = ("config_path_late", "guidance_scale_late", "download_late")
         if self.stages:
-            others = ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", "logsnr_switch", *of_two)
-            for name in others:
+            others = ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", "logsnr_switch", "download")
+            for name in (*others, *of_two):
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
             return
@@ -273,15 +296,21 @@ class SamplerSettings(RunSettings):
         for name in (*of_two, "offload"):
             if getattr(self, name) not in (None, False) and not self.checkpoint_path_late:
                 raise InputError(f"--{name} needs --checkpoint_path_late")
+        fetched = [folder for _, folder in self.downloads]
+        for name in ("checkpoint_path", "checkpoint_path_late"):
+            if (path := getattr(self, name)) not in fetched:
+                check_there(name, path)
+
+    @property
+    def downloads(self) -> list[tuple[str, Path]]:
+        """The repositories to fetch, each with its folder."""
+        both = ((self.download, self.checkpoint_path), (self.download_late, self.checkpoint_path_late))
+        return [(repo, folder) for repo, folder in both if repo is not None and folder is not None]
 
     def _check_guidance(self) -> None:
-        """End on an interval of guidance that is empty, or without guidance."""
-        least, most = self.guidance_t_min, self.guidance_t_max
-        if least is not None and most is not None and least > most:
-            raise InputError(f"--guidance_t_min {least} is more than --guidance_t_max {most}")
-        if (least is not None or most is not None) and not (
-            self.guidance_scale or self.guidance_scale_late or self.stages
-        ):
+        """Raises InputError for an interval of guidance without guidance."""
+        interval = self.guidance_t_min, self.guidance_t_max
+        if interval != (None, None) and not (self.guidance_scale or self.guidance_scale_late or self.stages):
             raise InputError("--guidance_t_min and --guidance_t_max need --guidance_scale")
 
     def _check_calibration(self) -> None:
@@ -321,6 +350,7 @@ class EarlyExitSettings(RunSettings):
         super().__post_init__()
         if self.checkpoint_path is None:
             raise InputError("give --checkpoint_path")
+        check_there("checkpoint_path", self.checkpoint_path)
         if self.min_group > self.batch_size:
             raise InputError(
                 f"--min_group {self.min_group}: --batch_size {self.batch_size} never has so many to wait for"

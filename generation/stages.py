@@ -47,11 +47,8 @@ class StageEntry(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("t_min", "guidance_t_min"):
-            other = name.replace("min", "max")
-            low, high = getattr(self, name), getattr(self, other)
-            if low is not None and high is not None and low > high:
-                raise InputError(f"{name}={low}, {other}={high}: wanted {name} <= {other}")
+        if self.t_min > self.t_max:
+            raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted t_min <= t_max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +82,7 @@ class StageFile:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage before its network is loaded."""
+    """A stage before its network is loaded. Raises InputError for an empty interval of guidance."""
 
     network: int  # index in Plan.files
     t_min: int  # its lowest timestep; all higher ones belong to the stages before it
@@ -93,6 +90,11 @@ class PlannedStage:
     option: str  # the source of guidance_scale, for messages
     guidance_t_min: int | None = None  # the scale is 0 at smaller t
     guidance_t_max: int | None = None  # and at larger t
+
+    def __post_init__(self) -> None:
+        least, most = self.guidance_t_min, self.guidance_t_max
+        if least is not None and most is not None and least > most:
+            raise InputError(f"guidance_t_min {least} is more than guidance_t_max {most}")
 
     def guides(self, t: int) -> bool:
         """Whether the network is guided at t: it then runs each image twice, with its class and without."""
@@ -195,7 +197,7 @@ def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
     if settings.offload and len(files) == 1:
         raise InputError(f"--offload keeps idle networks away; {path} names one alone")
     stages = []
-    for file, stage in zip(used, content.stages, strict=True):
+    for n, (file, stage) in enumerate(zip(used, content.stages, strict=True), 1):
         scale, option = stage.guidance_scale, f"{path}: guidance_scale"
         if scale is None:
             scale, option = settings.guidance_scale, "--guidance_scale"
@@ -203,7 +205,10 @@ def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
             name: getattr(settings if getattr(stage, name) is None else stage, name)
             for name in ("guidance_t_min", "guidance_t_max")
         }
-        stages.append(PlannedStage(files.index(file), stage.t_min, scale, option, **interval))
+        try:
+            stages.append(PlannedStage(files.index(file), stage.t_min, scale, option, **interval))
+        except InputError as error:
+            raise InputError(f"{path}: stages {n}: {error}") from None
     return Plan(files, stages, content.stages[0].t_max + 1, content.calibration, str(path))
 
 

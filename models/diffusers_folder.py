@@ -10,7 +10,7 @@ Weights are read from safetensors alone; nothing is downloaded, and no code of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +22,13 @@ from common.config import PUBLIC_SCALE_FACTOR, DiffusersConfig
 from common.errors import InputError
 from common.files import check_regular, read_json
 from common.settings import shown
-from diffusion.schedulers import process_of
 from models.backbone import Backbone
 from models.weights import check_numbers
 
 M = TypeVar("M", bound=nn.Module)
+# From the content of scheduler_config.json, and a name of the file for messages, to the keys of a description: this
+# needs the mathematics of noise schedules, so `diffusion.schedulers.process_of` does it.
+ProcessOf = Callable[[Mapping[str, Any], str], dict[str, Any]]
 
 # The classes of diffusers' networks, by the names that folders give them. DiT was saved as the second at first.
 NETWORKS = {
@@ -77,7 +79,8 @@ class Folder:
     network: Path  # folder of the network
     name: str  # its class in diffusers
     about: Mapping[str, Any]  # its config.json
-    description: dict[str, Any]  # in this project's words, see common.config
+    description: dict[str, Any]  # in this project's words, see common.config; without the process
+    scheduler: tuple[Mapping[str, Any], str] | None  # the arguments of a ProcessOf, if the folder describes its process
 
 
 def read_folder(path: Path) -> Folder:
@@ -85,14 +88,12 @@ def read_folder(path: Path) -> Folder:
     network, name = _find_network(path)
     about = _mapping(network / "config.json")
     description: dict[str, Any] = {"model": "diffusers", "model_params": _params(about, name, network / "config.json")}
-    for scheduler in (path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json"):
-        if scheduler.is_file():
-            description |= process_of(_mapping(scheduler), str(scheduler))
-            break
+    places = (path / "scheduler" / "scheduler_config.json", path / "scheduler_config.json")
+    scheduler = next(((_mapping(place), str(place)) for place in places if place.is_file()), None)
     if (path / "vae").is_dir():
         scale = _mapping(path / "vae" / "config.json").get("scaling_factor", PUBLIC_SCALE_FACTOR)
         description["autoencoder"] = {"checkpoint_path": str(path / "vae"), "scale_factor": scale}
-    return Folder(network, name, about, description)
+    return Folder(network, name, about, description, scheduler)
 
 
 def load_backbone(folder: Folder, config: DiffusersConfig) -> DiffusersBackbone:

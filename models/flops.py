@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,10 @@ def early_exit_training_flops(model: EarlyExitUViT, freeze_backbone: bool) -> in
 
 
 def _shapes_only(module: M) -> M:
-    return copy.deepcopy(module).to("meta").float()
+    without_numbers: dict[int, Any] = {
+        id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in module.parameters()
+    }
+    return copy.deepcopy(module, without_numbers).to("meta").float()
 
 
 def _inputs(backbone: Backbone) -> tuple[Tensor, Tensor, Tensor | None]:

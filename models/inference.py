@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,9 +65,9 @@ class BackboneDenoiser:
     """A backbone as a denoiser. Its output is fp32 for any working precision.
 
     timesteps: all t of later calls, each with the network's own timestep. device: that of the images; the weights may
-    move there later, see `Offloader`. compiled: use torch.compile, with CUDA graphs on CUDA; batches of another size
-    than the first run without it, since a smaller last batch is not worth a second compilation. cache: None to run all
-    blocks at every timestep.
+    be elsewhere until the calls, see `models.offload`. compiled: use torch.compile, with CUDA graphs on CUDA; batches
+    of another size than the first run without it, since a smaller last batch is not worth a second compilation. cache:
+    None to run all blocks at every timestep.
     """
 
     def __init__(
@@ -136,40 +135,3 @@ class EarlyExitTracer:
         return self.model.trace_early_exit(
             x_t, self.probed[t], y, threshold=self.threshold, min_group=self.min_group, time=self.time_tokens[t]
         )
-
-
-class Offloader:
-    """Keeps the weights of all networks in host memory, and those of the running network on the device too.
-
-    The host copy is pinned and never changes, so a network is copied to the device and never back.
-    """
-
-    def __init__(self, networks: Sequence[nn.Module], device: torch.device):
-        self.device = device
-        self.host = [
-            {p: pinned(p.data, device) for p in [*network.parameters(), *network.buffers()]} for network in networks
-        ]
-        for weights in self.host:
-            _point_to(weights)
-
-    @contextmanager
-    def resident(self, k: int) -> Iterator[None]:
-        """A context in which network k is on the device."""
-        with torch.inference_mode(False):  # the weights outlive the sampling of a batch
-            here = {parameter: host.to(self.device, non_blocking=True) for parameter, host in self.host[k].items()}
-        _point_to(here)
-        try:
-            yield
-        finally:
-            _point_to(self.host[k])
-
-
-@torch.inference_mode(False)
-def _point_to(weights: Mapping[Tensor, Tensor]) -> None:
-    for parameter, value in weights.items():
-        parameter.data = value
-
-
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    tensor = tensor.cpu()
-    return tensor.pin_memory() if device.type == "cuda" else tensor

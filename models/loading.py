@@ -16,11 +16,12 @@ from common.config import Config, DiffusersConfig, build_config, contradictions,
 from common.errors import InputError
 from common.settings import check_types, in_words, merge, plain
 from models.backbone import Backbone
-from models.diffusers_folder import DiffusersBackbone, load_backbone, read_folder
+from models.diffusers_folder import DiffusersBackbone, ProcessOf, load_backbone, read_folder
 from models.dit import DiT
 from models.early_exit import EarlyExitUViT
+from models.offload import StoredWeights, empty
 from models.uvit import UViT
-from models.weights import Weights, check_fit, is_exported, read_weights
+from models.weights import Weights, check_fit, fitting, is_exported, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Network(Generic[M]):
     weights: str  # "ema", "raw", or "unknown" if the file does not record it
     step: int | None  # optimiser steps of its training, if known
     path: Path
+    stored: StoredWeights | None = None  # reads the weights of a module that was left empty
 
     def describe(self) -> dict[str, Any]:
         """The provenance as plain values."""
@@ -87,16 +89,19 @@ def load_network(
     described: str = "the flags",
     weights: str = "ema",
     device: torch.device | str = "cpu",
+    process_of: ProcessOf | None = None,
+    offload: bool = False,
 ) -> Network[M]:
     """Build and load the network of a checkpoint, or of bare weights with settings.
 
     stated: settings from `stated_settings`; needed for bare weights only. described: the source of these settings.
     kind: the required class: Backbone for any that sampler.py runs, nn.Module for any at all (bare weights are then
-    those of a UViT, unless `stated` names another model). Raises InputError if the file does not fit or contradicts the
-    stated settings.
+    those of a UViT, unless `stated` names another model). process_of: `diffusion.schedulers.process_of`, where the
+    network may be in a folder of diffusers. offload: check the weights, but leave the module empty, see
+    `Network.stored`. Raises InputError if the file does not fit or contradicts the stated settings.
     """
     if path.is_dir() and not is_exported(path):
-        return _load_folder(path, stated, kind, described, device)
+        return _load_folder(path, stated, kind, described, device, process_of, offload)
     read = read_weights(path, weights)
     if read.settings is None:
         stated = merge({"model": name_of(kind)}, stated)
@@ -108,7 +113,7 @@ def load_network(
         config = build_config(stated, described)
     else:
         config = _agreed(path, read.settings, stated, described)
-    return _loaded(path, read, config, kind, described, weights, device)
+    return _loaded(path, read, config, kind, described, weights, device, offload)
 
 
 def _agreed(path: Path, carried: Mapping[str, Any], stated: Mapping[str, Any], described: str) -> Config:
@@ -123,23 +128,37 @@ def _agreed(path: Path, carried: Mapping[str, Any], stated: Mapping[str, Any], d
 
 
 def _load_folder(
-    path: Path, stated: Mapping[str, Any], kind: type[M], described: str, device: torch.device | str
+    path: Path,
+    stated: Mapping[str, Any],
+    kind: type[M],
+    described: str,
+    device: torch.device | str,
+    process_of: ProcessOf | None,
+    offload: bool,
 ) -> Network[M]:
     """`load_network` for a folder of diffusers; a model without a scheduler takes its process from `stated`."""
     folder = read_folder(path)
-    own = folder.description
+    _check_kind(path, "diffusers", kind)
+    assert process_of is not None, "a folder of diffusers, and no translation of its scheduler"
+    own = dict(folder.description)
+    if folder.scheduler is not None:
+        own |= process_of(*folder.scheduler)
     if (stated.get("autoencoder") or {}).get("checkpoint_path"):
         own.get("autoencoder", {}).pop("checkpoint_path", None)
     config = _agreed(path, own, stated, described)
-    _check_kind(path, config, kind)
-    assert isinstance(config.model_params, DiffusersConfig)
-    network = load_backbone(folder, config.model_params)
+    params = config.model_params
+    assert isinstance(params, DiffusersConfig)
+    network = load_backbone(folder, params)
     assert isinstance(network, kind)
     network.time_scale, network.time_shift = config.diffusion_params.time_line
     if "diffusion_params" not in own:
         log.warning("%s has no scheduler; using that of %s: %s", path, described, config.conventions)
     network.requires_grad_(False).eval().to(device)
-    return Network(network, config, "unknown", None, path)
+    if not offload:
+        return Network(network, config, "unknown", None, path)
+    empty(network)
+    stored = StoredWeights(folder.network, lambda: load_backbone(folder, params).state_dict())
+    return Network(network, config, "unknown", None, path, stored)
 
 
 def load_together(
@@ -148,11 +167,14 @@ def load_together(
     *,
     weights: str = "ema",
     device: torch.device | str = "cpu",
+    process_of: ProcessOf,
+    offload: bool = False,
 ) -> list[Network[Backbone]]:
     """Load backbones that run on one image, stage by stage.
 
     files: weights, and a YAML file for weights without a description. given: the description on the command line; its
-    architecture applies only to the first network. Raises InputError unless every network fits the last.
+    architecture applies only to the first network. process_of, offload: see `load_network`. Raises InputError unless
+    every network fits the last.
     """
     of_all = {key: value for key, value in given.items() if key != "model_params"}
     networks = [
@@ -163,6 +185,8 @@ def load_together(
             described=described_by(config_path),
             weights=weights,
             device=device,
+            process_of=process_of,
+            offload=offload,
         )
         for n, (path, config_path) in enumerate(files)
     ]
@@ -209,25 +233,33 @@ def _loaded(
     described: str,
     weights: str,
     device: torch.device | str,
+    offload: bool = False,
 ) -> Network[M]:
-    _check_kind(path, config, kind)
+    _check_kind(path, config.model, kind)
     with torch.device("meta"):  # shapes only: the description may claim a network larger than memory
         shapes = build_network(config)
     read = check_fit(shapes, read, path, weights)
-    network = build_network(config)
+    network = shapes if offload else build_network(config)
     assert isinstance(network, kind)
-    network.load_state_dict(read.state_dict)
     _note_description(path, read, config, described)
-    network.requires_grad_(False).eval().to(device)
-    return Network(network, config, read.kind, read.step, path)
+    network.requires_grad_(False).eval()
+    if offload:
+        stored = StoredWeights(path, lambda: fitting(shapes, read_weights(path, weights), path, weights).state_dict)
+        return Network(network, config, read.kind, read.step, path, stored)
+    network.load_state_dict(read.state_dict)
+    return Network(network.to(device), config, read.kind, read.step, path)
 
 
-def _check_kind(path: Path, config: Config, kind: type[nn.Module]) -> None:
+def _check_kind(path: Path, model: str, kind: type[nn.Module]) -> None:
     """Raises InputError unless the network has the required class."""
-    if not issubclass(KINDS[config.model], kind):
+    if not issubclass(KINDS[model], kind):
         wanted = [name for name, of in KINDS.items() if issubclass(of, kind)]
-        script = next(script for of, script in SAMPLERS.items() if issubclass(KINDS[config.model], of))
-        raise InputError(f"{path} is a {config.model}, wanted a {' or '.join(wanted)}; {script} samples from it")
+        raise InputError(f"{path} is a {model}, wanted a {' or '.join(wanted)}; {sampler_of(model)} samples from it")
+
+
+def sampler_of(model: str) -> str:
+    """The script that samples from a kind of network, one of `common.config.MODELS`."""
+    return next(script for of, script in SAMPLERS.items() if issubclass(KINDS[model], of))
 
 
 def check_pair(early: Network[nn.Module], late: Network[nn.Module]) -> None:

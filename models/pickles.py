@@ -30,7 +30,7 @@ def check_pickles(path: Path) -> None:
     """
     check_regular(path)
     with path.open("rb") as file:
-        if file.read(4) == b"PK\x03\x04":
+        if is_zip(path):
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
                 if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -42,9 +42,14 @@ def check_pickles(path: Path) -> None:
                         with archive.open(member) as pickled:
                             _check(pickled)
         else:
-            file.seek(0)
             for _ in range(LEGACY_PICKLES):
                 _check(file)
+
+
+def is_zip(path: Path) -> bool:
+    """Whether torch reads it as an archive, which it has written since 1.6."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def check_sums(path: Path) -> None:

@@ -22,7 +22,7 @@ from common.files import check_regular, read_json
 from common.settings import check_types, differences, plain
 from models.dit import DiT, without_variance
 from models.early_exit import EarlyExitUViT, MlpProbes
-from models.pickles import check_pickles, check_sums
+from models.pickles import check_pickles, check_sums, is_zip
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ DESCRIPTION = {"model", "model_params", "parametrization", "diffusion_params"}
 # Prefixes of training wrappers (DataParallel, torch.compile).
 WRAPPERS = re.compile(r"(?:(?:^|(?<=\.))(?:module|_orig_mod)\.)+")
 AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)  # entries of a file with averaged weights
+MAPPED_AT_ONCE = 2**26  # bytes of a safetensors file
 MOST_NESTED, MOST_NAMES, LONGEST_NAME = 4, 200_000, 500  # of entries in entries of a file, and of their names
 
 
@@ -44,6 +45,7 @@ class Weights(NamedTuple):
     kind: str  # "ema" or "raw"; "unknown" if the file does not record it
     step: int | None  # optimiser steps of the training
     entries: Sequence[str] = ()  # the entries of a file with nested state dicts
+    entry: str = ""  # the chosen one, see `fitting`
 
 
 def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> None:
@@ -62,13 +64,17 @@ def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> No
 
 
 def read_weights(path: str | Path, weights: str = "ema") -> Weights:
-    """Read the weights in a file onto the CPU. `check_fit` then chooses the entry of the file that fits."""
+    """Read the weights in a file onto the CPU. `check_fit` then chooses the entry of the file that fits.
+
+    The tensors of a .pth file are mapped: a checkpoint's other parts, such as the state of its optimizer, take no
+    memory. Whoever keeps tensors longer than the file stays as it is must copy them.
+    """
     path = Path(path)
     if path.is_dir():
         return _read_exported(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    content = read_pth(path)
+    content = read_pth(path, mapped=True)
     if content.get("format") == FORMAT:
         state_dict, kind = content["model"], "raw"
         if weights == "ema" and content.get("ema") is not None:
@@ -125,12 +131,15 @@ def _shortened(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(name[:80] for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
-def read_pth(path: Path) -> dict[str, Any]:
-    """The mapping in a torch file. Only tensors and plain values are unpickled."""
+def read_pth(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The mapping in a torch file. Only tensors and plain values are unpickled.
+
+    mapped: map the file into memory, if its format allows, in place of reading all of it.
+    """
     try:
         check_pickles(path)
         check_sums(path)
-        content = _load_pth(path)
+        content = _load_pth(path, mapped and is_zip(path))
         for tensor in _tensors_in(content):
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise ValueError(f"a tensor of {tuple(tensor.shape)} claims more numbers than it holds")
@@ -160,17 +169,17 @@ def _whole(content: Mapping[str, Any]) -> bool:
     )
 
 
-def _load_pth(path: Path) -> Any:
+def _load_pth(path: Path, mapped: bool) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch warns about bytes that are not a pickle
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             if "argparse.Namespace" not in str(error):
                 raise
         # The original authors' checkpoints include their options as a Namespace, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _read_safetensors(path: Path) -> Weights:
@@ -178,7 +187,8 @@ def _read_safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+            names = list(file.keys())
+        state_dict = _read_tensors(path, names)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
@@ -198,25 +208,46 @@ def _read_safetensors(path: Path) -> Weights:
     )
 
 
+def _read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Copies of the tensors. What was read of a file stays in memory until it closes, so it is opened several times."""
+    found: dict[str, Tensor] = {}
+    remaining = iter(names)
+    while len(found) < len(names):
+        with safe_open(path, framework="pt") as file:
+            size = 0
+            while size < MAPPED_AT_ONCE and (name := next(remaining, None)) is not None:
+                found[name] = file.get_tensor(name).clone()
+                size += found[name].nbytes
+    return found
+
+
 def check_fit(model: nn.Module, read: Weights, source: str | Path, weights: str = "ema") -> Weights:
+    """`fitting`, which logs the entry too. Raises InputError unless all numbers are floating-point and finite."""
+    fits = fitting(model, read, source, weights)
+    check_numbers(_candidates(read.state_dict)[fits.entry], source, fits.entry)
+    if fits.entry:
+        log.warning("%s: using the entry %s, which fits the network", source, fits.entry)
+    return fits
+
+
+def fitting(model: nn.Module, read: Weights, source: str | Path, weights: str = "ema") -> Weights:
     """The weights in `read` that fit the model, with the names of the model.
 
-    The file may contain them directly or in an entry, whose name is then logged. weights: if several entries fit, "ema"
-    prefers averaged weights and "raw" the others. source: the file, for messages. Raises InputError unless exactly one
-    entry fits, and all its numbers are floating-point and finite.
+    The file may contain them directly or in an entry. weights: if several entries fit, "ema" prefers averaged weights
+    and "raw" the others. source: the file, for messages. Raises InputError unless exactly one entry fits.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     candidates = _candidates(read.state_dict)
-    fitting: dict[str, dict[str, Tensor]] = {}
+    fits: dict[str, dict[str, Tensor]] = {}
     for entry, state_dict in candidates.items():
-        inside_another = any(entry.startswith(f"{other}." if other else "") for other in fitting)
+        inside_another = any(entry.startswith(f"{other}." if other else "") for other in fits)
         if not inside_another and _fits(renamed := _renamed(model, state_dict), wanted):
-            fitting[entry] = renamed
-    if not fitting:
+            fits[entry] = renamed
+    if not fits:
         raise InputError(f"{source}: weights do not fit the network: {_nearest_misfit(model, read, candidates)}")
 
-    averaged = [entry for entry in fitting if AVERAGED.search(entry)]
-    others = [entry for entry in fitting if entry not in averaged]
+    averaged = [entry for entry in fits if AVERAGED.search(entry)]
+    others = [entry for entry in fits if entry not in averaged]
     chosen = averaged or others if weights == "ema" else others or averaged
     if len(chosen) > 1:
         raise InputError(
@@ -228,10 +259,7 @@ def check_fit(model: nn.Module, read: Weights, source: str | Path, weights: str 
         kind = "ema" if entry in averaged else "raw"
     if weights == "raw" and kind == "ema":
         raise InputError(f"{source} holds averaged weights alone; leave --weights raw out")
-    check_numbers(candidates[entry], source, entry)
-    if entry:
-        log.warning("%s: using the entry %s, which fits the network", source, entry)
-    return read._replace(state_dict=fitting[entry], kind=kind)
+    return read._replace(state_dict=fits[entry], kind=kind, entry=entry)
 
 
 def check_numbers(state_dict: Mapping[str, Tensor], source: str | Path, entry: str = "") -> None:

@@ -335,3 +335,4 @@ def test_packages_import_no_script_and_not_each_other_in_a_circle():
         below[package] = set().union(*names.values()) & set(PACKAGES) - {package}
     assert "common" in below["data"], "imports are found"
     TopologicalSorter(below).prepare()  # raises CycleError
+    assert "diffusion" not in below["models"] and "models" not in below["diffusion"], "neither knows the other"

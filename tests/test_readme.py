@@ -1,7 +1,8 @@
-"""The README's commands, as a reader pastes them: one bash for all blocks in their order, one folder for all commands.
+"""The commands of the README and of docs/, as a reader pastes them: one bash for all blocks of a page in their order,
+one folder for all its commands.
 
 Bash itself reads the blocks, with recorders in place of the programs they call. What it recorded is then run, on tiny
-networks and a CelebA of eight images.
+networks, a CelebA of eight images and an ImageNet of sixteen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
@@ -36,8 +39,10 @@ import sampler
 import train
 from common.config import build_config, read_yaml
 from experiments import results
+from models import autoencoder
 from models.loading import build_network
 from tests.folders import timesteps_told
+from tests.latents import NARROW, public_names, tiny_imagenet
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")
@@ -75,8 +80,10 @@ PROGRAMS = {
 }
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+def pages() -> dict[str, str]:
+    """The texts of the README and of docs/, by their paths."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
 class MeanColour(torch.nn.Module):
@@ -93,18 +100,75 @@ def tiny_celeba(path: Path) -> None:
             archive.writestr(f"img_align_celeba/{n:06d}.jpg", file.getvalue())
 
 
-def public_weights(path: Path) -> None:
-    """A tiny network in the public layout."""
-    settings = read_yaml(path.parents[1] / "configs" / "uvit_celeba_public.yaml") | {"model": "uvit"}
-    torch.save(build_network(build_config(settings, "public")).state_dict(), path)
+def public_weights(path: Path, described: str) -> None:
+    """A tiny network in the public layout, in which no weight is 0. described: a file in configs/."""
+    settings = {"model": "uvit"} | read_yaml(path.parents[1] / "configs" / described)
+    if settings["model"] == "dit":
+        settings["model_params"] |= {"learn_sigma": True}
+    network = build_network(build_config(settings, described))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.save(network.state_dict(), path)
+
+
+def public_autoencoder(path: Path) -> None:
+    """For the public file, a narrow one under its names; for a folder, one of diffusers."""
+    network = AutoencoderKL(**NARROW)
+    if path.suffix == ".pth":
+        torch.save(public_names(network.state_dict()), path)
+    else:
+        network.save_pretrained(path)
 
 
 # What a reader is told to put somewhere, and what stands for it here.
-TO_PUT = {
+TO_PUT: dict[str, Callable[[Path], object]] = {
     "img_align_celeba.zip": tiny_celeba,
-    "celeba_uvit_small.pth": public_weights,
-    "autoencoder_kl.pth": Path.touch,
+    "n01440764/": lambda first_class: tiny_imagenet(first_class.parent, 8, (80, 72)),
+    **dict.fromkeys(("autoencoder_kl.pth", "autoencoder_kl_ema.pth"), public_autoencoder),
+    **dict.fromkeys(("sd-vae-ft-mse/", "sd-vae-ft-ema/"), public_autoencoder),
+    "celeba_uvit_small.pth": partial(public_weights, described="uvit_celeba_public.yaml"),
+    **{
+        f"{name}.pth": partial(public_weights, described=f"{config}_public.yaml")
+        for name, config in (
+            ("imagenet64_uvit_mid", "uvit_imagenet64_mid"),
+            ("imagenet64_uvit_large", "uvit_imagenet64_large"),
+            ("imagenet256_uvit_large", "uvit_imagenet256_large"),
+            ("imagenet256_uvit_huge", "uvit_imagenet256_huge"),
+        )
+    },
+    **{
+        f"{name}.pt": partial(public_weights, described=f"{config}_public.yaml")
+        for name, config in (
+            ("DiT-L-2-256x256", "dit_imagenet256_l"),
+            ("DiT-XL-2-256x256", "dit_imagenet256_xl"),
+            ("SiT-S-2-256", "sit_imagenet256_s"),
+            ("SiT-XL-2-256x256", "sit_imagenet256_xl"),
+        )
+    },
 }
+PUT = re.compile(r"[Pp]ut\s((?:`[^`]+`(?:,\s|\sand\s)?)+)[^`]*?into\s`([^`]+)`")
+
+
+def tiny_configs(place: Path) -> None:
+    """The files of configs/, of which those of CelebA and of public weights describe tiny networks."""
+    for path in (ROOT / "configs").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        if "celeba" in path.stem or path.stem.endswith("_public"):
+            config["model_params"] |= tiny(path.stem, config.get("model", "uvit"))
+        (place / path.name).write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def tiny(name: str, model: str) -> dict[str, int]:
+    """Model parameters by which a network is small, and smaller than a larger one of its family."""
+    params = {"hidden_size" if model == "dit" else "embed_dim": 32, "num_heads": 4}
+    if "celeba" in name or "cifar10" in name:
+        return params
+    depths = {"_s_": 1, "_b_": 1, "_mid_": 1, "_l_": 2, "_large_": 3, "_xl_": 3, "_huge_": 5}
+    params["depth"] = next(depth for size, depth in depths.items() if size in name)
+    if "256" in name or "512" in name:  # of latents; of 64 x 64 pixels then
+        params |= {"input_size": 8} if model == "dit" else {"img_size": 8}
+    return params
 
 
 class Call(NamedTuple):
@@ -146,11 +210,13 @@ def run(words: list[str]) -> None:
         return
     script, *argv = rest[1:] if rest[0] == "-m" else rest
     call, quick = SCRIPTS[script]
+    if "--n_samples" in argv:
+        quick = [*quick, "--n_samples", "4"]
     if "auto" in argv:
         quick = [*quick, *CALIBRATING]
     if script in ("train.py", "main.py"):
         quick = [*quick, "--n_steps", "3" if "--load_checkpoint_path" in argv else "2"]
-    if "imagenet256" in argv:
+    if script == "pack.py" and "imagenet256" in argv:
         call = inspect.getmodule(pack.main).parse_settings  # of 1.3 million images
     call([*argv, *quick])
 
@@ -166,34 +232,29 @@ def files_in(place: Path) -> dict[Path, int]:
     }
 
 
-@pytest.fixture(scope="module")
-def walk(tmp_path_factory) -> Iterator[list[Call]]:
-    """What the commands of the README print, run in their order in a folder that becomes the working folder.
+def walked(page: str, place: Path) -> Iterator[list[Call]]:
+    """What the commands of a page print, run in their order in a folder that becomes the working folder.
 
     It has the project's own files, in tiny, and what the text above the blocks says that a reader puts there.
     """
     if BASH is None:
         pytest.skip("the blocks are bash's")
-    place = tmp_path_factory.mktemp("readme")
+    text = pages()[page]
     (place / "configs").mkdir()
-    for path in (ROOT / "configs").glob("*celeba*.yaml"):
-        config = yaml.safe_load(path.read_text())
-        config["model_params"] |= {"embed_dim": 32, "num_heads": 4}
-        (place / "configs" / path.name).write_text(yaml.safe_dump(config))
-    for path in (ROOT / "configs").glob("*.yaml"):
-        if not (place / "configs" / path.name).exists():
-            shutil.copy(path, place / "configs")
+    tiny_configs(place / "configs")
     with torch.no_grad():
         traced = torch.jit.trace(MeanColour(), torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     traced.save(str(place / "extractor.pt"))
-    for name, folder in re.findall(r"[Pp]ut\s`([^`]+)`[^`]*?into\s`([^`]+)`", readme()):
-        (place / folder).mkdir(exist_ok=True)
-        TO_PUT[name](place / folder / name)
+    for names, folder in PUT.findall(text):
+        (place / folder).mkdir(parents=True, exist_ok=True)
+        for name in re.findall("`([^`]+)`", names):
+            TO_PUT[name](place / folder / name)
 
-    calls = recorded("\n".join(re.findall(r"```bash\n(.*?)```", readme(), re.DOTALL)), place)
+    calls = recorded("\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)), place)
     done: list[Call] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(autoencoder, "ARCHITECTURE", NARROW)
         for words in calls:
             there, printed = files_in(place), io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -208,6 +269,16 @@ def walk(tmp_path_factory) -> Iterator[list[Call]]:
         yield done
 
 
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory) -> Iterator[list[Call]]:
+    yield from walked("README.md", tmp_path_factory.mktemp("readme"))
+
+
+@pytest.fixture
+def public_walk(tmp_path) -> Iterator[list[Call]]:
+    yield from walked("docs/public-weights.md", tmp_path)
+
+
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
@@ -219,6 +290,32 @@ def printed_by(walk: list[Call], *words: str) -> str:
 def test_a_variable_that_no_block_sets_is_found(tmp_path):
     with pytest.raises(AssertionError, match="full_samples: unbound variable"):
         recorded('export samples=out\npython compare.py "a=${samples}" "full=${full_samples}"', tmp_path)
+
+
+def test_every_page_with_commands_is_walked():
+    with_commands = {page for page, text in pages().items() if "```bash" in text}
+    assert with_commands == {"README.md", "docs/public-weights.md"}
+
+
+PAIRS = {"imagenet64": "imagenet64", "imagenet256": "imagenet256", "dit": "imagenet256", "sit": "imagenet256"}
+
+
+@pytest.mark.slow
+def test_five_commands_for_each_pair_of_public_networks(public_walk):
+    for name, dataset in PAIRS.items():
+        folder = Path("out") / name
+        said = printed_by(public_walk, "sampler.py", f"out/{name}/pair")
+        assert timesteps_told(said) == {"shallow": 2, "full": 2}  # 999, 749; 499, 249
+        said = printed_by(public_walk, "calibrate.py", f"out/{name}/switch.yaml")
+        assert f"8 images of {dataset}" in said and "chosen: t_switch" in said
+        measured = json.loads((folder / "switch.json").read_text())["networks"]
+        assert all(distance > 0 for distance in measured[0]["distance"]["mean"])
+        full, pair = (json.loads((folder / run / "report/statistics.json").read_text()) for run in ("full", "pair"))
+        assert full["network_flops_per_image"] > pair["network_flops_per_image"]
+        assert {Image.open(path).size for path in folder.glob("*/0*.png")} == {(64, 64)}
+        rows = printed_by(public_walk, "compare.py", f"full=out/{name}/full").splitlines()[2:5]
+        assert [row.split("  ")[0] for row in rows] == ["full", "switch at 499", "calibrated"]
+        assert (folder / "comparison.png").exists()
 
 
 @pytest.mark.slow
@@ -266,6 +363,12 @@ def test_from_the_public_weights_to_duodiff(walk):
     assert timesteps_told(said) == {"shallow": 2, "full": 2}  # 999, 749; 499, 249
     carried = torch.load("logs/shallow_public/celeba_uvit_last.pth", weights_only=True)["config"]
     assert carried["crop"] == "uvit128" and carried["diffusion_params"]["beta_schedule"] == "continuous_vp"
+
+
+@pytest.mark.slow
+def test_two_public_networks_without_training(walk):
+    for folder in ("out/public_pair", "out/public_latent_pair"):
+        assert timesteps_told(printed_by(walk, "sampler.py", folder)) == {"shallow": 2, "full": 2}
 
 
 @pytest.mark.slow

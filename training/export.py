@@ -111,10 +111,12 @@ def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scor
 
     description: of the network, see common.config. scores: metrics.json. Raises InputError for one of other networks.
     """
+    from models.loading import sampler_of
+
     config = build_config(description, str(folder))
     params = config.model_params
     channels, side, _ = params.image_shape
-    early_exit = config.model == "deediff_uvit"
+    early_exit, sampler = config.model == "deediff_uvit", sampler_of(config.model)
     classes = f"{len(config.classes)}" if config.classes else "none"
     rows = [
         ("network", f"{config.model}, {params.num_blocks} blocks"),
@@ -129,7 +131,7 @@ def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scor
         ("timesteps", f"{config.t_min}..{config.t_max} of {config.diffusion_params.num_timesteps}"),
     ]
     words = [
-        *("python", "eesampler.py" if early_exit else "sampler.py", "--checkpoint_path", folder.as_posix()),
+        *("python", sampler, "--checkpoint_path", folder.as_posix()),
         *(("--threshold", "0.1") if early_exit else ()),
         *(("--autoencoder_checkpoint_path", "AUTOENCODER") if config.autoencoder else ()),
         *("--n_samples", "16", "--output_folder", "out/samples"),

@@ -1,4 +1,5 @@
-"""Latents of an autoencoder in place of pixels: pack.py encodes them once, and training samples from them.
+"""Latents of an autoencoder in place of pixels: pack.py encodes them once, and training samples from them. Calibration
+encodes the few images that it needs.
 
 A row is float16 (2, 2, C, h, w): the image and its mirror image, each with the mean and the standard deviation of its
 unscaled latents.
@@ -74,6 +75,9 @@ class LatentSource(ImageDataset):
             parts.append(torch.stack(views, dim=1).half().cpu())
         return torch.cat(parts)
 
+    def to_x0(self, rows: Tensor, mirrored: Tensor | None, normal: Callable[..., Tensor]) -> Tensor:
+        return draw_latents(rows, mirrored, normal, self.autoencoder.scale_factor)
+
     def check_rows(self, rows: np.ndarray) -> None:
         check_scale(rows, self.autoencoder.scale_factor, self.about["source"])
 
@@ -108,7 +112,11 @@ class PackedLatents(PackedDataset):
         check_scale(some, self.scale_factor, folder)
 
     def to_x0(self, rows: Tensor, mirrored: Tensor | None, normal: Callable[..., Tensor]) -> Tensor:
-        """Draw latents (B, C, h, w), scaled, from rows (B, 2, 2, C, h, w)."""
-        view = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if mirrored is None else mirrored.long()
-        mean, std = rows[torch.arange(len(rows), device=rows.device), view].float().unbind(1)
-        return (mean + std * normal(*mean.shape[1:])) * self.scale_factor
+        return draw_latents(rows, mirrored, normal, self.scale_factor)
+
+
+def draw_latents(rows: Tensor, mirrored: Tensor | None, normal: Callable[..., Tensor], scale_factor: float) -> Tensor:
+    """Draw latents (B, C, h, w), scaled, from rows (B, 2, 2, C, h, w). The rest is as in `ImageDataset.to_x0`."""
+    view = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if mirrored is None else mirrored.long()
+    mean, std = rows[torch.arange(len(rows), device=rows.device), view].float().unbind(1)
+    return (mean + std * normal(*mean.shape[1:])) * scale_factor

@@ -75,6 +75,8 @@ class PackedDataset(ImageDataset):
             raise _disagree(folder / IMAGES, "its bytes were changed")
         if manifest.labels_sha256 is not None:
             self.labels = _read_labels(folder / LABELS, manifest)
+            if num_classes > 0:
+                _check_numbering(folder, manifest, self.labels)
             check_labels(int(self.labels.max()), num_classes, folder)
 
     def __len__(self) -> int:
@@ -183,6 +185,20 @@ def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
     if hashlib.sha256(labels.data).hexdigest() != manifest.labels_sha256:
         raise _disagree(path, "its bytes were changed")
     return labels
+
+
+def _check_numbering(folder: Path, manifest: Manifest, labels: np.ndarray) -> None:
+    """Raises InputError for labels that an earlier version packed from the downsampled batches of ImageNet.
+
+    They have the numbers of the devkit, not the places of the sorted WordNet ids. The batches are in random order; what
+    is packed from class folders rises.
+    """
+    older = manifest.source.get("dataset") == "imagenet64" and "labels" not in manifest.source
+    if older and (np.diff(labels) < 0).any():
+        raise InputError(
+            f"{folder} has the labels of the devkit of ImageNet, which are numbered otherwise than classes are here; "
+            "remove the folder and pack again"
+        )
 
 
 def _disagree(path: Path, why: str) -> InputError:

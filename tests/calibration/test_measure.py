@@ -11,9 +11,11 @@ import torch
 from calibration.choice import Steps, cascades, choose, switches
 from calibration.measure import choose_images, measure_predictions
 from calibration.run import weighed
+from common.config import DiffusionConfig
 from common.errors import InputError
 from data.dataset import ImageDataset
 from diffusion import NoiseSchedule
+from diffusion.matching import own_timesteps, predicting_noise
 from diffusion.solvers import make_solver, spaced_timesteps
 
 MU, STD, N = 0.3, 0.5, 400
@@ -133,6 +135,65 @@ def test_the_schedule_is_the_known_best(networks, free):
         able = [o for o in every if steps.costs[o].sum() <= seconds + 1e-9]
         best = min(able, key=lambda o: exact[o, places].sum())
         assert chosen.networks.tolist() == best.tolist()
+
+
+UNLIKE = (
+    (DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), "predict_noise"),
+    (DiffusionConfig(beta_schedule="rectified_flow"), "predict_velocity"),
+)
+TABLE = np.log1p(-(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)).cumsum()  # log alpha bar of scaled_linear
+
+
+def told_its_own_time(x, own: float, t: int, k: int):
+    """The output of a network of the process UNLIKE[k], off by the lines 2 k at each of the sampler's timesteps.
+
+    From its own time alone it knows the noise level, by formulas of its own: scaled_linear between the entries of its
+    table, or rectified flow, whose state and output are others than the sampler's.
+    """
+    if k:
+        s = (own + 0.5) / 1000
+        root = ((1 - s) ** 2 + s**2) ** 0.5
+        signal, noise, x = (1 - s) / root, s / root, x / root  # it is shown (1 - s) x0 + s eps
+    else:
+        alpha_bar = np.exp(np.interp(own, np.arange(1000), TABLE))
+        signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    exact = noise / (signal**2 * STD**2 + noise**2) * (x - signal * MU)
+    eps = exact + SLOPES[2 * k](t) * x + OFFSETS[2 * k](t)
+    return eps - (x - noise * eps) / signal if k else eps
+
+
+def test_two_networks_of_unlike_schedules_and_outputs():
+    """The divergence is that of the sampler's process, here the last network's: the closed form at its alpha bars."""
+    schedule = NoiseSchedule(**UNLIKE[-1][0].schedule)
+    # Where both networks were trained: nearer to noise the flow keeps less of the image than the other one's table.
+    timesteps = [t for t in spaced_timesteps(1000, 16) if 20 < t < 930]
+    solver, denoisers = make_solver("ddpm", schedule, "predict_noise"), []
+    for k, (process, output) in enumerate(UNLIKE):
+        own = own_timesteps(process, schedule, timesteps)
+        denoisers.append(
+            predicting_noise(lambda x, t, y, k=k, own=own: told_its_own_time(x, own[t], t, k), schedule, output)
+        )
+
+    s = (np.array(timesteps) + 0.5) / 1000
+    alpha_bars = (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
+    # x_t is N(sqrt(alpha bar) MU, alpha bar STD^2 + 1 - alpha bar): the mean square of a line of it.
+    slopes, offsets = (np.array([of[0](t) - of[2](t) for t in timesteps]) for of in (SLOPES, OFFSETS))
+    distances = (slopes * alpha_bars**0.5 * MU + offsets) ** 2 + slopes**2 * (alpha_bars * STD**2 + 1 - alpha_bars)
+    now, then = alpha_bars[:-1], alpha_bars[1:]
+    var = (1 - then) / (1 - now) * (1 - now / then)
+    nats = distances[:-1] * ((1 - then - var) ** 0.5 - (then * (1 - now) / now) ** 0.5) ** 2 / (2 * var)
+    far = []
+    for seed in range(12):
+        predictions = measure_predictions(
+            *(denoisers, [range(1000)] * 2, solver, timesteps, Gaussian(seed), range(N)),
+            **{"conditional": False, "batch_size": 100, "seed": seed, "device": torch.device("cpu"), "quiet": True},
+        )
+        steps, _ = weighed(predictions, solver, timesteps, [1.0, 4.0])
+        for n, option in enumerate(switches(steps)[1:], 1):
+            far.append((option.divergence - nats[:n].sum()) / option.divergence_se)
+    far = np.array(far)
+    assert np.abs(far).max() < 4.5
+    assert 0.7 < np.sqrt((far**2).mean()) < 1.4
 
 
 def test_the_noise_belongs_to_the_image():

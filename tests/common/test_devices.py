@@ -55,3 +55,10 @@ def test_a_gpu_that_is_not_there(monkeypatch, index):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="there are 1 such devices"):
         devices.pick_device(f"cuda:{index}")
+
+
+def test_the_peak_of_a_process_covers_what_it_held():
+    before = devices.peak_memory(torch.device("cpu"))
+    held = torch.ones(2**26)  # 256 MiB
+    assert devices.peak_memory(torch.device("cpu")) >= max(before, held.nbytes)
+    assert [devices.in_units(size) for size in (350 * 2**20, 5 * 2**28)] == ["350 MiB", "1.25 GiB"]

@@ -9,7 +9,15 @@ from PIL import Image
 
 from common.errors import InputError
 from data import open_dataset
-from data.imagenet import SYNSETS
+from data.imagenet import SYNSETS, label_of_name
+from data.imagenet64 import DEVKIT
+
+# Numbers in the devkit's map of classes, and torchvision's names of them.
+NUMBERED = {
+    **{1: "kit fox", 80: "zebra", 125: "golden retriever", 171: "Shetland sheepdog", 220: "umbrella", 319: "orange"},
+    **{361: "alp", 449: "tench", 490: "sea snake", 560: "joystick", 590: "ski", 630: "bee", 700: "totem pole"},
+    **{748: "jean", 889: "toilet tissue", 948: "pizza", 994: "parallel bars", 1000: "dumbbell"},
+}
 
 
 def imagenet(path, name="imagenet64", **kwargs):
@@ -18,19 +26,19 @@ def imagenet(path, name="imagenet64", **kwargs):
 
 @pytest.fixture(params=[np.savez, np.savez_compressed])
 def downsampled(request, tmp_path):
-    """Ten batches of three images, and their pixels and labels."""
+    """Ten batches of three images, and their pixels and labels; in the files are the devkit's numbers."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (30, 12288), dtype=np.uint8)
-    labels = rng.integers(1, 1001, 30)
+    numbers = rng.choice(list(NUMBERED), 30)
     for k in range(10):
         part = slice(3 * k, 3 * k + 3)
         request.param(
             tmp_path / f"train_data_batch_{k + 1}.npz",
             data=pixels[part],
-            labels=labels[part],
+            labels=numbers[part],
             mean=np.zeros(12288),
         )
-    return tmp_path, pixels.reshape(30, 3, 64, 64), labels - 1
+    return tmp_path, pixels.reshape(30, 3, 64, 64), np.array([label_of_name(NUMBERED[n]) for n in numbers])
 
 
 def test_the_ids_are_the_thousand():
@@ -38,6 +46,7 @@ def test_the_ids_are_the_thousand():
     assert len(set(ids)) == 1000 and ids == sorted(ids)
     # Places that everybody knows: tench, goldfish, tabby cat, toilet tissue.
     assert [ids.index(i) for i in ("n01440764", "n01443537", "n02123045", "n15075141")] == [0, 1, 281, 999]
+    assert sorted(DEVKIT.read_text().split()) == ids
 
 
 @pytest.mark.parametrize("name", ["imagenet64", "imagenet256"])

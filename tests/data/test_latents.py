@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
 from PIL import Image
 
 import pack
@@ -22,6 +21,7 @@ from data.packing import work as packing
 from data.packing.latents import LatentSource, PackedLatents
 from data.packing.packed import read_manifest
 from models.autoencoder import load_autoencoder
+from tests.latents import scaled_autoencoder, tiny_imagenet
 
 SIZE = 32  # of the images; 4 x 4 latents
 
@@ -30,19 +30,8 @@ SIZE = 32  # of the images; 4 x 4 latents
 def place(tmp_path_factory):
     """Two classes of four images, and an autoencoder whose scaled latents have a standard deviation of 1."""
     root = tmp_path_factory.mktemp("latents")
-    for synset in ("n01440764", "n15075141"):  # the first and the last of the 1000 classes
-        (root / "imagenet" / synset).mkdir(parents=True)
-        for n in range(4):
-            pixels = np.random.default_rng(n).integers(0, 256, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "imagenet" / synset / f"{n}.JPEG")
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    network = AutoencoderKL(**blocks, block_out_channels=(32,) * 4, latent_channels=4, sample_size=SIZE).eval()
-    network.save_pretrained(root / "vae")
-    images = open_source("imagenet256", root, img_size=SIZE, in_chans=3).__getitems__(range(8))[0]
-    with torch.no_grad():
-        std = network.encode(from_uint8(images)).latent_dist.mean.std().item()
-    return root, network, 1 / std
+    tiny_imagenet(root / "imagenet", 4, (48, 40))
+    return root, *scaled_autoencoder(root, SIZE)
 
 
 def pack_flags(root, scale):

@@ -99,6 +99,14 @@ def test_downsampled_imagenet(save, tmp_path):
         data = np.random.default_rng(k).integers(0, 256, (9, 12288), dtype=np.uint8)
         save(tmp_path / f"train_data_batch_{k + 1}.npz", data=data, labels=np.arange(1, 10) + k)
     check_packed("imagenet64", tmp_path, img_size=64, in_chans=3, num_classes=1000)
+    # An earlier version packed the numbers of the devkit.
+    (manifest,) = tmp_path.glob("packed/*/manifest.json")
+    content = json.loads(manifest.read_text())
+    assert content["source"].pop("labels") == "sorted WordNet ids"
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"labels of the devkit of ImageNet.*pack again"):
+        open_dataset("imagenet64", tmp_path, img_size=64, in_chans=3, num_classes=1000)
+    assert len(open_dataset("imagenet64", tmp_path, img_size=64, in_chans=3)) == 90
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

@@ -9,11 +9,9 @@ import torch
 import yaml
 
 import sampler as sampler_script
-from common.errors import InputError
-from common.settings import build
 from diffusion.sampling import guided
 from generation.settings import SamplerSettings
-from generation.stages import StageEntry, plan_of
+from generation.stages import plan_of
 from models.flops import backbone_flops
 from models.uvit import UViT
 from tests.conftest import TINY
@@ -98,9 +96,13 @@ def test_bad_input(argv, full, tmp_path, fails):
     fails(sampler_script.main, [*argv, tmp_path / "a", "--guidance_t_min", 9, "--guidance_t_max", 5], "is more than")
     plain = ["--checkpoint_path", full, "--output_folder", tmp_path / "a"]
     fails(sampler_script.main, [*plain, "--guidance_t_min", 9], "need --guidance_scale")
-    with pytest.raises(InputError, match="guidance_t_min=9, guidance_t_max=5"):
-        given = {"checkpoint_path": "x", "t_min": 0, "t_max": 9, "guidance_t_min": 9, "guidance_t_max": 5}
-        build(StageEntry, given, "f")
+    stages = tmp_path / "stages.yaml"
+    for in_file, flags in (({"guidance_t_min": 9, "guidance_t_max": 5}, []), ({"guidance_t_max": 5}, [9])):
+        entry = {"checkpoint_path": str(full), "t_min": 0, "t_max": 19, "guidance_scale": 1.0}
+        stages.write_text(yaml.safe_dump({"stages": [entry | in_file]}))
+        given = ["--stages", stages, *plain[2:], *(["--guidance_t_min", *flags] if flags else [])]
+        said = "stages 1: guidance_t_min 9 is more than guidance_t_max 5"
+        fails(sampler_script.main, given, f"{stages}: {said}")
     two = {"checkpoint_path_late": full, "t_switch": 9, "guidance_scale_late": 1.0, "guidance_t_max": 5}
     plan = plan_of(SamplerSettings(checkpoint_path=full, output_folder=tmp_path, **two))
     assert [[t for t in range(8) if stage.guides(t)] for stage in plan.stages] == [[], [0, 1, 2, 3, 4, 5]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ import torch
 import yaml
 
 import sampler
-from models import UViT
+from models import UViT, loading
 from models.flops import backbone_flops
-from models.inference import BackboneDenoiser, Offloader
+from models.inference import BackboneDenoiser
+from models.offload import StoredWeights
 from tests.conftest import TINY, perturbed
 from tests.folders import samples, statistics, timesteps_told
 
@@ -167,21 +167,25 @@ def test_stages_for_other_sampling_are_noted(full, stages, tmp_path, run_quietly
     assert "made for solver ddim, this is ddpm" in message
 
 
-def test_offloading_follows_the_networks_not_the_stages(full, shallow, stages, tmp_path, run_quietly, monkeypatch):
-    """There is no second device here: the networks stay where they are, and the sessions are noted."""
+def test_offloading_follows_the_stages(full, shallow, stages, tmp_path, run_quietly, monkeypatch):
+    """Each network is read when its stage begins, and before that once for its time tokens; never are two in memory."""
 
-    @contextmanager
-    def resident(self, k):
-        asked.append((len(self.host), k))
-        yield
+    def read(self):
+        assert all(weight.is_meta for network in denoisers for weight in network.parameters())
+        asked.append(self.path)
+        return StoredWeights.__call__(self)
 
-    asked = []
-    monkeypatch.setattr(Offloader, "resident", resident)
-    monkeypatch.setattr(sampler, "idle_place", lambda settings, device: device)
+    def remember(self, backbone, *args, **kwargs):
+        denoisers.append(backbone)
+        make(self, backbone, *args, **kwargs)
+
+    asked, denoisers, make = [], [], BackboneDenoiser.__init__
+    monkeypatch.setattr(BackboneDenoiser, "__init__", remember)
+    monkeypatch.setattr(loading, "StoredWeights", type("Noting", (StoredWeights,), {"__call__": read}))
     written = stages((full, 15, 19), (shallow, 5, 14), (full, 0, 4))
-    flags = [*FLAGS, "--n_samples", 2, "--offload", "--output_folder", tmp_path / "s"]
+    flags = [*FLAGS, "--offload", "--output_folder", tmp_path / "s"]
     run_quietly(sampler.main, ["--stages", written, *flags])
-    assert asked == 2 * [(2, 0), (2, 1), (2, 0)]  # once to warm up
+    assert asked == [full, shallow, *3 * [full, shallow, full]]  # warm-up, and two batches
 
 
 class TestRefusals:

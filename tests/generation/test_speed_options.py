@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
 
 import eesampler
+import export
 import sampler
 from common import devices
-from tests.folders import samples, statistics
+from generation.folder import SampleFolder
+from models import UViT
+from tests.folders import equal, samples, statistics
+from tests.processes import run
 
 
 @pytest.fixture
@@ -74,7 +83,6 @@ def test_min_group_makes_the_same_images(ee, tmp_path, run_quietly):
         ("duo", ["--precision", "fp16"], ["--precision fp16", "bf16 or fp32"]),
         ("ee", ["--precision", "fp16"], ["--precision fp16"]),
         ("duo", ["--precision", "fp8"], ["--precision", "fp8"]),
-        ("duo", ["--offload"], ["--offload", "CUDA", "cpu"]),
         ("duo", ["--offload", "--compile"], ["--offload", "--compile"]),
         ("ee", ["--offload"], ["--offload"]),
         ("ee", ["--min_group", "0"], ["--min_group"]),
@@ -92,3 +100,56 @@ def test_wrong_combinations_end_in_one_line(script, flags, words, duo, ee, tmp_p
 def test_offload_needs_a_network_to_keep_away(full, tmp_path, fails):
     flags = ["--checkpoint_path", full, "--offload", "--output_folder", tmp_path / "s"]
     fails(sampler.main, flags, "--offload", "--checkpoint_path_late")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("exported", [None, "late.safetensors", "late"])
+def test_offloading_changes_no_image(exported, precision, duo, full, tmp_path, run_quietly):
+    if exported:
+        run_quietly(export.main, [full, tmp_path / exported])
+        duo[duo.index(full)] = tmp_path / exported
+    flags = [*duo, "--n_samples", 7, "--precision", precision, "--cache_interval", 2, "--output_folder"]
+    run_quietly(sampler.main, [*flags, tmp_path / "s"])
+    run_quietly(sampler.main, [*flags, tmp_path / "offloaded", "--offload"])
+    assert equal(samples(tmp_path / "s"), samples(tmp_path / "offloaded"))
+
+
+def test_a_file_that_is_gone_when_its_stage_begins(duo, full, tmp_path, fails, monkeypatch):
+    """One line, and no sample of the batch."""
+    moved = tmp_path / "moved.pth"
+    duo[duo.index(full)] = moved.write_bytes(full.read_bytes()) and moved
+    making = SampleFolder.making
+    monkeypatch.setattr(
+        SampleFolder, "making", lambda self, *args, **more: moved.unlink() or making(self, *args, **more)
+    )
+    said = f"{moved} was changed or removed while --offload needs it"
+    fails(sampler.main, [*duo, "--offload", "--output_folder", tmp_path / "s"], said)
+    assert not samples(tmp_path / "s")
+
+
+WIDE = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 512, "num_heads": 4, "depth": 5}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells the peak of a process")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_offloading_saves_the_memory_of_a_network(suffix, tmp_path):
+    """Two of one size are in memory without it; and the second is there twice for a moment, when it has been read."""
+    config = tmp_path / "wide.yaml"
+    config.write_text(yaml.safe_dump({"model_params": WIDE, "diffusion_params": {"num_timesteps": 20}}))
+    flags = ["--t_switch", 9, "--solver", "ddim", "--steps", 2, "--n_samples", 2, "--batch_size", 1]
+    flags += ["--precision", "fp32", "--device", "cpu", "--quiet"]
+    for late in ("", "_late"):
+        weights = UViT(**WIDE).state_dict()
+        path = tmp_path / f"wide{late}{suffix}"
+        torch.save(weights, path) if suffix == ".pth" else save_file(weights, path)
+        flags += [f"--checkpoint_path{late}", path, f"--config_path{late}", config]
+    peaks = {}
+    for name, more in (("s", []), ("offloaded", ["--offload"])):
+        said = tmp_path / f"{name}.txt"
+        assert run("sampler", [*flags, *more, "--output_folder", tmp_path / name], said) == [0], said.read_text()
+        peaks[name] = statistics(tmp_path / name)["peak_memory_bytes"]
+        assert f"peak memory {peaks[name] / 2**20:.0f} MiB" in said.read_text()
+    assert equal(samples(tmp_path / "s"), samples(tmp_path / "offloaded"))
+    size = path.stat().st_size
+    assert size > 2**25 and peaks["s"] - peaks["offloaded"] > 0.95 * size

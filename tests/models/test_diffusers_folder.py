@@ -34,8 +34,9 @@ from generation.run import denoiser_of, guide, solver_of
 from models.backbone import Backbone
 from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
-from models.loading import load_network
+from models.loading import Network, load_network
 from tests.conftest import perturbed
+from tests.folders import equal, samples
 
 CPU = torch.device("cpu")
 ATTENTION = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
@@ -64,9 +65,13 @@ def noisy(network: torch.nn.Module) -> torch.nn.Module:
     return network.eval()
 
 
+def opened(path, stated=()) -> Network[Backbone]:
+    return load_network(path, dict(stated), Backbone, process_of=process_of)
+
+
 def sampled(path, settings: SolverSettings, batch: int, y=None, scale: float = 0.0) -> torch.Tensor:
     """As sampler.py does it."""
-    network = load_network(path, {}, Backbone)
+    network = opened(path)
     solver, timesteps = solver_of(settings, [network.config])
     times = own_timesteps(network.config.diffusion_params, solver.schedule, timesteps)
     denoiser = denoiser_of(BackboneDenoiser(network.module, times, torch.float32, CPU), network.config, solver)
@@ -127,7 +132,7 @@ def test_dit_is_that_of_its_pipeline(scale, tmp_path, monkeypatch):
     """A learned variance is dropped, all channels are guided, latents are scaled by the autoencoder's own factor."""
     pipeline = dit_pipeline()
     pipeline.save_pretrained(tmp_path / "dit")
-    network = load_network(tmp_path / "dit", {}, Backbone)
+    network = opened(tmp_path / "dit")
     assert (network.config.classes, network.config.no_class) == (range(1000), 1000)
     assert network.config.autoencoder.scale_factor == 0.3
 
@@ -142,7 +147,7 @@ def test_dit_is_that_of_its_pipeline(scale, tmp_path, monkeypatch):
 def test_classes_of_a_unet_are_its_own(tmp_path):
     network = noisy(UNet2DModel(**UNET, num_class_embeds=5))
     network.save_pretrained(tmp_path / "net")
-    ours = load_network(tmp_path / "net", {"real_classes": 4}, Backbone)
+    ours = opened(tmp_path / "net", {"real_classes": 4})
     assert (ours.config.classes, ours.config.no_class) == (range(4), 4)
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 70]), torch.tensor([0, 4])
     torch.testing.assert_close(ours.module(x, t, y), network(x, t, y).sample)
@@ -161,7 +166,7 @@ def test_names_of_older_files(tmp_path):
     assert weights.keys() != network.state_dict().keys()
     save_file(weights, tmp_path / "net" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     x = torch.randn(1, 1, 8, 8)
-    ours = load_network(tmp_path / "net", {}, Backbone).module
+    ours = opened(tmp_path / "net").module
     torch.testing.assert_close(ours(x, 7), network(x, torch.tensor([7])).sample)
 
 
@@ -169,7 +174,7 @@ def test_between_timesteps_in_half_precision(tmp_path):
     """bf16 has no 998, and a network that meets another process is told 997.5: of the time nothing is rounded."""
     network = noisy(UNet2DModel(**UNET))
     network.save_pretrained(tmp_path / "net")
-    module = load_network(tmp_path / "net", {}, Backbone).module
+    module = opened(tmp_path / "net").module
     denoiser = BackboneDenoiser(module, {0: 997.5, 1: 998.0}, torch.bfloat16, CPU)
     assert [float(denoiser.time_tokens[k]) for k in (0, 1)] == [997.5, 998.0]
     x = torch.randn(1, 1, 8, 8)
@@ -181,7 +186,7 @@ def test_operations_are_those_of_a_convolution(tmp_path):
     """At least: of the first and the last layer, 3 x 3 at 8 x 8 pixels."""
     network = noisy(UNet2DModel(**UNET))
     network.save_pretrained(tmp_path / "net")
-    flops = backbone_flops(load_network(tmp_path / "net", {}, Backbone).module)
+    flops = backbone_flops(opened(tmp_path / "net").module)
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) > 10
     assert flops > 2 * (2 * 64 * 9 * 8 * 1)
@@ -235,6 +240,19 @@ def test_a_dit_pipeline_by_command(tmp_path, run_quietly):
     assert (tmp_path / "out2" / "000001.png").read_bytes() == (tmp_path / "out" / "000001.png").read_bytes()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_offloading_changes_no_image(precision, tmp_path, run_quietly):
+    """The position table of a DiT is in no file, and stays; later batches read the folders again."""
+    for name in ("early", "late"):
+        dit_pipeline().save_pretrained(tmp_path / name)
+    argv = ["--checkpoint_path", tmp_path / "early", "--checkpoint_path_late", tmp_path / "late", "--t_switch", 19]
+    argv += ["--solver", "ddim", "--steps", 4, "--n_samples", 3, "--batch_size", 2, "--device", "cpu", "--quiet"]
+    for name, flags in (("out", []), ("offloaded", ["--offload"])):
+        given = [*argv, "--precision", precision, *flags, "--output_folder", tmp_path / name]
+        run_quietly(sampler_script.main, given)
+    assert equal(samples(tmp_path / "out"), samples(tmp_path / "offloaded"))
+
+
 def test_the_legacy_name_of_a_dit(tmp_path):
     pipeline = dit_pipeline()
     pipeline.save_pretrained(tmp_path / "dit")
@@ -242,7 +260,7 @@ def test_the_legacy_name_of_a_dit(tmp_path):
         path.write_text(path.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
     x, y = torch.randn(1, 4, 4, 4), torch.tensor([3])
     want = pipeline.transformer(x, torch.tensor([7]), y).sample[:, :4]
-    torch.testing.assert_close(load_network(tmp_path / "dit", {}, Backbone).module(x, 7, y), want)
+    torch.testing.assert_close(opened(tmp_path / "dit").module(x, 7, y), want)
 
 
 @pytest.fixture
@@ -345,7 +363,7 @@ class TestBadInput:
 def test_a_lone_model_takes_its_process_from_the_flags(tmp_path, run_quietly, caplog):
     noisy(UNet2DModel(**UNET)).save_pretrained(tmp_path / "net")
     stated = {"parametrization": "predict_v", "diffusion_params": {"beta_schedule": "cosine", "num_timesteps": 30}}
-    network = load_network(tmp_path / "net", stated, Backbone)
+    network = opened(tmp_path / "net", stated)
     assert network.config.parametrization == "predict_v"
     assert network.config.diffusion_params.schedule["beta_schedule"] == "cosine"
     assert "has no scheduler" in caplog.text

@@ -1,16 +1,11 @@
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
-from functools import partial
-
 import pytest
 import torch
 
-from diffusion import NoiseSchedule
-from diffusion.sampling import SeededNoise, Stage, guided, sample
-from diffusion.solvers import Solver
+from diffusion.sampling import guided
 from models.early_exit import EarlyExitUViT
-from models.inference import BackboneDenoiser, EarlyExitTracer, MiddleCache, Offloader, refreshing
+from models.inference import BackboneDenoiser, EarlyExitTracer, MiddleCache, refreshing
 from models.uvit import UViT
 from tests.conftest import TINY, perturbed
 
@@ -98,47 +93,6 @@ def test_compiled_and_eager_agree():
     assert len(want.exit_layer.unique()) > 1, "the case is of no use if all leave at one layer"
     assert torch.equal(got.exit_layer, want.exit_layer)
     torch.testing.assert_close(got.output, want.output, rtol=1e-4, atol=1e-3)
-
-
-def test_offloading_moves_weights_and_changes_no_image(monkeypatch):
-    """There is no second device here: one stands for both, and what moves is told by where the numbers lie."""
-    networks = [make(1), make(3)]
-    schedule = NoiseSchedule(num_timesteps=20)
-    timesteps = list(range(19, -1, -1))
-    denoisers = [BackboneDenoiser(n, {t: t for t in timesteps}, torch.float32, CPU) for n in networks]
-
-    def images(session=lambda k: nullcontext()):
-        stages = [
-            Stage(denoiser, visited, partial(session, k))
-            for k, (denoiser, visited) in enumerate(zip(denoisers, (timesteps[:10], timesteps[10:]), strict=True))
-        ]
-        return sample(stages, Solver("ddpm", schedule), SeededNoise([1, 2], CPU), (1, 8, 8))
-
-    want = images()
-    offloader = Offloader(networks, CPU)
-    moved = []
-
-    def at_host() -> list[bool]:
-        """Of each network, whether all its weights are the host's."""
-        return [all(p.data_ptr() == host.data_ptr() for p, host in weights.items()) for weights in offloader.host]
-
-    @contextmanager
-    def session(k):
-        assert at_host() == [True, True]
-        with monkeypatch.context() as patch:  # as from one memory to another
-            patch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
-            resident = offloader.resident(k)
-            resident.__enter__()
-        moved.append(at_host())
-        yield
-        resident.__exit__(None, None, None)
-
-    for _ in range(2):
-        torch.testing.assert_close(images(session), want, rtol=0, atol=0)
-    assert moved == 2 * [[False, True], [True, False]]
-    with pytest.raises(MemoryError), offloader.resident(1):
-        raise MemoryError
-    assert at_host() == [True, True]
 
 
 def test_the_middle_is_computed_at_every_nth_step_of_each_stage():

@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from PIL import Image
 
+import calibrate as calibrate_script
 import sampler as sampler_script
 from common.config import build_config, read_yaml
 from common.options import SolverSettings
@@ -196,6 +198,43 @@ def test_what_does_not_fit_is_named(early, late, flags, words, files, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("early", "late", "flags", "words"),
+    [
+        ("uvit_imagenet64_mid", "dit_imagenet256_xl", [], ["image shape (3, 4, 4 and 4, 4, 4)"]),
+        ("sit_imagenet256_s", "sit_imagenet256_xl", ["--parametrization", "predict_noise"], ["a flow network"]),
+        ("dit_imagenet256_xl", "dit_imagenet256_l", [], ["is larger than", "from small to large"]),
+        (
+            "uvit_imagenet64_mid",
+            "uvit_imagenet64_large",
+            ["--guidance_scale", 1],
+            ['no class that stands for "no class"'],
+        ),
+    ],
+)
+def test_what_cannot_be_calibrated_is_named(early, late, flags, words, files, tmp_path, fails):
+    (tmp_path / "imagenet" / "n01440764").mkdir(parents=True)
+    Image.new("RGB", (70, 70)).save(tmp_path / "imagenet" / "n01440764" / "a.png")
+    Image.new("RGB", (70, 70)).save(tmp_path / "imagenet" / "n01440764" / "b.png")
+    dataset = "imagenet256" if "256" in early + late else "imagenet64"
+    argv = ["--checkpoint_path", *(files / f"{name}.pt" for name in (early, late))]
+    argv += ["--config_path", *(files / f"{name}.yaml" for name in (early, late)), "--device", "cpu", "--quiet"]
+    argv += ["--dataset", dataset, "--data_path", tmp_path, "--n_images", 2, "--output", tmp_path / "c.yaml", *flags]
+    if dataset == "imagenet256":
+        argv += ["--autoencoder_checkpoint_path", files / "vae"]
+    fails(calibrate_script.main, argv, *words)
+    assert not list(tmp_path.glob("c.*"))
+
+
+def test_a_class_that_no_public_network_has(files, tmp_path, fails):
+    pair = ["dit_imagenet256_l", "dit_imagenet256_xl", tmp_path / "out", "--t_switch", 500]
+    fails(
+        sampler_script.main, argv_of(files, *pair, "--class_name", "golden retreiver"), "did you mean golden retriever"
+    )
+    fails(sampler_script.main, argv_of(files, *pair, "--class_id", 1000), "the network knows classes 0..999")
+    assert not (tmp_path / "out").exists()
+
+
 def test_latents_of_two_scales(files, tmp_path, fails):
     settings = read_yaml(files / "sit_imagenet256_s.yaml")
     settings["autoencoder"]["scale_factor"] = 0.13025
@@ -203,6 +242,3 @@ def test_latents_of_two_scales(files, tmp_path, fails):
     argv = argv_of(files, "sit_imagenet256_s", "dit_imagenet256_xl", tmp_path / "out", "--t_switch", 500)
     argv[argv.index(str(files / "sit_imagenet256_s.yaml"))] = str(tmp_path / "other.yaml")
     fails(sampler_script.main, argv, "scale of latents (0.13025 and 0.18215)")
-    argv += ["--class_id", "1000"]
-    argv[argv.index(str(tmp_path / "other.yaml"))] = str(files / "sit_imagenet256_s.yaml")
-    fails(sampler_script.main, argv, "--class_id 1000: the network knows classes 0..999")

@@ -65,6 +65,38 @@ def test_two_of_them_share_the_sampling(dits, tmp_path):
     assert about["backbones"][0]["flops_per_image"] < about["backbones"][1]["flops_per_image"]
 
 
+def test_a_shallow_one_for_its_own_timesteps(dits, tmp_path, run_quietly, fails):
+    """Trained by main.py on the upper half alone, beside the full one and from its predictions."""
+    flags = [*DIT, *TRAINING, "--model", "dit", "--depth", 1, "--t_min", 10, "--log_path", tmp_path]
+    run_quietly(main_script.main, [*flags, "--exp_name", "upper", "--distill_from", dits[1], "--distill_weight", 0.5])
+    upper = tmp_path / "upper" / "digits_dit_last.pth"
+    config = read_pth(upper)["config"]
+    assert (config["t_min"], config["t_max"], config["model_params"]["depth"]) == (10, 19, 1)
+    logged = [json.loads(line) for line in (tmp_path / "upper" / "metrics.jsonl").read_text().splitlines()]
+    assert {"target_loss", "teacher_loss"} <= logged[-1].keys()
+    argv = pair((upper, dits[1]), tmp_path)
+    fails(sampler_script.main, [*argv, "--t_switch", 8], "trained on t = 10..19 alone", "t = 9")
+    run_quietly(sampler_script.main, [*argv, "--t_switch", 9])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    teacher = ["--t_min", 5, "--exp_name", "lower", "--distill_from", upper]
+    fails(main_script.main, [*flags, *teacher], "it can teach nothing there")
+
+
+def test_a_shallow_one_beside_bare_weights(tmp_path, run_quietly):
+    """As of the public files: of the teacher's depth, no description says anything."""
+    torch.manual_seed(1)
+    save_file(DiT(**SHAPE, depth=3, learn_sigma=True).state_dict(), tmp_path / "dit.safetensors")
+    flags = [*DIT, *TRAINING, "--model", "dit", "--depth", 1, "--log_path", tmp_path, "--exp_name", "shallow"]
+    run_quietly(main_script.main, [*flags, "--distill_from", tmp_path / "dit.safetensors"])
+    assert read_pth(tmp_path / "shallow" / "digits_dit_last.pth")["config"]["model_params"]["depth"] == 1
+
+
+def test_no_blocks_of_another_dit_to_begin_with(dits, tmp_path, fails):
+    flags = [*DIT, *TRAINING, "--model", "dit", "--depth", 2, "--log_path", tmp_path, "--init_from", dits[1]]
+    fails(main_script.main, flags, "--init_from", "model uvit")
+    assert not list(tmp_path.iterdir())
+
+
 def test_cached_calibrated_and_timed(dits, tmp_path, run_quietly):
     run_quietly(sampler_script.main, [*pair(dits, tmp_path), "--t_switch", 9, "--cache_interval", 2])
     files = ["--checkpoint_path", *dits, "--dataset", "digits", "--n_images", 8, "--batch_size", 8]

@@ -21,7 +21,7 @@ from common.streams import lasting_streams
 P = ParamSpec("P")
 NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 # Packages that not every installation has, and the optional dependencies of pyproject.toml that bring them.
-EXTRAS = {"diffusers": "latents", "scipy": "eval", "torch_fidelity": "eval"}
+EXTRAS = {"diffusers": "latents", "huggingface_hub": "latents", "scipy": "eval", "torch_fidelity": "eval"}
 ENDING = (*ASKING_TO_END, signal.SIGINT)
 
 _running: ContextVar[ExitStack | None] = ContextVar("running", default=None)  # the running command

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from calibration.run import Calibration
     from evaluation.settings import ScoringSettings
     from generation.settings import SamplerSettings
-    from models.backbone import Backbone
-    from models.loading import Network
+    from models.loading import Network, Runnable
 
 BESIDE = (".json", ".png")  # written in addition to the file of stages
 
@@ -43,9 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(settings.machine.device)
     precision = pick_precision(settings.precision, device)
     networks = load_together(
-        settings.files, settings.stated, weights=settings.weights, device=device, process_of=process_of
+        settings.files,
+        settings.stated,
+        with_exits=None if settings.plan else (),
+        weights=settings.weights,
+        device=device,
+        process_of=process_of,
     )
     check_output(settings)
+    if settings.plan:
+        make_plan(settings, networks, precision, device)
+        return
     if settings.verifying.verify:
         check_verifying(settings, networks[-1], device)
     calibration = calibrate(measurement_of(settings, precision), networks, device)
@@ -59,8 +66,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores = verify(settings, calibration)
         save(settings.output, calibration, settings.files, scores)
         print(as_table(calibration, scores))
+    print(output_of(settings))
+
+
+def make_plan(
+    settings: CalibrateSettings, networks: Sequence[Network[Runnable]], precision: str, device: torch.device
+) -> None:
+    """Choose among everything that the networks can do (--plan)."""
+    from calibration.plan import calibrate_plan
+    from calibration.plan_report import in_words, mechanism_table, save, stage_table
+    from common.devices import device_name
+
+    calibration = calibrate_plan(measurement_of(settings, precision), networks, device)
+    save(settings.output, calibration, settings.files)
+    paths = "sampled paths" if settings.choice.paths == "sampled" else f"images of {settings.choice.dataset}"
+    sampling = f"{settings.solver.solver}, {len(calibration.prices.timesteps)} steps"
+    print(f"{calibration.n_paths} {paths}, {sampling}, calls in {precision} on {device_name(device)}")
+    print(mechanism_table(calibration))
+    print(stage_table(calibration))
+    print(in_words(calibration))
+    print(output_of(settings))
+
+
+def output_of(settings: CalibrateSettings) -> str:
+    """The written files, for the last line."""
     beside = ", ".join(str(settings.output.with_suffix(suffix)) for suffix in BESIDE)
-    print(f"-> {settings.output} (for sampler.py --stages), {beside}")
+    return f"-> {settings.output} (for sampler.py --stages), {beside}"
 
 
 def measurement_of(settings: CalibrateSettings, precision: str) -> Measurement:
@@ -91,7 +122,7 @@ def check_output(settings: CalibrateSettings) -> None:
         )
 
 
-def check_verifying(settings: CalibrateSettings, full: Network[Backbone], device: torch.device) -> None:
+def check_verifying(settings: CalibrateSettings, full: Network[Runnable], device: torch.device) -> None:
     """Raises InputError, before sampling, if the samples could not be scored."""
     from data import open_source
     from data.packing.packed import MANIFEST

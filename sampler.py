@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import logging
-import statistics
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
-from common.errors import InputError, command
+from common.errors import command
 from generation.settings import SamplerSettings
 from generation.stages import Plan, plan_of
 
 if TYPE_CHECKING:
     import torch
 
-    from calibration.run import Calibration
+    from calibration.automatic import Save
     from diffusion import NoiseSchedule
     from diffusion.sampling import Stage
-    from diffusion.solvers import Solver
-    from models.backbone import Backbone
-    from models.inference import BackboneDenoiser, MiddleCache
-    from models.loading import Network
+    from models.loading import Network, Runnable
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +33,10 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     settings = parse_settings(argv)
     plan = plan_of(settings)
 
+    from common.devices import DTYPES
     from common.distributed import is_main, joined_processes
     from diffusion.sampling import sample
+    from generation.denoisers import make_stages
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import most_memory, table_of_work, write_report
     from generation.run import (
@@ -62,10 +58,15 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
         config = shared_config([network.config for network in networks])
         settings = with_named_classes(settings, config)
         decode, labels = image_maker(config, device), labels_of(settings, config, device)
-        solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
+        configs = [network.config for network in networks]
+        solver, timesteps = solver_of(settings.solver, configs, plan.forecasts_noise or bool(settings.plan))
         settings = settled_steps(settings, timesteps)
-        plan, calibration = settled_plan(settings, plan, networks, solver.schedule, device)
-        stages, backbones = make_stages(settings, plan, networks, solver, timesteps, device)
+        plan, save_choice = settled_plan(settings, plan, networks, solver.schedule, device)
+        stages = make_stages(
+            *(plan, networks, solver, timesteps, DTYPES[settings.speed.chosen_precision], device),
+            compiled=settings.speed.compile,
+            allow_outside_range=settings.allow_outside_range,
+        )
 
         folder = SampleFolder(settings, fingerprint(settings, networks, plan, device), conditions_of(settings, device))
         folder.open(settings.batch_size, settings.overwrite)
@@ -73,9 +74,8 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
             compare_with_calibration(settings, plan)
             name_idle(plan, networks, stages)
         shape = config.model_params.image_shape
-        caching, compiled = settings.cache_interval > 1, settings.speed.compile
-        warm_up(stages, folder.mine, shape, labels, device, compiled=compiled, caching=caching)
-        with folder.making(len(timesteps), prepare=lambda: save_calibration(settings, plan, calibration)) as bar:
+        warm_up(stages, folder.mine, shape, labels, device, compiled=settings.speed.compile, saving=plan.saves)
+        with folder.making(len(timesteps), save_choice) as bar:
             for indices in folder.mine:
                 batch = BatchUnderWay(folder, indices, decode, device, bar)
                 with batch.sampling():
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
         memory = most_memory(device)
         if is_main():
             batches = folder.finished()
-            work = describe_work(plan, networks, backbones, stages, len(batches))
+            work = describe_work(plan, networks, stages, len(batches))
             flops = sum(about["flops_per_image"] for about in work)
             summary = write_report(folder, settings, batches, work, flops, memory)
             if 0 <= (t := plan.stages[0].t_min - 1) < solver.schedule.num_timesteps and len(plan.stages) == 2:
@@ -105,7 +105,7 @@ def fetch(settings: SamplerSettings) -> None:
             on_main(partial(download, repo, folder, quiet=settings.machine.quiet))
 
 
-def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Backbone]]:
+def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -> list[Network[Runnable]]:
     """Load the networks. Raises InputError unless they fit each other and the timesteps of the stages."""
     from diffusion.schedulers import process_of
     from models.loading import load_together
@@ -113,6 +113,7 @@ def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -
     networks = load_together(
         plan.files,
         settings.stated,
+        with_exits=None if settings.plan else plan.with_exits,
         weights=settings.weights,
         device=device,
         process_of=process_of,
@@ -125,134 +126,27 @@ def load_networks(settings: SamplerSettings, plan: Plan, device: torch.device) -
 def settled_plan(
     settings: SamplerSettings,
     plan: Plan,
-    networks: Sequence[Network[Backbone]],
+    networks: Sequence[Network[Runnable]],
     schedule: NoiseSchedule,
     device: torch.device,
-) -> tuple[Plan, Calibration | None]:
-    """Replace --logsnr_switch or --t_switch auto by a timestep: for auto the recorded one of a continued run, or the
-    measured best one.
+) -> tuple[Plan, Save | None]:
+    """The plan with a timestep in place of --logsnr_switch, or with what --t_switch auto or --plan auto chooses.
 
-    A continued run keeps its switch, because a second measurement may choose another. Process 0 also returns the
-    measurement, if this call made one.
+    Process 0 also returns a function that saves the measurement, if there was one.
     """
     if settings.logsnr_switch is not None:
         clean = [t for t in range(schedule.num_timesteps) if schedule.log_snr(t) >= settings.logsnr_switch]
         return plan.switched_at(max(clean, default=-1)), None
-    if settings.t_switch != "auto":
+    if settings.plan is None and settings.t_switch != "auto":
         return plan, None
 
-    from calibration.report import in_words
-    from calibration.run import calibrate
-    from calibration.settings import Measurement
-    from common.distributed import on_main
-    from generation.folder import recorded_switch, samples_in
+    from calibration.automatic import chosen_plan, chosen_switch
 
-    calibration = None
-
-    def choose() -> int:
-        nonlocal calibration
-        samples_in(settings.output_folder)  # refuse a folder with other files before the measurement
-        if not settings.overwrite and (t_switch := recorded_switch(settings.output_folder)) is not None:
-            print(f"t_switch {t_switch}, as it was chosen when this run began")
-            return t_switch
-        measurement = Measurement(
-            choice=settings.calibration,
-            solver=settings.solver,
-            precision=settings.speed.chosen_precision,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            guidance_scale=settings.guidance_scale,
-            allow_outside_range=settings.allow_outside_range,
-            quiet=settings.machine.quiet,
-        )
-        # Copies, because the measurement converts the weights to the working precision.
-        copies = [replace(network, module=copy.deepcopy(network.module)) for network in networks]
-        calibration = calibrate(measurement, copies, device)
-        print(in_words(calibration))
-        return calibration.chosen.t_switch(calibration.steps.timesteps)
-
-    return plan.switched_at(on_main(choose)), calibration
+    choose = chosen_plan if settings.plan else chosen_switch
+    return choose(settings, plan, networks, device)
 
 
-def save_calibration(settings: SamplerSettings, plan: Plan, calibration: Calibration | None) -> None:
-    """Write the measurement behind --t_switch auto into the report of the run."""
-    if calibration is not None:
-        from calibration.report import save
-
-        save(settings.output_folder / "report" / "calibration.yaml", calibration, plan.files)
-
-
-def make_stages(
-    settings: SamplerSettings,
-    plan: Plan,
-    networks: Sequence[Network[Backbone]],
-    solver: Solver,
-    timesteps: Sequence[int],
-    device: torch.device,
-) -> tuple[list[Stage], list[BackboneDenoiser]]:
-    """The stages and their networks. Raises InputError if a network was not trained on the timesteps of its stage."""
-    from common.devices import DTYPES
-    from diffusion.matching import own_timesteps
-    from diffusion.sampling import Stage, split_timesteps
-    from generation.run import denoiser_of, guide
-    from models.inference import BackboneDenoiser
-    from models.loading import check_range
-    from models.offload import on_host, session_of
-
-    own = split_timesteps(timesteps, plan.lowest)
-    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
-    if not settings.allow_outside_range:
-        for stage, visited in zip(plan.stages, own, strict=True):
-            advice = f"let another network run there ({plan.source}), or give --allow_outside_range"
-            check_range(networks[stage.network], [times[stage.network][t] for t in visited], advice)
-    dtype = DTYPES[settings.speed.chosen_precision]
-    backbones, sessions = [], []
-    for network, own_times, cache in zip(networks, times, make_caches(settings, plan, networks, own), strict=True):
-        module, compiled = network.module, settings.speed.compile
-        with on_host(module, network.stored):
-            backbones.append(BackboneDenoiser(module, own_times, dtype, device, compiled=compiled, cache=cache))
-        sessions.append(session_of(module, network.stored, dtype, device))
-    stages = []
-    for stage, visited in zip(plan.stages, own, strict=True):
-        config = networks[stage.network].config
-        denoiser = denoiser_of(backbones[stage.network], config, solver)
-        denoiser = guide(config, denoiser, stage.guidance_scale, stage.option, stage.guides)
-        stages.append(Stage(denoiser, visited, sessions[stage.network]))
-    return stages, backbones
-
-
-def make_caches(
-    settings: SamplerSettings, plan: Plan, networks: Sequence[Network[Backbone]], own: Sequence[Sequence[int]]
-) -> list[MiddleCache | None]:
-    """The cache of each network for --cache_interval; None for a network without middle blocks or without caching.
-
-    own: the timesteps of each stage.
-    """
-    from models.inference import MiddleCache, refreshing
-
-    outer = settings.cache_outer
-    if outer is None:  # --cache_interval 1
-        return [None] * len(networks)
-    caches: list[MiddleCache | None] = []
-    for k, network in enumerate(networks):
-        of_network = [
-            list(alike)  # the batch has another size where guidance begins or ends
-            for stage, visited in zip(plan.stages, own, strict=True)
-            for _, alike in itertools.groupby(visited, stage.guides)
-            if stage.network == k
-        ]
-        cache = MiddleCache(outer, refreshing(of_network, settings.cache_interval))
-        caches.append(cache if network.module.middle(outer) else None)
-    if not any(cache and cache.refresh for cache in caches):
-        most = max(network.config.model_params.num_blocks for network in networks)
-        raise InputError(
-            f"--cache_interval {settings.cache_interval}: no network that runs has blocks between the "
-            f"{outer} outermost on either side (--cache_outer); the deepest has {most}"
-        )
-    return caches
-
-
-def name_idle(plan: Plan, networks: Sequence[Network[Backbone]], stages: Sequence[Stage]) -> None:
+def name_idle(plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage]) -> None:
     """Warn about stages without a timestep of the run."""
     visited = [t for stage in stages for t in stage.timesteps]
     for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
@@ -273,36 +167,29 @@ def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
 
 
 def describe_work(
-    plan: Plan,
-    networks: Sequence[Network[Backbone]],
-    backbones: Sequence[BackboneDenoiser],
-    stages: Sequence[Stage],
-    batches: int,
+    plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage], batches: int
 ) -> list[dict[str, Any]]:
     """The number of calls and the FLOPs of each network, for the report."""
-    from models.flops import backbone_flops
+    from generation.denoisers import Call, calls_of, flops_of, reuses
 
+    calls = Counter(
+        call
+        for planned, stage in zip(plan.stages, stages, strict=True)
+        for call in calls_of(planned, stage.timesteps, networks)
+    )
     described = []
-    for k, (name, network, backbone) in enumerate(zip(plan.names, networks, backbones, strict=True)):
-        visited = [
-            (t, 2 if planned.guides(t) else 1)  # guidance runs each image twice, with its class and without
-            for planned, stage in zip(plan.stages, stages, strict=True)
-            for t in stage.timesteps
-            if planned.network == k
-        ]
-        cache, whole = backbone.cache, backbone_flops(network.module)
-        around = backbone_flops(network.module, cache.outer) if cache else whole
-        reused = {t for t, _ in visited if cache and cache.reuses(t)}
-        costs = [passes * (around if t in reused else whole) for t, passes in visited]
+    for k, (name, network) in enumerate(zip(plan.names, networks, strict=True)):
+        own = {call: count for call, count in calls.items() if call.network == k}
+        flops, timesteps = sum(count * flops_of(call, networks) for call, count in own.items()), sum(own.values())
         work = {
             "name": name,
-            "timesteps": len(visited),
-            "calls": len(visited) * batches,
-            "flops_per_image_call": statistics.mean(costs or [whole]),
-            "flops_per_image": sum(costs),
+            "timesteps": timesteps,
+            "calls": timesteps * batches,
+            "flops_per_image_call": flops / timesteps if timesteps else flops_of(Call(k, passes=1), networks),
+            "flops_per_image": flops,
         }
-        if cache:
-            work["timesteps_reusing"] = len(reused)
+        if any(planned.network == k and reuses(planned, networks) for planned in plan.stages):
+            work["timesteps_reusing"] = sum(count for call, count in own.items() if call.outer is not None)
         described.append(work | network.describe())
     return described
 

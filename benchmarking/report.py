@@ -117,9 +117,10 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     for axes, (name, measured) in zip(figure.subplots(1, len(there), squeeze=False)[0], there.items(), strict=True):
         panels[name](axes, measured)
         axes.set_ylabel("ms per image and timestep")
+        axes.margins(x=0.03, y=0.03)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)  # below: there are points everywhere
     plots.save(figure, path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -161,7 +162,19 @@ def check_reachable(options: Sequence[Option], speed_up: float) -> None:
         raise InputError(f"--speedup {speed_up:g}: {most:.2f} is the most these networks can do")
 
 
-def knee(options: Sequence[Option]) -> Option:
+class Priced(Protocol):
+    """Anything with a speed-up and a divergence."""
+
+    @property
+    def speed_up(self) -> float: ...
+    @property
+    def divergence(self) -> float: ...
+
+
+P = TypeVar("P", bound=Priced)
+
+
+def knee(options: Sequence[P]) -> P:
     """The last option whose divergence per second saved is at most KNEE_RATIO times the average so far.
 
     The price of time is the divergence that the step to an option adds, over the time that this step saves; it is

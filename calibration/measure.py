@@ -1,11 +1,11 @@
-"""Measure the predictions of each network on noised real images, and the time of a call."""
+"""Measure the predictions of each network along paths of noisy images, and the time of a call."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from common.progress import Progress
 from common.seeds import nth_seed
 from common.timing import in_turns, ratio
 from data.dataset import ImageDataset, say_left_out
-from diffusion.sampling import Denoiser, SeededNoise
+from diffusion.paths import DataPath, Path, SampledPath
+from diffusion.sampling import Denoiser, SeededNoise, random_classes
 from diffusion.solvers import Solver
 
 
@@ -38,6 +39,107 @@ def choose_images(dataset: ImageDataset, n: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(len(dataset), n, replace=False).tolist())
 
 
+class At(NamedTuple):
+    """A batch of paths at a timestep."""
+
+    step: int  # position of t among the timesteps
+    t: int
+    x_t: Tensor  # (B, C, H, W)
+    y: Tensor | None  # (B,) classes
+    rows: list[int]  # positions of the images among the indices
+    output: Tensor  # of the full network at x_t
+    noise: Tensor | None  # what was added to a real image to make x_t, if there is one
+
+
+class Walk:
+    """Paths through the timesteps of a sampler, batch by batch.
+
+    full: the full network. dataset, indices: the real images at the end of the paths; without a dataset they are the
+    paths on which the full network samples (`diffusion.paths`), as many as there are indices, of classes drawn among
+    `classes`. conditional: pass classes to the networks: the labels of the images. purpose: named by the progress bar.
+    The noise depends on the seed, the purpose, the position of the image in the indices and the position of the
+    timestep. Broken images are left out with a warning.
+    """
+
+    def __init__(
+        self,
+        full: Denoiser,
+        solver: Solver,
+        timesteps: Sequence[int],
+        dataset: ImageDataset | None,
+        indices: Sequence[int],
+        *,
+        conditional: bool,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        image_shape: tuple[int, int, int] | None = None,
+        classes: Sequence[int] = (),
+        purpose: str = "calibration",
+        quiet: bool = False,
+    ):
+        self.full, self.solver, self.timesteps = full, solver, timesteps
+        self.dataset, self.indices, self.conditional, self.classes = dataset, indices, conditional, classes
+        self.batch_size, self.seed, self.device, self.quiet = batch_size, seed, device, quiet
+        self.image_shape, self.purpose = image_shape, purpose
+        self.broken: dict[int, str] = {}
+
+    @property
+    def whole(self) -> list[int]:
+        """Positions of the images that are not broken, after the walk."""
+        return [row for row, index in enumerate(self.indices) if index not in self.broken]
+
+    def __iter__(self) -> Iterator[At]:
+        """Raises InputError if fewer than two images are readable."""
+        starts = range(0, len(self.indices), self.batch_size)
+        total = len(starts) * len(self.timesteps)
+        with Progress(self.purpose, total, "steps", images=None, quiet=self.quiet) as bar:
+            for start in starts:
+                yield from self._batch(range(start, min(start + self.batch_size, len(self.indices))), bar)
+        if self.dataset is not None:
+            say_left_out({self.dataset.name_of(index): why for index, why in self.broken.items()}, "calibration")
+        if (count := len(self.whole)) < 2:
+            raise InputError(f"{count} of the {len(self.indices)} images can be read, at least 2 are needed")
+
+    def _batch(self, places: Sequence[int], bar: Progress) -> Iterator[At]:
+        path, rows, draw_noise = self._path(places)
+        if not rows:
+            bar.update(len(self.timesteps))
+            return
+        y = self._classes(rows)
+        self.solver.begin(self.timesteps)
+        x_t = path.start(self.timesteps[0], draw_noise)
+        for step, (t, s) in enumerate(zip(self.timesteps, [*self.timesteps[1:], None], strict=True)):
+            output = self.full(x_t, t, y)
+            yield At(step, t, x_t, y, rows, output, path.noise_in(x_t, t))
+            if s is not None:
+                x_t = path.onward(output, x_t, t, s, draw_noise)
+            bar.update()
+
+    def _path(self, places: Sequence[int]) -> tuple[Path, list[int], Callable[[], Tensor]]:
+        if self.dataset is None:
+            noise = SeededNoise([nth_seed(self.seed, self.purpose, i) for i in places], self.device)
+            shape = self.image_shape
+            assert shape is not None, "sampled paths without a shape"
+            return SampledPath(self.solver), list(places), lambda: noise(*shape)
+        chosen = [self.indices[i] for i in places]
+        images, met = self.dataset.whole_and_broken(chosen)
+        self.broken |= met
+        good = [n for n, index in enumerate(chosen) if index not in met]
+        rows = [places[n] for n in good]
+        noise = SeededNoise([nth_seed(self.seed, self.purpose, i) for i in rows], self.device)
+        x0 = self.dataset.to_x0(images[good].to(self.device), None, noise) if good else images[:0]
+        return DataPath(self.solver, x0), rows, lambda: noise(*x0.shape[1:])
+
+    def _classes(self, rows: Sequence[int]) -> Tensor | None:
+        if not self.conditional:
+            return None
+        if self.dataset is None:
+            return random_classes(self.classes, self.seed, rows).to(self.device)
+        labels = self.dataset.labels
+        return torch.tensor([0 if labels is None else int(labels[self.indices[i]]) for i in rows], device=self.device)
+
+
 @torch.inference_mode()
 def measure_predictions(
     denoisers: Sequence[Denoiser],
@@ -46,60 +148,36 @@ def measure_predictions(
     timesteps: Sequence[int],
     dataset: ImageDataset,
     indices: Sequence[int],
-    *,
-    conditional: bool,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    quiet: bool = False,
+    **walking: Any,
 ) -> Predictions:
-    """Predict the noise of the same noisy images with every network, at each timestep.
+    """Predict the noise along the same paths with every network, at each timestep.
 
-    known: the allowed timesteps of each network. solver: converts model outputs to eps. conditional: pass the labels of
-    the images to the networks. The noise depends on the seed, the position of the image in the indices and the position
-    of the timestep. Broken images are skipped with a warning. Raises InputError if fewer than two images are readable.
+    known: the allowed timesteps of each network. solver: converts model outputs to eps. walking: see `Walk`.
+    Raises InputError where a prediction is not finite.
     """
     shape = (len(denoisers), len(timesteps), len(indices))
     error, distance = np.full(shape, np.nan), np.full(shape, np.nan)
-    broken: dict[int, str] = {}
-    starts = range(0, len(indices), batch_size)
-    with Progress("calibration", len(starts) * len(timesteps), "steps", images=None, quiet=quiet) as bar:
-        for start in starts:
-            chosen = indices[start : start + batch_size]
-            images, met = dataset.whole_and_broken(chosen)
-            broken |= met
-            whole = [row for row, index in enumerate(chosen) if index not in met]
-            rows = [start + row for row in whole]
-            if not rows:
-                bar.update(len(timesteps))
-                continue
-            noise = SeededNoise([nth_seed(seed, "calibration", i) for i in rows], device)
-            x0 = dataset.to_x0(images[whole].to(device), None, noise)
-            labels = [0 if dataset.labels is None else int(dataset.labels[indices[i]]) for i in rows]
-            y = torch.tensor(labels, device=device) if conditional else None
-            for s, t in enumerate(timesteps):
-                eps = noise(*x0.shape[1:])
-                x_t = solver.schedule.q_sample(x0, t, eps)
-                predicted = [
-                    solver.eps(denoiser(x_t, t, y), x_t, t) if t in able else None
-                    for denoiser, able in zip(denoisers, known, strict=True)
-                ]
-                of_last = predicted[-1]
-                for k, of_network in enumerate(predicted):
-                    if of_network is not None:
-                        error[k, s, rows] = mean_square(of_network - eps)
-                        if not np.isfinite(error[k, s, rows]).all():
-                            raise InputError(
-                                f"network {k + 1} predicts noise that is not finite at t = {t}; try --precision fp32"
-                            )
-                        assert of_last is not None, f"the last network may not be asked about t = {t}"
-                        distance[k, s, rows] = mean_square(of_network - of_last)
-                bar.update()
-    say_left_out({dataset.name_of(index): why for index, why in broken.items()}, "calibration")
-    whole = [row for row, index in enumerate(indices) if index not in broken]
-    if len(whole) < 2:
-        raise InputError(f"{len(whole)} of the {len(indices)} images can be read, at least 2 are needed")
-    return Predictions(error[..., whole], distance[..., whole], x0[0].numel())
+    walk, dimensions = Walk(denoisers[-1], solver, timesteps, dataset, indices, **walking), 0
+    for at in walk:
+        assert at.noise is not None, "paths from a dataset"
+        dimensions = at.x_t[0].numel()
+        of_last = solver.eps(at.output, at.x_t, at.t)
+        for k, (denoiser, able) in enumerate(zip(denoisers, known, strict=True)):
+            last = k == len(denoisers) - 1
+            assert at.t in able or not last, f"the last network may not be asked about t = {at.t}"
+            if at.t in able:
+                eps = of_last if last else solver.eps(denoiser(at.x_t, at.t, at.y), at.x_t, at.t)
+                error[k, at.step, at.rows] = mean_square(eps - at.noise)
+                distance[k, at.step, at.rows] = mean_square(eps - of_last)
+                check_finite(error[k, at.step, at.rows], f"network {k + 1}", at.t)
+    whole = walk.whole
+    return Predictions(error[..., whole], distance[..., whole], dimensions)
+
+
+def check_finite(values: np.ndarray, name: str, t: int) -> None:
+    """Raises InputError, which names the predictor and t, for squares that are not finite."""
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} predicts noise that is not finite at t = {t}; try --precision fp32")
 
 
 def mean_square(difference: Tensor) -> np.ndarray:

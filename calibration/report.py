@@ -17,8 +17,7 @@ from common.files import write_json
 from common.settings import record
 from common.tables import table
 from generation.stages import StageEntry, StageFile, write_stages
-from models.backbone import Backbone
-from models.loading import Network
+from models.loading import Network, Runnable
 
 ROWS = 14  # rows of the table, without the chosen one
 WIDE = 0.05  # spread of the choice, as a part of all timesteps, that leads to a note
@@ -75,7 +74,7 @@ def name_of(calibration: Calibration, option: Option) -> str:
     return " + ".join(map(str, counts(calibration, option))) + " timesteps"
 
 
-def blocks_of(network: Network[Backbone]) -> str:
+def blocks_of(network: Network[Runnable]) -> str:
     number = network.config.model_params.num_blocks
     return f"{number} block" + "s" * (number > 1)
 
@@ -271,6 +270,7 @@ def draw(path: Path, calibration: Calibration, scores: Mapping[int, Sequence[flo
         axes.axvline(x[number], color=plots.GREY, linestyle=":", label=label)
         axes.set_xlabel(x_label)
         axes.grid(alpha=0.3)
+        axes.margins(x=0)
         axes.legend(loc="upper left" if axes is left else "best")
         if calibration.of_switches:
             axes.invert_xaxis()
@@ -303,6 +303,7 @@ def draw_errors(axes: Axes, labels: Sequence[str], timesteps: np.ndarray, errors
         axes.fill_between(t, mean - 2 * error, mean + 2 * error, color=f"C{i}", alpha=0.25, linewidth=0)
     axes.set(yscale="log", xlabel="timestep t (noise on the left, image on the right)")
     axes.set(ylabel="mean squared error of eps", title="Error of each network (band: 2 standard errors)")
+    axes.margins(x=0)
     axes.invert_xaxis()
     axes.grid(alpha=0.3, which="both")
     plots.add_legend(axes, lines, labels)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,25 +19,18 @@ from calibration.choice import (
     evaluated,
     switches,
 )
-from calibration.measure import Predictions, choose_images, measure_predictions, seconds_per_call
+from calibration.measure import Predictions, measure_predictions, seconds_per_call
+from calibration.preparation import prepare
 from calibration.settings import Measurement
-from common.config import Config
 from common.devices import DTYPES
 from common.errors import InputError
-from data import crop_of, open_source
-from data.dataset import ImageDataset
-from data.packing.latents import LatentSource, PackedLatents
-from data.packing.packed import find_packed
 from diffusion.divergence import step_weights
-from diffusion.matching import own_timesteps
 from diffusion.solvers import Solver, make_solver
-from generation.run import denoiser_of, guide, shared_config, solver_of
+from generation.denoisers import Call, flops_of
+from generation.run import denoiser_of, guide
 from generation.settings import CalibrationSettings
-from models.autoencoder import load_autoencoder
-from models.backbone import Backbone
-from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
-from models.loading import Network, check_range, knows
+from models.loading import Network, Runnable
 
 KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by their option
 
@@ -51,7 +43,7 @@ class Calibration(NamedTuple):
     """
 
     settings: Measurement
-    networks: Sequence[Network[Backbone]]
+    networks: Sequence[Network[Runnable]]
     of_switches: bool  # two networks and one switch: each option is a switch
     predictions: Predictions
     steps: Steps
@@ -65,26 +57,16 @@ class Calibration(NamedTuple):
     images_there: int  # in the dataset
 
 
-def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], device: torch.device) -> Calibration:
+def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], device: torch.device) -> Calibration:
     """Measure the networks and choose. Converts the networks to the working precision.
 
     Raises InputError if they do not fit each other, or cannot reach the requested speed-up.
     """
-    full, choice = networks[-1], settings.choice
-    config = full.config
-    solver, timesteps = solver_of(settings.solver, [network.config for network in networks])
+    choice, config = settings.choice, networks[-1].config
     check_growing(networks)
-    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
-    known: list[Collection[int]] = [timesteps] * len(networks)
-    if not settings.allow_outside_range:
-        check_range(full, list(times[-1].values()), "the network that the others are held against must know them all")
-        known = [
-            {t for t, own in of_network.items() if knows(network, own)}
-            for network, of_network in zip(networks, times, strict=True)
-        ]
-    image_shape = config.model_params.image_shape
-    dataset = open_images(choice, shared_config([network.config for network in networks]), device)
-    indices = choose_images(dataset, choice.n_images, settings.seed)
+    ground = prepare(settings, networks, device)
+    solver, timesteps, known, dataset = ground.solver, ground.timesteps, ground.known, ground.dataset
+    assert dataset is not None, "a switch is measured on real images"
     denoisers = [
         guide(
             network.config,
@@ -95,13 +77,10 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], devi
             ),
             settings.guidance_scale,
         )
-        for network, of_network in zip(networks, times, strict=True)
+        for network, of_network in zip(networks, ground.times, strict=True)
     ]
-    visited = [[t for t in timesteps if t in able] for able in known]
-    if idle := [network for network, own in zip(networks, visited, strict=True) if not own]:
-        raise InputError(f"{idle[0].path} was trained on none of the timesteps of this sampler")
-    classes = len(config.classes)
-    costs = seconds_per_call(denoisers, [own[0] for own in visited], image_shape, classes, settings.batch_size, device)
+    shape, classes = config.model_params.image_shape, len(config.classes)
+    costs = seconds_per_call(denoisers, ground.first, shape, classes, settings.batch_size, device)
     of_switches = len(networks) == 2 and not settings.free
 
     def options_of(steps: Steps) -> list[Option]:
@@ -113,7 +92,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], devi
         blank = Predictions(both, both, dimensions=1)
         check_reachable(options_of(weighed(blank, solver, timesteps, costs)[0]), choice.speedup)
     predictions = measure_predictions(
-        *(denoisers, known, solver, timesteps, dataset, indices),
+        *(denoisers, known, solver, timesteps, dataset, ground.indices),
         conditional=bool(config.classes),
         batch_size=settings.batch_size,
         seed=settings.seed,
@@ -153,39 +132,6 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Backbone]], devi
     )
 
 
-def open_images(choice: CalibrationSettings, config: Config, device: torch.device) -> ImageDataset:
-    """The real images, as a network with this description gets them.
-
-    For a network of latents these are the packed latents of the dataset if there are some, else its images, which the
-    autoencoder of the description encodes when they are measured. Raises InputError if they do not fit the network.
-    """
-    assert choice.dataset is not None, "a calibration without images"
-    channels, side, _ = config.model_params.image_shape
-    crop = crop_of(choice.dataset, choice.crop or (config.crop if config.dataset == choice.dataset else None))
-    wanted: dict[str, Any] = {"num_classes": config.model_params.num_classes, "crop": crop}
-    autoencoder = config.autoencoder
-    packed = find_packed(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
-    if isinstance(packed, PackedLatents) and autoencoder and packed.scale_factor != autoencoder.scale_factor:
-        raise InputError(
-            f"{packed.folder} was packed with scale_factor {packed.scale_factor}, the networks have "
-            f"{autoencoder.scale_factor}"
-        )
-    if packed is not None:
-        return packed
-    if autoencoder is None:
-        return open_source(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
-    if autoencoder.checkpoint_path is None:
-        raise InputError(
-            "the networks make latents: give --autoencoder_checkpoint_path, which encodes the images, or pack their "
-            "latents with pack.py"
-        )
-    path = Path(autoencoder.checkpoint_path)
-    encoder = load_autoencoder(path, autoencoder.scale_factor, device)
-    pixels = side * encoder.downsampling
-    images = open_source(choice.dataset, choice.data_path, img_size=pixels, in_chans=3, **wanted)
-    return LatentSource(images, encoder, path, device)
-
-
 def weighed(
     predictions: Predictions, solver: Solver, timesteps: Sequence[int], costs: Sequence[float]
 ) -> tuple[Steps, bool]:
@@ -205,10 +151,11 @@ def rule_of(choice: CalibrationSettings) -> str:
     return KNEE if choice.budget is None else f"--budget {choice.budget:g}"
 
 
-def check_growing(networks: Sequence[Network[Backbone]]) -> None:
+def check_growing(networks: Sequence[Network[Runnable]]) -> None:
     """Raises InputError unless each network has at least as many FLOPs as the one before it."""
-    for one, other in itertools.pairwise(networks):
-        if backbone_flops(one.module) > backbone_flops(other.module):
+    flops = [flops_of(Call(k, passes=1), networks) for k in range(len(networks))]
+    for (one, less), (other, more) in itertools.pairwise(zip(networks, flops, strict=True)):
+        if less > more:
             raise InputError(
                 f"{one.path} is larger than {other.path}: give the networks from small to large, the full one last"
             )

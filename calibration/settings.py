@@ -48,7 +48,13 @@ class CalibrateSettings(Checked):
     """Settings of calibrate.py."""
 
     checkpoint_path: tuple[Path, ...] = option(
-        help="weights of at least two networks, from small to large, the full one last", exists="path"
+        help="weights of the networks, from small to large; a switch needs two or more, a plan one",
+        exists="path",
+    )
+    plan: bool = option(
+        False,
+        "choose the best plan of everything that the networks can do: switches, corrections, exit layers, reused "
+        "middle blocks and held predictions, not only the networks and their timesteps",
     )
     config_path: tuple[Path | Literal["none"], ...] = option(
         (), 'YAML files that describe the networks, "none" for each whose weights have a description'
@@ -81,14 +87,18 @@ class CalibrateSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         count = len(self.checkpoint_path)
-        if count < 2:
+        if count < 2 and not self.plan:
             raise InputError("--checkpoint_path: give two networks or more, the full one last")
         if self.config_path and len(self.config_path) != count:
             raise InputError(f"--config_path: one for each of the {count} networks, none where none is needed")
         if self.output.suffix not in (".yaml", ".yml"):
             raise InputError(f"--output {self.output}: wanted a .yaml")
-        if not self.choice.dataset:
-            raise InputError("--dataset: say on which images to measure")
+        if self.plan:
+            if self.free or self.verifying.verify:
+                raise InputError(f"--{'free' if self.free else 'verify'} and --plan: give one of them")
+        else:
+            self.choice.check_for_switch()
+        self.choice.check_images("a calibration")
 
     @property
     def stated(self) -> dict[str, Any]:

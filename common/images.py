@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,6 +58,17 @@ def save_grid(path: Path, pixels: Tensor, at_most: int = 100, least_side: int = 
     blank = tiles.new_full((rows * columns - len(tiles), *tiles.shape[1:]), 255)
     grid = rearrange(torch.cat([tiles, blank]), "(r k) c h w -> c (r h) (k w)", r=rows)
     save_png(path, grid)
+
+
+def captions(texts: Sequence[str], width: int) -> Tensor:
+    """Short texts in black on white, each in the middle of a cell. Returns uint8 (1, H, len(texts) * width)."""
+    size = max(12, width // 8)
+    font = ImageFont.load_default(size)
+    image = Image.new("L", (len(texts) * width, size + 8), 255)
+    draw = ImageDraw.Draw(image)
+    for number, text in enumerate(texts):
+        draw.text(((number + 0.5) * width, image.height / 2), text, fill=0, font=font, anchor="mm")
+    return to_tensor(image, in_chans=1)
 
 
 def enlarge(pixels: Tensor, least_side: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-STREAMS = ("samples", "training steps", "calibration")
+STREAMS = ("samples", "training steps", "calibration", "checking a plan")
 
 
 def nth_seed(seed: int, stream: str, index: int) -> int:

@@ -55,6 +55,11 @@ class Solver:
     eta: float = 0.0
     clip_x0: bool = False
 
+    @property
+    def noise_level(self) -> float:
+        """Eta of DDIM's family of processes: 0 for a deterministic solver, 1 for the noise of DDPM."""
+        return 1.0 if self.name == "ddpm" else self.eta
+
     def begin(self, timesteps: Sequence[int]) -> None:
         """Called before each batch with the timesteps that are to come."""
 
@@ -70,7 +75,7 @@ class Solver:
         if self.name == "ddpm" and s == t - 1:
             noise = draw_noise() if t > 0 else None
             return ddpm_step(self.schedule, model_output, x_t, t, noise, parametrization)
-        eta = 1.0 if self.name == "ddpm" else self.eta
+        eta = self.noise_level
         eps = to_eps(self.schedule, model_output, x_t, t, parametrization)
         noise = draw_noise() if eta > 0 and s >= 0 else None
         return ddim_step(x_t, eps, self.schedule.alpha_bar(t), self.schedule.alpha_bar(s), eta, noise)

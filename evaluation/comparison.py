@@ -6,7 +6,7 @@ No torch in here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from common.tables import table as aligned
 from generation.settings import EarlyExitSettings, SamplerSettings
 
 CONFIDENCE = 0.95
+WIDE = 4  # the axis of scores is logarithmic if they differ by more than this factor
 MEASURED = ("seconds_per_image", "network_flops_per_image")
 # The options of the samplers. All seeds of a label must share those that decide the result. Times are compared only
 # if the options that decide the conditions are equal; an option that a script does not have counts as its default.
@@ -26,6 +27,7 @@ OF_RESULT, OF_CONDITIONS = (
     for decides in (RESULT, CONDITIONS)
 )
 OF_MACHINE = ("device", "processes", "threads", "torch")
+ACCELERATORS_APART = ("cpu", "mps")  # the generators of all others, CUDA's, draw the same numbers
 
 
 class Run(NamedTuple):
@@ -38,6 +40,7 @@ class Run(NamedTuple):
     basis: dict[str, Any]  # must be equal to compare scores
     settings: dict[str, Any]  # must also be equal for all seeds of a label
     conditions: dict[str, Any]  # must be equal to compare times
+    noise: dict[str, Any]  # must be equal, and the seed, to compare images; the keys name it in one word
 
 
 class Estimate(NamedTuple):
@@ -46,8 +49,24 @@ class Estimate(NamedTuple):
     mean: float
     half_width: float | None
 
-    def __format__(self, sign: str) -> str:
-        return f"{self.mean:{sign}.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
+    def __format__(self, sign_and_digits: str) -> str:
+        """sign_and_digits: such as "", "+" or ".2"; three digits by default."""
+        sign, _, digits = sign_and_digits.partition(".")
+        digits = digits or "3"
+        return f"{self.mean:{sign}.{digits}f}" + ("" if self.half_width is None else f" ± {self.half_width:.{digits}f}")
+
+
+class Pairs(NamedTuple):
+    """The distance between the images of a label and those that another label makes of the same noise.
+
+    The estimates are over seeds, of means over images; see evaluation.pairs for the distances.
+    """
+
+    to: str  # the other label
+    unshared: str | None  # one word for what differs, so that there are no pairs; then the rest is empty
+    psnr: Estimate | None = None  # dB
+    feature_distance: Estimate | None = None  # None too without a feature extractor
+    psnr_of_samples: Sequence[Sequence[float]] = ()  # of the first samples, for each run of the label
 
 
 class Summary(NamedTuple):
@@ -59,6 +78,7 @@ class Summary(NamedTuple):
     difference: Estimate | None  # paired, to the first label; None if the seeds differ
     seconds_per_image: Estimate | None  # None if the timing conditions of the seeds differ
     flops_per_image: float
+    pairs: Pairs | None = None  # None for the label that the others are compared with
 
     @property
     def seeds(self) -> list[int]:
@@ -89,11 +109,25 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
         }
         conditions = {name: statistics.get(name, default) for name, default in conditions.items()}
         score, seconds, flops = values
-        return Run(label, folder, score, seconds, flops, seed, basis, shared, conditions)
+        noise = noise_of(statistics)
+        return Run(label, folder, score, seconds, flops, seed, basis, shared, conditions, noise)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{folder}/report: not as fid.py and sampler.py write it ({error})") from None
+
+
+def noise_of(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the noise and the class of a sample beside the seed and its index. statistics: statistics.json."""
+    settings, device = statistics["settings"], str(statistics.get("device"))
+    random = settings.get("solver", "ddpm") == "ddpm" or bool(settings.get("eta"))
+    networks = statistics.get("backbones") or [{}]
+    return {
+        "class": [settings.get("class_id"), networks[0].get("real_classes")],
+        # Each step of a random solver but the last draws noise, so in other numbers of steps it is other noise.
+        "noise": settings.get("steps") if random else 0,
+        "device": device if device in ACCELERATORS_APART else "cuda",
+    }
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -194,34 +228,76 @@ def about_bars(standard: str) -> str:
     return f"bars: {CONFIDENCE:.0%} interval of the paired difference to {standard}"
 
 
-def table(summaries: Sequence[Summary], metric: str) -> str:
-    """The score, time and cost of each label, and its measured speed-up over the first label if comparable.
+def columns(summaries: Sequence[Summary], metric: str) -> list[tuple[str, list[str]]]:
+    """The headers of the table with their cells, one cell per label.
 
-    For several seeds also their number, if it differs between labels, and the paired difference to the first label.
+    The score, time and cost of each label, and its measured speed-up over the first label if comparable. For several
+    seeds also their number, if it differs between labels, and the paired difference to the first label. For measured
+    pairs their distance, or in parentheses what they do not share.
     """
     standard = summaries[0]
     unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))
     of_image = [summary.seconds_per_image for summary in summaries]
     speed_ups = [speed_up(summary, standard) for summary in summaries]
-    counts = sorted({len(summary.runs) for summary in summaries})
-    columns = [
+    by_number = len({len(summary.runs) for summary in summaries}) > 1
+    found: list[tuple[str, list[str] | None]] = [
         ("run", [summary.label for summary in summaries]),
-        ("seeds", [str(len(summary.runs)) for summary in summaries] if len(counts) > 1 else None),
+        ("seeds", [str(len(summary.runs)) for summary in summaries] if by_number else None),
         (metric.upper(), [f"{summary.score}" for summary in summaries]),
         (
             f"minus {standard.label}",
             ["", *(f"{summary.difference:+}" for summary in summaries[1:])] if paired(summaries) else None,
         ),
+        *pair_columns([summary.pairs for summary in summaries]),
         ("s/image", ["" if seconds is None else f"{seconds.mean:.4f}" for seconds in of_image]),
         (f"{name}/image", [f"{summary.flops_per_image / unit:.3g}" for summary in summaries]),
         ("speed-up", ["" if ratio is None else f"{ratio:.2f}x" for ratio in speed_ups]),
     ]
-    columns = [(header, cells) for header, cells in columns if cells is not None]
-    text = aligned([header for header, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)), left=1)
+    return [(header, cells) for header, cells in found if cells is not None]
+
+
+def pair_columns(of_labels: Sequence[Pairs | None]) -> list[tuple[str, list[str]]]:
+    """The columns of the distances that were measured."""
+    measured = [pairs for pairs in of_labels if pairs is not None]
+    if not measured:
+        return []
+
+    def cells(name: str, digits: str) -> list[str]:
+        found = []
+        for pairs in of_labels:
+            estimate = None if pairs is None else getattr(pairs, name)
+            instead = "" if pairs is None or pairs.unshared is None else f"({pairs.unshared})"
+            found.append(instead if estimate is None else f"{estimate:{digits}}")
+        return found
+
+    found = [(f"PSNR to {measured[0].to}", cells("psnr", ".2"))]
+    if any(pairs.feature_distance for pairs in measured):
+        found.append(("feature distance", cells("feature_distance", ".4")))
+    return found
+
+
+def table(summaries: Sequence[Summary], metric: str) -> str:
+    """The `columns` as text, with a line about the intervals and one about the pairs."""
+    found = columns(summaries, metric)
+    text = aligned([header for header, _ in found], list(zip(*(cells for _, cells in found), strict=True)), left=1)
+    return "\n".join([text, *map(on_terminal, about_table(summaries))])
+
+
+def about_table(summaries: Sequence[Summary]) -> list[str]:
+    """Lines that explain the table."""
+    lines, counts = [], sorted({len(summary.runs) for summary in summaries})
     if counts[-1] > 1:
         seeds = f"{counts[0]} seeds" if len(counts) == 1 else "the seeds"
-        text += "\n" + on_terminal(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
-    return text
+        lines.append(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
+    measured = [pairs for summary in summaries if (pairs := summary.pairs) is not None]
+    if any(pairs.psnr for pairs in measured):
+        n = next(len(pairs.psnr_of_samples[0]) for pairs in measured if pairs.psnr_of_samples)
+        named = "PSNR (dB) and feature distance" if any(p.feature_distance for p in measured) else "PSNR (dB)"
+        what = f"the first {n:,} samples" if n > 1 else "the first sample"
+        lines.append(f"{named}: {what} of a seed against those of {measured[0].to} from the same noise")
+    if any(pairs.unshared for pairs in measured):
+        lines.append(f"in parentheses: what a run does not share with {measured[0].to}, so that images are no pairs")
+    return lines
 
 
 def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
@@ -242,9 +318,20 @@ def numbers(summaries: Sequence[Summary], metric: str) -> dict[str, Any]:
                 "seconds_per_image": summary.seconds_per_image and summary.seconds_per_image._asdict(),
                 "flops_per_image": summary.flops_per_image,
                 "speed_up": speed_up(summary, summaries[0]),
+                "pairs": summary.pairs and pair_numbers(summary.pairs),
             }
             for summary in summaries
         ],
+    }
+
+
+def pair_numbers(pairs: Pairs) -> dict[str, Any]:
+    estimates = {name: getattr(pairs, name) for name in ("psnr", "feature_distance")}
+    return {
+        "to": pairs.to,
+        "unshared": pairs.unshared,
+        "samples_per_seed": len(pairs.psnr_of_samples[0]) if pairs.psnr_of_samples else 0,
+        **{name: value and value._asdict() for name, value in estimates.items()},
     }
 
 

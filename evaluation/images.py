@@ -45,10 +45,11 @@ class ManyImages(Protocol):
 class FinishedImages:
     """The images directly in a folder, all of one size; in colour if any of them is (see `in_chans_of`).
 
-    Raises InputError for a folder without images. Other files are named in a warning.
+    first: take only so many, the first by name. Raises InputError for a folder without images. Other files are named in
+    a warning.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first: int | None = None):
         entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
         self.path = folder
         self.files = [path for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
@@ -57,6 +58,7 @@ class FinishedImages:
             log.warning("%s: %d other files left out (%s, ...)", folder, len(stray), stray[0].name)
         if not self.files:
             raise InputError(f"{folder}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
+        self.files = self.files[:first]
         self.size = self.open(self.files[0]).size
         self.in_chans = 3 if any(_read(in_chans_of, path) == 3 for path in self.files) else 1
 

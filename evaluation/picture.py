@@ -12,13 +12,13 @@ from PIL import Image
 
 from common import plots
 from common.errors import InputError
-from evaluation.comparison import Summary, about_bars, bars, paired, timed_alike
+from evaluation.comparison import WIDE, Summary, about_bars, bars, paired, timed_alike
 from evaluation.images import FinishedImages
 
 SAMPLES_SHOWN = 10
+GAP = 16  # the gap between two images is this part of their width
 SHORT = 30  # longest label of a legend in two columns
 FEW = 6  # most labels of a legend inside the axes
-WIDE = 4  # the axis is logarithmic if scores differ by more than this factor
 
 
 def draw(path: Path, summaries: Sequence[Summary], metric: str) -> None:
@@ -43,12 +43,12 @@ def draw(path: Path, summaries: Sequence[Summary], metric: str) -> None:
         panels[0].set_yscale("log")
     for axes in panels:
         axes.axhline(means[0], color="C0", linestyle=":", linewidth=1)
-        axes.margins(x=0.3, y=0.15)
+        axes.margins(x=0.3, y=0.06)
         axes.grid(alpha=0.3, which="both")
     if len(timed) < rows:
         panels[-1].set(xlabel="not timed\nalike", xticks=[])
     if timed:
-        right_end = 1.08 * max(seconds.mean + (seconds.half_width or 0) for seconds in timed)
+        right_end = 1.04 * max(seconds.mean + (seconds.half_width or 0) for seconds in timed)
         panels[0].set(xlabel="seconds per image, measured", xlim=(0, right_end))
     about = about_bars(labels[0]) if paired(summaries) else ""
     panels[0].set_ylabel(metric.upper(), parse_math=False)
@@ -62,19 +62,22 @@ def draw(path: Path, summaries: Sequence[Summary], metric: str) -> None:
         zip(labels, summaries, right.subplots(rows, squeeze=False)[:, 0], strict=True)
     ):
         axes.imshow(first_samples(summary.runs[0].folder), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(label, loc="left", fontsize=9, color=f"C{i % 10}", parse_math=False)
+        axes.set_title(label, loc="left", fontsize=10, fontweight="bold", color=f"C{i % 10}", parse_math=False)
         axes.set_anchor("W")
         axes.set_axis_off()
     plots.save(figure, path)
 
 
 def first_samples(folder: Path) -> NDArray[np.uint8]:
-    """The first samples in one row, uint8 (H, W, 3)."""
-    images = []
+    """The first samples in one row with white gaps between them, uint8 (H, W, 3)."""
+    images: list[NDArray[np.uint8]] = []
     for path in sorted(folder.glob("*.png"))[:SAMPLES_SHOWN]:
         image = FinishedImages.open(path).convert("RGB")
         larger = max(1, 64 // image.height)  # enlarge tiny images to make them visible
-        images.append(np.asarray(image.resize((image.width * larger, image.height * larger), Image.Resampling.BICUBIC)))
+        image = image.resize((image.width * larger, image.height * larger), Image.Resampling.BICUBIC)
+        if images:
+            images.append(np.full((image.height, max(1, image.width // GAP), 3), 255, np.uint8))
+        images.append(np.asarray(image))
     if not images:
         raise InputError(f"{folder}: the samples are gone")
     return np.concatenate(images, axis=1)

@@ -1,4 +1,4 @@
-"""The settings of fid.py. No torch in here."""
+"""The settings of fid.py, and those of compare.py about images. No torch in here."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ class ScoringSettings(Checked):
             self._check_save_stats(self.save_stats)
         elif not (self.real.dataset or self.real.reference):
             raise InputError("give --dataset or --reference to score against")
-        if self.feature_extractor != "inception":
-            self._check_own_extractor()
+        check_extractor(self.feature_extractor, self.feature_extractor_weights)
+        if "is" in self.metrics and self.feature_extractor != "inception":
+            raise InputError("--metrics is: the Inception score needs --feature_extractor inception")
 
     def _check_save_stats(self, path: Path) -> None:
         if path.is_dir():
@@ -96,13 +97,35 @@ class ScoringSettings(Checked):
             if path.exists() and read is not None and read.samefile(path):
                 raise InputError(f"--save_stats {path}: would replace --{name}; name another file")
 
-    def _check_own_extractor(self) -> None:
-        if not Path(self.feature_extractor).is_file():
-            raise InputError(f"--feature_extractor {self.feature_extractor}: no such file (or give inception)")
-        if self.feature_extractor_weights:
-            raise InputError("--feature_extractor_weights belongs to --feature_extractor inception")
-        if "is" in self.metrics:
-            raise InputError("--metrics is: the Inception score needs --feature_extractor inception")
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings(Checked):
+    """Settings of compare.py about images of the same noise."""
+
+    pair_with: str | None = option(
+        None, "label to whose images those of the other runs are compared (default: the first label)"
+    )
+    n_pairs: int = option(
+        1000, "images of each run to compare, those with the smallest indices", least=1, most=10_000_000
+    )
+    feature_extractor: str | None = option(
+        None, "also measure a distance in the features of inception, or of a TorchScript file (see fid.py)"
+    )
+    feature_extractor_weights: Path | None = option(
+        None, "weights of inception (default: downloaded once)", exists="file"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_extractor(self.feature_extractor, self.feature_extractor_weights)
+
+
+def check_extractor(name: str | None, weights: Path | None) -> None:
+    """Raises InputError for a missing file, and for weights of another extractor than Inception."""
+    if name not in (None, "inception") and not Path(name).is_file():
+        raise InputError(f"--feature_extractor {name}: no such file (or give inception)")
+    if weights and name != "inception":
+        raise InputError("--feature_extractor_weights belongs to --feature_extractor inception")
 
 
 def default_cache() -> Path:

@@ -100,9 +100,9 @@ class Experiment:
             "DuoDiff": duo,
             "early exit 0.1": {**exits, "threshold": 0.1},
             "early exit 0.2": {**exits, "threshold": 0.2},
-            "caching every 2": {**full, "cache_interval": 2},
-            "caching every 3": {**full, "cache_interval": 3},
-            "DuoDiff + caching every 2": {**duo, "cache_interval": 2},
+            "caching every 2": {**full, "reuse_every": 2},
+            "caching every 3": {**full, "reuse_every": 3},
+            "DuoDiff + caching every 2": {**duo, "reuse_every": 2},
             f"full by ddpm in {steps // 2} steps": {**full, "steps": steps // 2},
             f"full by dpmsolver++ in {steps // 2} steps": {**full, "solver": "dpmsolver++", "steps": steps // 2},
             f"full by dpmsolver++ in {steps // 5} steps": {**full, "solver": "dpmsolver++", "steps": steps // 5},
@@ -298,4 +298,5 @@ def chosen_by_rules(options: Sequence[dict[str, Any]]) -> dict[str, dict[str, An
 def knee_of(options: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What calibrate.py chooses by default."""
     rows: list[Any] = [SimpleNamespace(**option) for option in options]  # the numbers of an Option, not its networks
-    return vars(knee(rows))
+    chosen: SimpleNamespace = knee(rows)
+    return vars(chosen)

@@ -83,14 +83,15 @@ def draw_exit_layers(path: Path, timesteps: np.ndarray, exit_layer: np.ndarray, 
     axes = figure.subplots()
     low, high = np.percentile(exit_layer, [5, 95], axis=1)
     axes.fill_between(timesteps, low, high, color=plots.BLUE, alpha=0.25, linewidth=0, label="90 % of the images")
-    axes.plot(timesteps, exit_layer.mean(axis=1), color=plots.BLUE, label="mean")
-    axes.axhline(depth, color=plots.GREY, linestyle=":", label=f"whole network ({depth} blocks)")
+    axes.plot(timesteps, exit_layer.mean(axis=1), color=plots.BLUE, clip_on=False, label="mean")
+    axes.axhline(depth, color=plots.GREY, linestyle=":", clip_on=False, label=f"whole network ({depth} blocks)")
     axes.set(
         xlim=(timesteps.max(), timesteps.min()) if len(timesteps) > 1 else None,
-        ylim=(-0.02 * depth, 1.35 * depth),
+        ylim=(0, depth),
         xlabel="timestep t (noise on the left, image on the right)",
         ylabel="exit layer (blocks run)",
         title=f"Early exit at threshold {threshold:g}: {exit_layer.mean():.2f} of {depth} blocks on average",
     )
-    axes.legend(loc="upper left", ncols=3, framealpha=1)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3)
     plots.save(figure, path)

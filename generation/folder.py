@@ -132,18 +132,15 @@ def recorded_fingerprint(folder: Path) -> Any:
     return read_json(path)
 
 
-def recorded_switch(folder: Path) -> int | None:
-    """The t_switch of the samples in a folder; None if there are no samples.
-
-    Raises InputError for samples of a run without t_switch.
-    """
+def recorded_stages(folder: Path) -> list[Any] | None:
+    """The description of the stages of the samples in a folder, see `Plan.described`; None if there are no samples."""
     if not samples_in(folder):
         return None
     recorded = recorded_fingerprint(folder)
     stages = recorded.get("stages") if isinstance(recorded, dict) else None
-    if not isinstance(stages, list) or len(stages) != 2 or not isinstance(stages[0], dict):
-        raise InputError(f"{folder} holds samples of a run without --t_switch; {ADVICE}")
-    return int(stages[0].get("t_min", 0)) - 1
+    if not isinstance(stages, list) or not stages:
+        raise InputError(f"{folder} holds samples of a run whose stages are not recorded; {ADVICE}")
+    return stages
 
 
 class SampleFolder:
@@ -227,16 +224,17 @@ class SampleFolder:
         return share(self.to_do)
 
     @contextmanager
-    def making(self, num_timesteps: int, prepare: Callable[[], None] = lambda: None) -> Iterator[Progress]:
+    def making(self, num_timesteps: int, save_choice: Callable[[Path], None] | None = None) -> Iterator[Progress]:
         """A context in which the missing batches are made. Yields a progress bar that counts images, of which
         each step does a part.
 
-        prepare: called on process 0 after the files of other runs are removed from report/.
+        save_choice: writes the measurement behind the stages to report/calibration.yaml and beside it.
         """
 
         def begin() -> None:
-            self._begin()
-            prepare()
+            self._begin()  # removes the files of other runs from report/
+            if save_choice is not None:
+                save_choice(self.report / "calibration.yaml")
 
         on_main(begin)
         self.num_timesteps, total = num_timesteps, sum(map(len, self.mine))

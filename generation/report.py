@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from common.devices import in_units, peak_memory
 from common.distributed import gather
 from common.files import write_json
-from common.images import enlarge, read_png, save_grid, save_png
+from common.images import captions, enlarge, read_png, save_grid, save_png
 from common.progress import duration, images_per_second
 from common.settings import flat
 from common.tables import table
@@ -109,15 +109,17 @@ def save_pictures(folder: SampleFolder) -> None:
     save_grid(folder.report / "grid_image.png", images, GRID_SAMPLES)
     if folder.frames:
         few = indices[:FRAME_SAMPLES]
-        frames = [torch.stack([read_png(path) for path in folder.paths(few, t)]) for t in folder.frames]
+        frames = {t: torch.stack([read_png(path) for path in folder.paths(few, t)]) for t in folder.frames}
         save_frames(folder.report / "frames.png", frames, images)
 
 
-def save_frames(path: Path, frames: list[Tensor], images: Tensor) -> None:
-    """One row per sample, one column per timestep, the final image last.
+def save_frames(path: Path, frames: Mapping[int, Tensor], images: Tensor) -> None:
+    """One row per sample, one column per timestep with its t underneath, the final image last.
 
-    frames, images: uint8 (N, C, H, W).
+    frames: by timestep, falling, each uint8 (N, C, H, W) as images.
     """
-    columns = [enlarge(column[:FRAME_SAMPLES], least_side=64) for column in [*frames, images]]
+    columns = [enlarge(column[:FRAME_SAMPLES], least_side=64) for column in [*frames.values(), images]]
     tiles = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=255)
-    save_png(path, rearrange(tiles, "n k c h w -> c (n h) (k w)"))
+    rows = rearrange(tiles, "n k c h w -> c (n h) (k w)")
+    under = captions([*(f"t = {t}" for t in frames), "image"], tiles.shape[-1])
+    save_png(path, torch.cat([rows, under.expand(len(rows), -1, -1)], dim=1))

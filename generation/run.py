@@ -33,11 +33,12 @@ def settled_speed(settings: Settings, device: torch.device) -> Settings:
     return replace(settings, speed=replace(speed, precision=pick_precision(speed.precision, device)))
 
 
-def solver_of(settings: SolverSettings, configs: Sequence[Config]) -> tuple[Solver, list[int]]:
+def solver_of(settings: SolverSettings, configs: Sequence[Config], as_noise: bool = False) -> tuple[Solver, list[int]]:
     """The solver and its timesteps, falling. Raises InputError if a network does not support the settings.
 
     configs: of the networks. The noise schedule is that of the last network, unless the settings name another. Networks
-    with one schedule and output keep their own; any others become predictors of noise, see `denoiser_of`.
+    with one schedule and output keep their own, unless as_noise is set; any others become predictors of noise, see
+    `denoiser_of`.
     """
     if settings.clip_x0 and any(config.autoencoder for config in configs):
         raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
@@ -50,7 +51,7 @@ def solver_of(settings: SolverSettings, configs: Sequence[Config]) -> tuple[Solv
         (config.diffusion_params.schedule, config.parametrization) == (diffusion, configs[-1].parametrization)
         for config in configs
     )
-    native = alike and configs[-1].parametrization != "predict_velocity"
+    native = alike and not as_noise and configs[-1].parametrization != "predict_velocity"
     parametrization = configs[-1].parametrization if native else "predict_noise"
     solver = make_solver(settings.solver, schedule, parametrization, settings.eta or 0.0, settings.clip_x0)
     return solver, timesteps
@@ -71,8 +72,8 @@ def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
         return denoiser
     if config.parametrization == "predict_previous":
         raise InputError(
-            "a network that predicts x_{t-1} (predict_previous) knows the steps of its own noise schedule alone; leave "
-            "--sampling_schedule out"
+            "a network that predicts x_{t-1} (predict_previous) knows the steps of its own noise schedule alone, and "
+            "cannot be held or corrected; leave --sampling_schedule, hold_every and correct_every out"
         )
     toward_data = config.diffusion_params.toward_data
     return predicting_noise(denoiser, solver.schedule, config.parametrization, toward_data)
@@ -150,17 +151,18 @@ def warm_up(
     device: torch.device,
     *,
     compiled: bool,
-    caching: bool = False,
+    saving: bool = False,
 ) -> None:
     """Run the network of each stage once, so that the timing does not include the first calls.
 
-    batches: the batches of this process; the warm-up has the size of the first. image_shape: (C, H, W).
+    batches: the batches of this process; the warm-up has the size of the first. image_shape: (C, H, W). saving: a
+    stage may have steps of two kinds, see `diffusion.forecast`.
     """
     if not batches:
         return
     x = torch.zeros(len(batches[0]), *image_shape, device=device)
     for stage in stages:
         with stage.session():
-            for t in stage.timesteps[: 2 if caching else 1]:  # computed at the first, reused at the second
+            for t in stage.timesteps[: 2 if saving else 1]:  # computed at the first, forecast at the second
                 for _ in range(3 if compiled else 1):  # CUDA graphs are recorded on the second call
                     stage.denoiser(x, t, labels(batches[0]))

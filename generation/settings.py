@@ -153,7 +153,13 @@ class CalibrationSettings(Checked):
         why="the same images may lie elsewhere",
     )
     crop: str | None = option(None, "crop of the dataset (default: the crop of the networks)", choices=CROPS)
-    n_images: int = option(256, "number of real images to measure on", least=2, most=10_000_000)
+    n_images: int = option(256, "number of real images, or of sampled paths, to measure on", least=2, most=10_000_000)
+    paths: str = option(
+        "data",
+        "where a plan is measured: on the forward process of real images (data), or where the full network samples "
+        "(sampled)",
+        choices=("data", "sampled"),
+    )
     speedup: float | None = option(
         None,
         "choose the switch of least divergence with at least this speed-up, which is predicted from calls without "
@@ -161,9 +167,16 @@ class CalibrationSettings(Checked):
         least=1,
         most=1e6,
     )
+    seconds: float | None = option(
+        None,
+        "choose the plan of least divergence that takes at most this many seconds per image",
+        least=0,
+        most=1e9,
+        above=True,
+    )
     budget: float | None = option(
         None,
-        "choose the fastest switch with at most this divergence, in nats per dimension, or for deterministic solvers "
+        "choose the fastest option with at most this divergence, in nats per dimension, or for deterministic solvers "
         "in squared shift per dimension",
         least=0,
         most=1e12,
@@ -171,8 +184,97 @@ class CalibrationSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.speedup is not None and self.budget is not None:
-            raise InputError("--speedup and --budget are two rules; give one of them")
+        given = [name for name in ("speedup", "seconds", "budget") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"--{given[0]} and --{given[1]} are two rules; give one of them")
+
+    def check_for_switch(self) -> None:
+        """Raises InputError for what belongs to a plan alone."""
+        if self.paths != "data":
+            raise InputError("--paths belongs to a plan (--plan); a switch is measured on real images")
+        if self.seconds is not None:
+            raise InputError("--seconds belongs to a plan (--plan); give --speedup or --budget")
+
+    def check_images(self, for_what: str) -> None:
+        """Raises InputError without real images, unless the paths need none."""
+        if not self.dataset and self.paths == "data":
+            raise InputError(f"{for_what} measures on real images; give --dataset")
+
+
+INTERVALS = ("correct_every", "reuse_every", "hold_every")
+of_saving = partial(option, decides=(), why=AS_STAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingSettings(Checked):
+    """How a stage saves work: what changes slowly is computed at every k-th step, and forecast at the steps between.
+
+    The order of a forecast is 0 to hold the last value, 1 to follow the line through the last two.
+    """
+
+    correct_every: int = of_saving(
+        1,
+        "run the full backbone at every n-th step, and between them the shallow one, corrected by a forecast of their "
+        "difference; 1 turns this off",
+        least=1,
+        most=100_000,
+    )
+    correct_order: int | None = of_saving(
+        None, "order of the forecast of --correct_every, 0 or 1 (default: 1)", least=0, most=1
+    )
+    reuse_every: int = of_saving(
+        1,
+        "run the middle blocks at every n-th step of a stage, and between them reuse what they add; 1 turns this off",
+        aliases=("--cache_interval",),
+        least=1,
+        most=100_000,
+    )
+    reuse_order: int | None = of_saving(
+        None, "order of the forecast of --reuse_every, 0 or 1 (default: 0)", least=0, most=1
+    )
+    reuse_outer: int | None = of_saving(
+        None,
+        "number of blocks at either end that run at every step (default: 1)",
+        aliases=("--cache_outer",),
+        least=1,
+        most=999,
+    )
+    hold_every: int = of_saving(
+        1,
+        "run the network at every n-th step, and between them forecast the noise that it predicts; 1 turns this off",
+        least=1,
+        most=100_000,
+    )
+    hold_order: int | None = of_saving(
+        None, "order of the forecast of --hold_every, 0 or 1 (default: 1)", least=0, most=1
+    )
+    exit_layer: int | None = of_saving(
+        None,
+        "number of blocks after which all images leave an early-exit model; no probe runs then",
+        least=0,
+        most=9_999,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        used = [name for name in INTERVALS if getattr(self, name) > 1]
+        if len(used) > 1:
+            raise InputError(f"{used[0]} and {used[1]} are two ways to save the same calls; give one of them")
+        for name, default in (("correct_order", 1), ("reuse_order", 0), ("reuse_outer", 1), ("hold_order", 1)):
+            interval = f"{name.split('_')[0]}_every"
+            if interval not in used and getattr(self, name) is not None:
+                raise InputError(f"{name} needs a {interval} of 2 or more")
+            if interval in used and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if self.exit_layer is not None and self.reuse_every > 1:
+            raise InputError(
+                "exit_layer and reuse_every: the blocks after the exit do not run anyway; give one of them"
+            )
+
+    @property
+    def described(self) -> dict[str, int]:
+        """The values that have an effect."""
+        return {f.name: getattr(self, f.name) for f in fields_of(SavingSettings) if getattr(self, f.name) != f.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +314,13 @@ class SamplerSettings(RunSettings):
         decides=(),
         why=AS_STAGES,
     )
+    plan: str | None = of_stages(
+        None,
+        "auto measures all that the networks can do, and runs the best plan for --speedup, --seconds or --budget",
+        choices=("auto",),
+        decides=(),
+        why=AS_STAGES,
+    )
     logsnr_switch: float | None = of_stages(
         None,
         "switch at this log-SNR, log(alpha bar / (1 - alpha bar)), in place of --t_switch; it means the same under any "
@@ -248,15 +357,6 @@ class SamplerSettings(RunSettings):
         decides=(),
         why=AS_STAGES,
     )
-    cache_interval: int = of_work(
-        1,
-        "run the middle blocks at every n-th step of a stage only, and reuse what they added; 1 turns caching off",
-        least=1,
-        most=100_000,
-    )
-    cache_outer: int | None = of_work(
-        None, "number of blocks at either end that run at every step (default: 1)", least=1, most=999
-    )
     offload: bool = of_network(
         False,
         "hold a network in memory only in its own stages; when a stage begins, its network is read from its file (on "
@@ -264,17 +364,14 @@ class SamplerSettings(RunSettings):
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )
-    calibration: CalibrationSettings = section("for --t_switch auto", CalibrationSettings())
+    saving: SavingSettings = section("less work, in the last stage", SavingSettings())
+    calibration: CalibrationSettings = section("for --t_switch auto and --plan auto", CalibrationSettings())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_networks()
         self._check_calibration()
         self._check_guidance()
-        if self.cache_interval == 1 and self.cache_outer is not None:
-            raise InputError("--cache_outer needs a --cache_interval of 2 or more")
-        if self.cache_interval > 1 and self.cache_outer is None:
-            object.__setattr__(self, "cache_outer", 1)
         if self.offload and self.speed.compile:
             raise InputError("--offload moves the weights that --compile records the places of; give one of them")
 
@@ -282,17 +379,32 @@ class SamplerSettings(RunSettings):
         """Raises InputError if the flags name no network, or name one twice."""
         of_two = ("config_path_late", "guidance_scale_late", "download_late")
         if self.stages:
-            others = ("checkpoint_path", "config_path", "checkpoint_path_late", "t_switch", "logsnr_switch", "download")
+            others = (
+                "checkpoint_path",
+                "config_path",
+                "checkpoint_path_late",
+                "t_switch",
+                "logsnr_switch",
+                "plan",
+                "download",
+            )
             for name in (*others, *of_two):
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
+            for name in self.saving.described:
+                if not name.startswith("reuse_"):
+                    raise InputError(f"--{name} and --stages, which says how each stage saves work: give one of them")
             return
         if not self.checkpoint_path:
             raise InputError("give --checkpoint_path, or --stages")
         if self.t_switch is not None and self.logsnr_switch is not None:
             raise InputError("--t_switch and --logsnr_switch are two names of one point; give one of them")
-        if (self.checkpoint_path_late is None) != (self.t_switch is None and self.logsnr_switch is None):
+        if self.plan is not None:
+            self._check_plan()
+        elif (self.checkpoint_path_late is None) != (self.t_switch is None and self.logsnr_switch is None):
             raise InputError("--checkpoint_path_late and --t_switch (or --logsnr_switch) go together")
+        if self.saving.correct_every > 1 and not self.checkpoint_path_late:
+            raise InputError("--correct_every needs --checkpoint_path_late, the network that corrects the shallow one")
         for name in (*of_two, "offload"):
             if getattr(self, name) not in (None, False) and not self.checkpoint_path_late:
                 raise InputError(f"--{name} needs --checkpoint_path_late")
@@ -307,6 +419,16 @@ class SamplerSettings(RunSettings):
         both = ((self.download, self.checkpoint_path), (self.download_late, self.checkpoint_path_late))
         return [(repo, folder) for repo, folder in both if repo is not None and folder is not None]
 
+    def _check_plan(self) -> None:
+        """Raises InputError for options that --plan auto decides, or does not support."""
+        for name in ("t_switch", "logsnr_switch", "guidance_scale_late", "guidance_t_min", "guidance_t_max"):
+            if getattr(self, name) is not None:
+                raise InputError(f"--{name} and --plan auto, which chooses what runs when: give one of them")
+        for name in self.saving.described:
+            raise InputError(f"--{name} and --plan auto, which chooses how to save work: give one of them")
+        if self.offload:
+            raise InputError("--plan auto measures all networks side by side; not with --offload")
+
     def _check_guidance(self) -> None:
         """Raises InputError for an interval of guidance without guidance."""
         interval = self.guidance_t_min, self.guidance_t_max
@@ -315,18 +437,23 @@ class SamplerSettings(RunSettings):
 
     def _check_calibration(self) -> None:
         """Raises InputError for options that need --t_switch auto, or that it does not support."""
+        if self.plan is not None:
+            self.calibration.check_images("--plan auto:")
+            return
         if self.t_switch != "auto":
             for f in fields_of(CalibrationSettings):
                 if getattr(self.calibration, f.name) != f.default:
-                    raise InputError(f"--{f.name} belongs to --t_switch auto")
+                    raise InputError(f"--{f.name} belongs to --t_switch auto or --plan auto")
             return
-        if not self.calibration.dataset:
-            raise InputError("--t_switch auto: measures on real images; give --dataset")
+        self.calibration.check_for_switch()
+        self.calibration.check_images("--t_switch auto:")
         of_stages = (self.guidance_scale_late, self.guidance_t_min, self.guidance_t_max)
-        if self.offload or self.cache_interval > 1 or of_stages != (None, None, None):
+        if used := [name for name in self.saving.described if name.endswith("_every") or name == "exit_layer"]:
+            raise InputError(f"--t_switch auto: not with --{used[0]}; run calibrate.py first, or give --plan auto")
+        if self.offload or of_stages != (None, None, None):
             raise InputError(
-                "--t_switch auto: not with --offload, --cache_interval, --guidance_scale_late, --guidance_t_min or "
-                "--guidance_t_max; run calibrate.py first"
+                "--t_switch auto: not with --offload, --guidance_scale_late, --guidance_t_min or --guidance_t_max; run "
+                "calibrate.py first"
             )
 
 

@@ -10,6 +10,9 @@
       - checkpoint_path: full.pth
         t_min: 0
         t_max: 399
+        correct_every: 4               # optional: how it saves work, see SavingSettings in generation/settings.py
+        correct_with: shallow.pth      # the cheaper network of a correction (default: that of the first stage)
+        correct_with_config: shallow.yaml   # its config_path, likewise
     t_switch: 399                      # optional, with at most two stages: the equal value of --t_switch
     calibration: {...}                 # optional: the measurement; sampler.py compares its solver and steps
 
@@ -29,12 +32,14 @@ import yaml
 from common.config import read_mapping
 from common.errors import InputError
 from common.files import replacing
-from common.settings import Checked, build, option, plain
-from generation.settings import RunSettings, SamplerSettings
+from common.settings import build, fields_of, option, plain
+from generation.settings import RunSettings, SamplerSettings, SavingSettings
+
+PATHS = ("checkpoint_path", "config_path", "correct_with", "correct_with_config")  # keys of a stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageEntry(Checked):
+class StageEntry(SavingSettings):
     """A network at the timesteps t_min..t_max, both included. The fields are the keys in the file."""
 
     checkpoint_path: Path
@@ -44,9 +49,24 @@ class StageEntry(Checked):
     guidance_scale: float | None = option(None, least=0, most=1000)  # None: that of the run, as for those below
     guidance_t_min: int | None = option(None, least=0, most=99_999)
     guidance_t_max: int | None = option(None, least=0, most=99_999)
+    correct_with: Path | None = None
+    correct_with_config: Path | None = None
+
+    @property
+    def saving(self) -> SavingSettings:
+        return SavingSettings(**self.described)
+
+    @property
+    def cheap(self) -> tuple[Path, Path | None] | None:
+        """The weights and the description of the cheaper network of a correction, if they are named."""
+        return None if self.correct_with is None else (self.correct_with, self.correct_with_config)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.correct_with is not None and self.correct_every == 1:
+            raise InputError("correct_with needs a correct_every of 2 or more")
+        if self.correct_with_config is not None and self.correct_with is None:
+            raise InputError("correct_with_config describes the network of correct_with; give that too")
         if self.t_min > self.t_max:
             raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted t_min <= t_max")
 
@@ -90,6 +110,13 @@ class PlannedStage:
     option: str  # the source of guidance_scale, for messages
     guidance_t_min: int | None = None  # the scale is 0 at smaller t
     guidance_t_max: int | None = None  # and at larger t
+    saving: SavingSettings = SavingSettings()
+    cheap: int | None = None  # index in Plan.files of the cheaper network of a correction
+
+    @property
+    def networks(self) -> tuple[int, ...]:
+        """All networks that run in the stage."""
+        return (self.network,) if self.cheap is None else (self.cheap, self.network)
 
     def __post_init__(self) -> None:
         least, most = self.guidance_t_min, self.guidance_t_max
@@ -107,7 +134,7 @@ class PlannedStage:
 class Plan:
     """The networks of a run, and the stages at which they run, from the noisiest timesteps to the cleanest."""
 
-    # Weights and YAML file of each network, in the order of their first stages.
+    # Weights and YAML file of each network, in the order of their first stages; before them, those without a stage.
     files: Sequence[tuple[Path, Path | None]]
     stages: Sequence[PlannedStage]
     num_timesteps: int | None = None  # T, if the plan is from a file of stages
@@ -128,6 +155,21 @@ class Plan:
         """The lowest timestep of each stage, for `diffusion.sampling.split_timesteps`."""
         return [stage.t_min for stage in self.stages]
 
+    @property
+    def with_exits(self) -> set[int]:
+        """The numbers of the networks that are early-exit models."""
+        return {stage.network for stage in self.stages if stage.saving.exit_layer is not None}
+
+    @property
+    def forecasts_noise(self) -> bool:
+        """Whether a stage forecasts the predicted noise, which all networks must then predict."""
+        return any(stage.saving.correct_every > 1 or stage.saving.hold_every > 1 for stage in self.stages)
+
+    @property
+    def saves(self) -> bool:
+        """Whether a stage has steps of two kinds."""
+        return any(stage.saving.described.keys() - {"exit_layer"} for stage in self.stages)
+
     def described(self, num_timesteps: int) -> list[dict[str, Any]]:
         """The stages as plain values, for the record of a run."""
         highest = [num_timesteps - 1, *(stage.t_min - 1 for stage in self.stages[:-1])]
@@ -138,6 +180,9 @@ class Plan:
             interval = {name: getattr(stage, name) for name in ("guidance_t_min", "guidance_t_max")}
             if stage.guidance_scale:  # or else it decides nothing
                 about |= {name: t for name, t in interval.items() if t is not None}
+            about |= stage.saving.described
+            if stage.cheap is not None:
+                about["correct_with"] = stage.cheap
             described.append(about)
         return described
 
@@ -164,6 +209,40 @@ def one_stage(settings: RunSettings, guidance_t_min: int | None = None, guidance
     return Plan(files, [PlannedStage(0, 0, scale, "--guidance_scale", guidance_t_min, guidance_t_max)])
 
 
+def stages_described(described: Sequence[Any], folder: Path) -> list[PlannedStage]:
+    """The stages that `Plan.described` describes. Raises InputError, which names the folder, for anything else."""
+    stages = []
+    for about in described:
+        known = build(_Described, about, f"{folder}: report/run.json: stages") if isinstance(about, dict) else None
+        if known is None:
+            raise InputError(f"{folder}: report/run.json does not describe stages")
+        interval = known.guidance_t_min, known.guidance_t_max
+        saving = SavingSettings(**known.described)
+        scale = known.guidance_scale
+        stages.append(
+            PlannedStage(known.network, known.t_min, scale, "--guidance_scale", *interval, saving, known.correct_with)
+        )
+    return stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described(SavingSettings):
+    """An item of `Plan.described`."""
+
+    network: int
+    t_min: int
+    t_max: int
+    guidance_scale: float
+    guidance_t_min: int | None = None
+    guidance_t_max: int | None = None
+    correct_with: int | None = None
+
+
+def in_every_stage(saving: SavingSettings) -> SavingSettings:
+    """The part of the flags that holds for stages before the last too: the middle of any network can be reused."""
+    return replace(saving, correct_every=1, correct_order=None, hold_every=1, hold_order=None, exit_layer=None)
+
+
 def plan_of(settings: SamplerSettings) -> Plan:
     """The plan from the flags or from a file of stages. With --t_switch auto the switch is only a placeholder.
 
@@ -171,9 +250,10 @@ def plan_of(settings: SamplerSettings) -> Plan:
     """
     if settings.stages is not None:
         return _plan_of_file(settings.stages, settings)
-    interval = settings.guidance_t_min, settings.guidance_t_max
+    interval, saving = (settings.guidance_t_min, settings.guidance_t_max), settings.saving
     if settings.checkpoint_path_late is None:
-        return one_stage(settings, *interval)
+        plan = one_stage(settings, *interval)
+        return replace(plan, stages=[replace(plan.stages[0], saving=saving)])
     assert settings.checkpoint_path is not None, "--checkpoint_path_late without --checkpoint_path"
     point = settings.logsnr_switch
     early = settings.checkpoint_path, settings.config_path
@@ -183,8 +263,10 @@ def plan_of(settings: SamplerSettings) -> Plan:
     return Plan(
         [early, late],
         [
-            PlannedStage(0, lowest, settings.guidance_scale, "--guidance_scale", *interval),
-            PlannedStage(1, 0, scale, "--guidance_scale_late", *interval),
+            PlannedStage(0, lowest, settings.guidance_scale, "--guidance_scale", *interval, in_every_stage(saving)),
+            PlannedStage(
+                *(1, 0, scale, "--guidance_scale_late", *interval, saving, 0 if saving.correct_every > 1 else None)
+            ),
         ],
         source=f"--t_switch {settings.t_switch}" if point is None else f"--logsnr_switch {point:g}",
     )
@@ -193,11 +275,17 @@ def plan_of(settings: SamplerSettings) -> Plan:
 def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
     content = read_stages(path)
     used = [(stage.checkpoint_path, stage.config_path) for stage in content.stages]
-    files = list(dict.fromkeys(used))
+    cheap = [stage.cheap or used[0] if stage.correct_every > 1 else None for stage in content.stages]
+    # The last network is that of a stage: its noise schedule is the sampler's.
+    files = list(dict.fromkeys([*(file for file in cheap if file and file not in used), *used]))
     if settings.offload and len(files) == 1:
         raise InputError(f"--offload keeps idle networks away; {path} names one alone")
     stages = []
-    for n, (file, stage) in enumerate(zip(used, content.stages, strict=True), 1):
+    for n, (file, other, stage) in enumerate(zip(used, cheap, content.stages, strict=True), 1):
+        if file == other:
+            raise InputError(
+                f"{path}: stages {n}: correct_every needs a cheaper network beside its own; name it by correct_with"
+            )
         scale, option = stage.guidance_scale, f"{path}: guidance_scale"
         if scale is None:
             scale, option = settings.guidance_scale, "--guidance_scale"
@@ -206,7 +294,17 @@ def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
             for name in ("guidance_t_min", "guidance_t_max")
         }
         try:
-            stages.append(PlannedStage(files.index(file), stage.t_min, scale, option, **interval))
+            stages.append(
+                PlannedStage(
+                    files.index(file),
+                    stage.t_min,
+                    scale,
+                    option,
+                    **interval,
+                    saving=stage.saving if stage.described else in_every_stage(settings.saving),
+                    cheap=None if other is None else files.index(other),
+                )
+            )
         except InputError as error:
             raise InputError(f"{path}: stages {n}: {error}") from None
     return Plan(files, stages, content.stages[0].t_max + 1, content.calibration, str(path))
@@ -220,10 +318,10 @@ def read_stages(path: Path) -> StageFile:
     content = build(StageFile, read_mapping(path, "stages", list), str(path))
     stages = []
     for n, stage in enumerate(content.stages, 1):
-        paths = {name: getattr(stage, name) for name in ("checkpoint_path", "config_path")}
+        paths = {name: getattr(stage, name) for name in PATHS}
         paths = {name: path.parent / given for name, given in paths.items() if given is not None}
         for name, file in paths.items():
-            if not (file.exists() if name == "checkpoint_path" else file.is_file()):
+            if not (file.is_file() if "config" in name else file.exists()):
                 fault = "is a folder" if file.is_dir() else "no such file"
                 raise InputError(f"{path}: stages {n}: {name} {file}: {fault}")
         stages.append(replace(stage, **paths))
@@ -249,12 +347,17 @@ def write_stages(path: Path, content: StageFile) -> None:
             return file
 
     def seen_from_there(stage: StageEntry) -> StageEntry:
-        config_path = None if stage.config_path is None else relative(stage.config_path)
-        return replace(stage, checkpoint_path=relative(stage.checkpoint_path), config_path=config_path)
+        paths = {name: getattr(stage, name) for name in PATHS}
+        moved: dict[str, Any] = {name: relative(file) for name, file in paths.items() if file is not None}
+        return replace(stage, **moved)
 
-    content = replace(content, stages=tuple(map(seen_from_there, content.stages)))
+    def short(stage: StageEntry) -> dict[str, Any]:
+        without_effect = {f.name for f in fields_of(SavingSettings)} - stage.described.keys()
+        return {name: value for name, value in plain(stage).items() if name not in without_effect}
+
+    written = _stated(plain(content)) | {"stages": [_stated(short(seen_from_there(stage))) for stage in content.stages]}
     with replacing(path) as temporary:
-        temporary.write_text(yaml.dump(_stated(plain(content)), Dumper=_PlainDumper, sort_keys=False), encoding="utf-8")
+        temporary.write_text(yaml.dump(written, Dumper=_PlainDumper, sort_keys=False), encoding="utf-8")
 
 
 def _stated(value: Any) -> Any:

@@ -12,6 +12,7 @@ class Backbone(nn.Module):
     """Predicts what `parametrization` says from a noisy image, its timestep and its class."""
 
     config: UViTConfig | DiTConfig | DiffusersConfig
+    has_middle = True  # it runs around its middle, see `middle`
     time_dtype: torch.dtype | None = None  # of the time tokens in a sampler; None: that of the weights
 
     def __init__(self) -> None:

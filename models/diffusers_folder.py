@@ -46,6 +46,7 @@ class DiffusersBackbone(Backbone):
     """
 
     config: DiffusersConfig
+    has_middle = False
     time_dtype = torch.float32  # the network makes sinusoids of them
 
     def __init__(self, network: nn.Module, config: DiffusersConfig):
@@ -68,7 +69,7 @@ class DiffusersBackbone(Backbone):
 
     def middle(self, outer: int) -> range:
         raise InputError(
-            f"--cache_interval: a {self.config.network} of diffusers does not run around its middle; leave it out"
+            f"--reuse_every: a {self.config.network} of diffusers does not run around its middle; leave it out"
         )
 
 

@@ -155,6 +155,14 @@ class EarlyExitUViT(nn.Module):
             tokens = self.uvit.run_block(layer, tokens, skips)
         return ExitOutputs(self.uvit.decode(tokens), torch.stack(uncertainties), torch.stack(exit_outputs))
 
+    def leave_at(self, layer: int, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
+        """All images leave at one layer, 0..L (L: never early), and no probe is asked.
+
+        x, y: as in `forward`. time: `time_tokens` of the timesteps. Returns the output (B, C, H, W).
+        """
+        tokens = self.uvit.run_blocks(range(layer), self.uvit.embed(x, time, y), [])
+        return self.uvit.decode(tokens) if layer == self.num_layers else self.exit_heads[layer](tokens)
+
     def early_exit(
         self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None, *, threshold: float
     ) -> EarlyExit:

@@ -29,6 +29,14 @@ def backbone_flops(backbone: Backbone, outer: int | None = None) -> int:
 
 
 @torch.no_grad()
+def exit_flops(model: EarlyExitUViT, layer: int) -> int:
+    """FLOPs for one image that leaves at a layer which was chosen before, 0..L: no probe runs."""
+    model = _shapes_only(model)
+    x, timesteps, y = _inputs(model.uvit)
+    return _count(lambda: model.leave_at(layer, x, model.uvit.time_tokens(timesteps), y))
+
+
+@torch.no_grad()
 def early_exit_flops(model: EarlyExitUViT) -> list[int]:
     """FLOPs for one image that exits at layer 0, 1, ..., L (L: no exit), with probes and heads."""
     model = _shapes_only(model)

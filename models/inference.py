@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,82 +28,75 @@ def to_working_precision(
     return dict(zip(timesteps, tokens.split(1), strict=True))
 
 
-def refreshing(stages: Iterable[Sequence[int]], interval: int) -> set[int]:
-    """The timesteps at which a network computes its middle: in each stage the first and every interval-th after it.
-
-    stages: the timesteps of each stage.
-    """
-    return {t for timesteps in stages for t in timesteps[::interval]}
-
-
-class MiddleCache:
-    """Caches the sum that the middle blocks of a backbone add to its tokens, to reuse it at later timesteps.
-
-    The features deep in a network change little from one step to the next: DeepCache (Ma et al., CVPR 2024,
-    arXiv 2312.00858) keeps those of a U-Net and runs its outermost levels with their skips; Delta-DiT (Chen et al.
-    2024, arXiv 2406.01125) keeps, of transformer blocks, the difference of what leaves and what enters, as here.
-
-    outer: blocks at each end that always run, fewer than half of all. refresh: the timesteps at which the middle is
-    computed, see `refreshing`. They must include the first timestep of a batch, so earlier calls for other batches have
-    no influence.
-    """
-
-    def __init__(self, outer: int, refresh: Collection[int]):
-        self.outer, self.refresh = outer, refresh
-        self.residual: Tensor | None = None  # (B, E + P, D)
-
-    def reuses(self, t: int) -> bool:
-        """Whether the network reuses the residual at t."""
-        return t not in self.refresh
-
-    def at(self, t: int, batch_size: int) -> Tensor | None:
-        """The residual (B, E + P, D) to reuse at t; None if the middle must be computed."""
-        fits = self.residual is not None and len(self.residual) == batch_size
-        return self.residual if fits and self.reuses(t) else None
+Around = Callable[[Tensor, int, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class BackboneDenoiser:
-    """A backbone as a denoiser. Its output is fp32 for any working precision.
+    """A network as a denoiser. Its output is fp32 for any working precision.
 
-    timesteps: all t of later calls, each with the network's own timestep. device: that of the images; the weights may
-    be elsewhere until the calls, see `models.offload`. compiled: use torch.compile, with CUDA graphs on CUDA; batches
-    of another size than the first run without it, since a smaller last batch is not worth a second compilation. cache:
-    None to run all blocks at every timestep.
+    network: a backbone, or an early-exit model, of which it is the backbone. timesteps: all t of later calls, each with
+    the network's own timestep. device: that of the images; the weights may be elsewhere until the calls, see
+    `models.offload`. compiled: use torch.compile, with CUDA graphs on CUDA; batches of another size than the first run
+    without it, since a smaller last batch is not worth a second compilation.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        network: Backbone | EarlyExitUViT,
         timesteps: Mapping[int, float],
         dtype: torch.dtype,
         device: torch.device,
         *,
         compiled: bool = False,
-        cache: MiddleCache | None = None,
     ):
-        self.backbone, self.cache = backbone, cache
-        self.time_tokens = to_working_precision(backbone, backbone, timesteps, dtype, device)
-        self.eager: Callable[..., Any] = backbone.denoise_around if cache else backbone.denoise
-        self.compiled: Callable[..., Any] | None = None
-        if compiled:
-            mode = "reduce-overhead" if device.type == "cuda" else "default"
-            self.compiled = torch.compile(self.eager, dynamic=False, mode=mode)
+        self.network = network
+        self.backbone = network.uvit if isinstance(network, EarlyExitUViT) else network
+        self.time_tokens = to_working_precision(network, self.backbone, timesteps, dtype, device)
+        self.compiled, self.graphs = compiled, compiled and device.type == "cuda"
         self.batch_size: int | None = None
+        self._denoise = self._prepared(self.backbone.denoise)
 
     def __call__(self, x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
         """x_t: (B, C, H, W). y: (B,) classes, or None. Returns the model output (B, C, H, W), fp32."""
-        self.batch_size = self.batch_size or len(x_t)
-        denoise = self.eager
-        if self.compiled is not None and len(x_t) == self.batch_size:
+        return self._as_output(self._denoise(x_t, self.time_tokens[t], y))
+
+    def leaving_at(self, layer: int) -> Callable[[Tensor, int, Tensor | None], Tensor]:
+        """The denoiser of which every image leaves at one layer, 0..L. For an early-exit model."""
+        assert isinstance(self.network, EarlyExitUViT), "a network without exits"
+        denoise = self._prepared(partial(self.network.leave_at, layer))
+        return lambda x_t, t, y: self._as_output(denoise(x_t, self.time_tokens[t], y))
+
+    def around(self, outer: int) -> Around:
+        """The denoiser around a given middle: (x_t, t, y, residual) -> model output, residual.
+
+        See `Backbone.denoise_around`: the residual (B, N, D) is None where the middle is to run.
+        """
+        denoise = self._prepared(self.backbone.denoise_around)
+
+        def run(x_t: Tensor, t: int, y: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            output, added = denoise(x_t, self.time_tokens[t], y, outer, residual)
+            return self._as_output(output), added.clone() if self.graphs else added
+
+        return run
+
+    def _prepared(self, denoise: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, compiled for batches of the first size if that is wanted."""
+        if not self.compiled:
+            return denoise
+        compiled = torch.compile(denoise, dynamic=False, mode="reduce-overhead" if self.graphs else "default")
+
+        def run(x_t: Tensor, *others: Any) -> Any:
+            self.batch_size = self.batch_size or len(x_t)
+            if len(x_t) != self.batch_size:
+                return denoise(x_t, *others)
             torch.compiler.cudagraph_mark_step_begin()  # allows CUDA graphs to overwrite the previous output
-            denoise = self.compiled
-        if self.cache is None:
-            return denoise(x_t, self.time_tokens[t], y).float()
-        kept = self.cache.at(t, len(x_t))
-        output, residual = denoise(x_t, self.time_tokens[t], y, self.cache.outer, kept)
-        if kept is None:
-            self.cache.residual = residual.clone()  # a CUDA graph overwrites its output memory
-        return output.float()
+            return compiled(x_t, *others)
+
+        return run
+
+    def _as_output(self, output: Tensor) -> Tensor:
+        """fp32, in memory that no later call overwrites."""
+        return output.clone() if self.graphs and output.dtype == torch.float32 else output.float()
 
 
 class EarlyExitTracer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -161,27 +161,32 @@ def _load_folder(
     return Network(network, config, "unknown", None, path, stored)
 
 
+Runnable = Backbone | EarlyExitUViT  # what sampler.py runs: the second without its probes
+
+
 def load_together(
     files: Sequence[tuple[Path, Path | None]],
     given: Mapping[str, Any],
     *,
+    with_exits: Collection[int] | None = (),
     weights: str = "ema",
     device: torch.device | str = "cpu",
     process_of: ProcessOf,
     offload: bool = False,
-) -> list[Network[Backbone]]:
-    """Load backbones that run on one image, stage by stage.
+) -> list[Network[Runnable]]:
+    """Load networks that run on one image, stage by stage.
 
     files: weights, and a YAML file for weights without a description. given: the description on the command line; its
-    architecture applies only to the first network. process_of, offload: see `load_network`. Raises InputError unless
-    every network fits the last.
+    architecture applies only to the first network. with_exits: the numbers of the early-exit models, all others must
+    be backbones; None: as the files say. process_of, offload: see `load_network`. Raises InputError unless every
+    network fits the last.
     """
     of_all = {key: value for key, value in given.items() if key != "model_params"}
-    networks = [
+    networks: list[Network[Runnable]] = [
         load_network(
             path,
             stated_settings(config_path, given if n == 0 else of_all),
-            Backbone,
+            _kind_of(n, with_exits),
             described=described_by(config_path),
             weights=weights,
             device=device,
@@ -193,6 +198,12 @@ def load_together(
     for network in networks[:-1]:
         check_pair(network, networks[-1])
     return networks
+
+
+def _kind_of(n: int, with_exits: Collection[int] | None) -> type[Any]:
+    if with_exits is None:
+        return nn.Module
+    return EarlyExitUViT if n in with_exits else Backbone
 
 
 def load_relative(path: Path, config: Config, device: torch.device | str = "cpu") -> Network[Backbone]:

@@ -280,7 +280,7 @@ def test_auto_that_was_stopped_before_its_first_batch(shallow, full, tmp_path, r
     assert "t_switch 3, as it was chosen when this run began" in said
     assert read_stages(report / "calibration.yaml").t_switch == 3
     (report / "run.json").write_text("{}")
-    fails(sampler.main, [*auto, "--budget", 1e9], "a run without --t_switch", "--overwrite")
+    fails(sampler.main, [*auto, "--budget", 1e9], "stages are not recorded", "--overwrite")
 
 
 def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fails, monkeypatch):
@@ -290,13 +290,13 @@ def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fail
     fails(sampler.main, [*two, "--t_switch", 5, "--dataset", "digits"], "--dataset belongs to --t_switch auto")
     fails(sampler.main, [*two, "--t_switch", 5, "--speedup", 2], "--speedup belongs to --t_switch auto")
     auto = [*two, "--t_switch", "auto", "--dataset", "digits"]
-    fails(sampler.main, [*auto, "--cache_interval", 2], "--t_switch auto", "--cache_interval")
+    fails(sampler.main, [*auto, "--reuse_every", 2], "--t_switch auto", "--reuse_every")
     fails(sampler.main, [*auto, "--speedup", 500, "--n_images", 4, "--steps", 3], "--speedup 500")
     assert not (tmp_path / "s").exists()
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "mine.txt").touch()
     with monkeypatch.context() as patch:
-        patch.setattr("calibration.run.calibrate", pytest.fail)
+        patch.setattr("calibration.automatic.calibrate", pytest.fail)
         fails(sampler.main, auto, "mine.txt, which is no sample")
         fails(sampler.main, [*auto, "--class_id", 3], "unconditional")
 

@@ -259,7 +259,8 @@ def test_compare(scored, run_quietly):
     picture = scored / "picture.png"
     argv = [f"slow one={scored / 'slow'}", f"quick={scored / 'quick'}", "--output", picture]
     lines = run_quietly(compare.main, argv).splitlines()
-    assert lines[0].split() == ["run", "FID", "s/image", "MFLOP/image", "speed-up"]
+    assert lines[0].split() == ["run", "FID", *["PSNR", "to", "slow", "one"], "s/image", "MFLOP/image", "speed-up"]
+    assert "(noise)" in lines[3], "ddpm draws it at each step, and their steps differ"
     slow, quick = (json.loads((scored / n / "report" / "statistics.json").read_text()) for n in ("slow", "quick"))
     want = slow["seconds_per_image"] / quick["seconds_per_image"]
     assert lines[2].startswith("slow one ") and lines[2].endswith("1.00x")
@@ -275,8 +276,10 @@ def test_the_strip_of_samples_of_many_kinds(tmp_path):
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "000002.png")
     Image.frombytes("I;16", (8, 8), np.full(64, 257 * 9, "<u2").tobytes()).save(tmp_path / "000003.png")
     strip = first_samples(tmp_path)
-    assert strip.shape == (64, 4 * 64, 3)
-    assert strip[32, 32::64].tolist() == [[50] * 3, [255] * 3, [1, 2, 3], [9] * 3]
+    gap = 64 // 16
+    assert strip.shape == (64, 4 * 64 + 3 * gap, 3)
+    assert strip[32, 32 :: 64 + gap].tolist() == [[50] * 3, [255] * 3, [1, 2, 3], [9] * 3]
+    assert all((strip[:, 64 * k + gap * (k - 1) :][:, :gap] == 255).all() for k in (1, 2, 3))
 
 
 def test_compare_over_seeds(tmp_path, run_quietly, fails):

@@ -86,7 +86,7 @@ def test_a_file_of_stages_has_its_own(argv, tmp_path, run_quietly):
 def test_with_a_cache_the_middle_is_computed_where_guidance_begins_and_ends(argv, tmp_path, run_quietly):
     """Another batch cannot use what was kept. Kept for ever otherwise: three computed, at 1, 2 and 1 passes."""
     interval = ["--guidance_t_min", 5, "--guidance_t_max", 9]
-    run_quietly(sampler_script.main, [*argv, tmp_path / "out", *interval, "--cache_interval", 100])
+    run_quietly(sampler_script.main, [*argv, tmp_path / "out", *interval, "--reuse_every", 100])
     about = statistics(tmp_path / "out")
     assert about["backbones"][0]["timesteps_reusing"] == T - 3
     assert about["network_flops_per_image"] == 4 * WHOLE + (9 + 2 * 4 + 4) * AROUND

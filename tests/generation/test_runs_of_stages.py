@@ -152,9 +152,17 @@ def test_the_record_of_a_run_holds_no_place_and_no_time(full, shallow, tmp_path,
     recorded = json.loads((tmp_path / "s" / "report" / "run.json").read_text())
     assert sorted(recorded) == sorted(
         [
-            *("seed", "solver", "steps", "eta", "clip_x0", "class_id", "stages", "cache_interval", "cache_outer"),
+            *("seed", "solver", "steps", "eta", "clip_x0", "class_id", "stages"),
             *("timesteps_save", "precision", "device", "autoencoder_sha256", "networks", "sampling_schedule"),
-            *("dataset", "crop", "n_images", "speedup", "budget"),  # of --t_switch auto
+            *(
+                "dataset",
+                "crop",
+                "n_images",
+                "paths",
+                "speedup",
+                "seconds",
+                "budget",
+            ),  # of --t_switch auto, --plan auto
         ]
     )
 

@@ -120,7 +120,11 @@ def test_intermediate_frames(full, tmp_path, run_quietly):
     frames = tmp_path / "s" / "report" / "frames"
     assert sorted(p.name for p in frames.iterdir()) == ["t0000", "t0010", "t0019"]
     assert list(samples(frames / "t0010")) == ["000000.png", "000001.png", "000002.png"]
-    assert np.array(Image.open(frames.parent / "frames.png")).shape == (3 * 66, 4 * 66)
+    picture = np.array(Image.open(frames.parent / "frames.png"))
+    under = picture[3 * 66 :]
+    assert picture.shape[1] == 4 * 66 and 12 < len(under) < 40
+    dark = [(under[:, 66 * k : 66 * (k + 1)] < 128).sum() for k in range(4)]
+    assert dark[2] < dark[1] and dark[2] < dark[0] and min(dark) > 10, "t = 0 has a letter less than t = 10 and t = 19"
 
 
 def test_bare_weights_need_a_config(full, tmp_path, run_quietly, fails):

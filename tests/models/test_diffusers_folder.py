@@ -341,7 +341,7 @@ class TestBadInput:
         refused("depth belongs to model uvit", flags=["--depth", 3])
 
     def test_what_it_cannot_do(self, pair, refused, tmp_path, fails):
-        refused("--cache_interval", "does not run around its middle", flags=["--cache_interval", 2])
+        refused("--reuse_every", "does not run around its middle", flags=["--reuse_every", 2])
         argv = ["--checkpoint_path", pair[0], "--output_folder", tmp_path / "out", "--threshold", 0.1]
         fails(eesampler_script.main, [*argv, "--device", "cpu"], "is a diffusers", "sampler.py samples from it")
 

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from common.config import DiTConfig
 from common.errors import InputError
+from diffusion.forecast import Forecast
+from generation.denoisers import reusing
 from models import DiT, load_weights
-from models.inference import BackboneDenoiser, MiddleCache
+from models.inference import BackboneDenoiser
 from tests.conftest import perturbed
 
 SMALL = {
@@ -382,8 +384,8 @@ class TestAsSamplersRunIt:
         dit = make()
         runs = []
         for compiled in (False, True):
-            cache = MiddleCache(1, {999, 500})
-            denoiser = BackboneDenoiser(dit, self.TIMESTEPS, torch.float32, CPU, compiled=compiled, cache=cache)
+            network = BackboneDenoiser(dit, self.TIMESTEPS, torch.float32, CPU, compiled=compiled)
+            denoiser = reusing(network.around(1), Forecast([list(self.TIMESTEPS)], 2, order=0))
             runs.append(torch.stack([denoiser(x, t, y) for t in self.TIMESTEPS]))
         torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-3)
         plain = torch.stack([dit(x, t, y) for t in self.TIMESTEPS])

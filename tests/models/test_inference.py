@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusion.sampling import guided
+from diffusion.forecast import Forecast
+from generation.denoisers import reusing
 from models.early_exit import EarlyExitUViT
-from models.inference import BackboneDenoiser, EarlyExitTracer, MiddleCache, refreshing
+from models.inference import BackboneDenoiser, EarlyExitTracer
 from models.uvit import UViT
 from tests.conftest import TINY, perturbed
 
@@ -95,65 +96,14 @@ def test_compiled_and_eager_agree():
     torch.testing.assert_close(got.output, want.output, rtol=1e-4, atol=1e-3)
 
 
-def test_the_middle_is_computed_at_every_nth_step_of_each_stage():
-    stages = [[19, 18, 17, 16, 15], [9, 8], []]
-    assert refreshing(stages, 2) == {19, 17, 15, 9}
-    assert refreshing(stages, 3) == {19, 16, 9}
-    assert refreshing(stages, 100) == {19, 9}
-    assert refreshing(stages, 1) == {19, 18, 17, 16, 15, 9, 8}
-
-
-@torch.inference_mode()
-def test_what_was_called_before_does_not_matter():
-    """Not the cache of another batch, nor of another size, nor that of a warm-up; no cache means computing."""
-    uvit, x, other = make(5), torch.randn(3, 1, 8, 8), torch.randn(2, 1, 8, 8)
-
-    def denoiser():
-        return BackboneDenoiser(uvit, TIMES, torch.float32, CPU, cache=MiddleCache(1, {999, 500}))
-
-    fresh, used, plain = denoiser(), denoiser(), BackboneDenoiser(uvit, TIMES, torch.float32, CPU)
-    assert torch.equal(used(other, 998, None), plain(other, 998, None)), "nothing was kept yet"
-    want = [fresh(x, t, None) for t in TIMESTEPS]
-    assert torch.equal(used(x, 998, None), plain(x, 998, None)), "what was kept is of another batch size"
-    used(x.flip(0), 0, None)
-    assert all(torch.equal(used(x, t, None), w) for t, w in zip(TIMESTEPS, want, strict=True))
-    for t, w in zip(TIMESTEPS, want, strict=True):
-        assert torch.equal(plain(x, t, None), w) == (t in (999, 500)), t
-
-
-@torch.inference_mode()
-def test_each_network_keeps_its_own_cache():
-    one, two = (make(3), make(5))
-    x = torch.randn(2, 1, 8, 8)
-    alone, together = (
-        [BackboneDenoiser(n, TIMES, torch.float32, CPU, cache=MiddleCache(1, {999})) for n in (one, two)]
-        for _ in range(2)
-    )
-    want = [[denoiser(x, t, None) for t in (999, 0)] for denoiser in alone]
-    got = [[denoiser(x, t, None) for denoiser in together] for t in (999, 0)]
-    assert all(torch.equal(got[i][k], want[k][i]) for i in range(2) for k in range(2))
-
-
-@torch.inference_mode()
-def test_under_guidance_both_halves_keep_theirs():
-    uvit, x, y = make(5, num_classes=4), torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
-    both, cond, uncond = (
-        BackboneDenoiser(uvit, TIMES, torch.float32, CPU, cache=MiddleCache(1, {999})) for _ in range(3)
-    )
-    for t in TIMESTEPS:
-        with_class, without = cond(x, t, y), uncond(x, t, torch.full_like(y, 3))
-        got = guided(both, 1.5, no_class=3)(x, t, y)
-        torch.testing.assert_close(got, with_class + 1.5 * (with_class - without), rtol=1e-4, atol=1e-4)
-
-
 @torch.inference_mode()
 @pytest.mark.slow
 def test_the_cache_compiled_and_in_half_precision():
     x, uvit = torch.randn(4, 1, 8, 8), UViT(**TINY, depth=5).eval()
 
     def run(dtype=torch.float32, compiled=False):
-        cache = MiddleCache(1, {999, 500})
-        denoiser = BackboneDenoiser(uvit, TIMES, dtype, CPU, compiled=compiled, cache=cache)
+        network = BackboneDenoiser(uvit, TIMES, dtype, CPU, compiled=compiled)
+        denoiser = reusing(network.around(1), Forecast([TIMESTEPS], 2, order=0))
         return torch.stack([denoiser(images, t, None)[:2] for images in (x, x[:2]) for t in TIMESTEPS])
 
     want = run()

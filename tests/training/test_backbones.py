@@ -98,7 +98,7 @@ def test_no_blocks_of_another_dit_to_begin_with(dits, tmp_path, fails):
 
 
 def test_cached_calibrated_and_timed(dits, tmp_path, run_quietly):
-    run_quietly(sampler_script.main, [*pair(dits, tmp_path), "--t_switch", 9, "--cache_interval", 2])
+    run_quietly(sampler_script.main, [*pair(dits, tmp_path), "--t_switch", 9, "--reuse_every", 2])
     files = ["--checkpoint_path", *dits, "--dataset", "digits", "--n_images", 8, "--batch_size", 8]
     said = run_quietly(calibrate_script.main, [*files, "--output", tmp_path / "c.yaml", "--device", "cpu", "--quiet"])
     assert "chosen: t_switch" in said

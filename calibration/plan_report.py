@@ -1,0 +1,243 @@
+"""Report the calibration of a plan as text, as tables, as files and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from calibration.choice import KNEE_RATIO
+from calibration.plan import PlanCalibration
+from calibration.planning import PlanOption, Way, best_plan, stages_of_states
+from calibration.report import with_error
+from common import plots
+from common.errors import InputError
+from common.files import write_json
+from common.settings import record
+from common.tables import table
+from generation.stages import StageEntry, StageFile, write_stages
+
+MECHANISMS = {
+    "network": "switch of networks",
+    "exit": "one exit layer per stage",
+    "correct": "corrected",
+    "reuse": "middle reused",
+    "hold": "noise held",
+}
+
+
+def unit_of(calibration: PlanCalibration) -> str:
+    return "nats" if calibration.random else "shift^2"
+
+
+def in_words(calibration: PlanCalibration) -> str:
+    """The choice, its rule, and its measurement as a whole, as text."""
+    chosen, measured, unit = calibration.chosen, calibration.measured, unit_of(calibration)
+    d = calibration.dimensions
+    rule = calibration.rule
+    if rule == "knee":
+        rule = f"the knee: beyond it a second saved costs more than {KNEE_RATIO:g} times the average so far"
+    count = len(calibration.stages)
+    predicted = with_error(d * chosen.divergence, d * chosen.divergence_se)
+    found = with_error(d * measured.divergence, d * measured.divergence_se)
+    return "\n".join(
+        [
+            f"chosen: {count} stage{'s' * (count > 1)}, predicted {chosen.speed_up:.2f}x ({rule})",
+            f"predicted {predicted} {unit} per image; the whole plan along fresh paths: {found} {unit}, "
+            f"{measured.speed_up:.2f}x",
+        ]
+    )
+
+
+def stage_table(calibration: PlanCalibration) -> str:
+    """What runs at which timesteps."""
+    timesteps, stages = calibration.prices.timesteps, calibration.stages
+    ends = [*(start for _, start in stages[1:]), len(timesteps)]
+    rows = [
+        [f"{timesteps[start]}..{timesteps[end - 1]}", end - start, way.name]
+        for (way, start), end in zip(stages, ends, strict=True)
+    ]
+    return table(["t", "steps", "runs"], rows)
+
+
+def same_speed(calibration: PlanCalibration) -> dict[str, PlanOption | None]:
+    """The best plan of each mechanism alone that is as fast as the chosen plan; None where there is none."""
+    found: dict[str, PlanOption | None] = {}
+    for name in calibration.alone:
+        try:
+            found[name] = best_plan(calibration.prices.only(name), seconds=calibration.chosen.seconds)
+        except InputError:
+            found[name] = None
+    return found
+
+
+def mechanism_table(calibration: PlanCalibration) -> str:
+    """What each mechanism alone costs at the speed of the chosen plan, and the chosen plan."""
+    d, unit = calibration.dimensions, unit_of(calibration)
+    rows: list[list[object]] = []
+    for name, option in same_speed(calibration).items():
+        if option is None:
+            most = max(o.speed_up for o in calibration.alone[name])
+            rows.append([MECHANISMS[name], f"at most {most:.2f}x", "", ""])
+        else:
+            rows.append([MECHANISMS[name], *_numbers(option, d)])
+    rows.append(["plan of all", *_numbers(calibration.chosen, d)])
+    note = (
+        f"{unit}: the divergence of the sampler's path from the full network's"
+        if calibration.random
+        else f"{unit}: the sum of squared shifts of the image off the full network's steps"
+    )
+    head = table(["alone, at this speed", "speed-up", unit, f"{unit}/dim"], rows)
+    return f"{head}\n{note}, per image and per dimension"
+
+
+def _numbers(option: PlanOption, dimensions: int) -> list[object]:
+    return [
+        f"{option.speed_up:.2f}x",
+        with_error(dimensions * option.divergence, dimensions * option.divergence_se),
+        f"{option.divergence:.2g}",
+    ]
+
+
+def stages_of(
+    calibration: PlanCalibration, option: PlanOption, files: Sequence[tuple[Path, Path | None]]
+) -> tuple[StageEntry, ...]:
+    """The stages of a plan for a file of stages. files: weights and YAML file of each network."""
+    timesteps, stages = calibration.prices.timesteps, stages_of_states(calibration.prices, option.states)
+    highest = [timesteps[start] for _, start in stages]
+    return tuple(
+        _entry(way, t_min, t_max, calibration.settings.guidance_scale or None, files)
+        for (way, _), t_max, t_min in zip(stages, highest, [*(t + 1 for t in highest[1:]), 0], strict=True)
+    )
+
+
+def _entry(
+    way: Way, t_min: int, t_max: int, guidance_scale: float | None, files: Sequence[tuple[Path, Path | None]]
+) -> StageEntry:
+    path, config = files[way.network]
+    cheap, cheap_config = (None, None) if way.cheap is None else files[way.cheap]
+    return StageEntry(
+        checkpoint_path=path,
+        config_path=config,
+        t_min=t_min,
+        t_max=t_max,
+        guidance_scale=guidance_scale,
+        correct_with=cheap,
+        correct_with_config=cheap_config,
+        **way.saving.described,
+    )
+
+
+def about(calibration: PlanCalibration) -> dict[str, Any]:
+    """The settings that decide the result, the rule, and the plan's numbers, as plain values."""
+    settings, chosen, d = calibration.settings, calibration.chosen, calibration.dimensions
+    return {
+        **record(settings.solver),
+        "guidance_scale": settings.guidance_scale,
+        "dataset": settings.choice.dataset,
+        "paths": settings.choice.paths,
+        "seed": settings.seed,
+        "steps": len(calibration.prices.timesteps),
+        "n_images": calibration.n_paths,
+        "precision": settings.precision,
+        "batch_size": settings.batch_size,
+        "measure": "divergence" if calibration.random else "squared shift",
+        "rule": calibration.rule,
+        "speed_up": chosen.speed_up,
+        "divergence": d * chosen.divergence,
+        "divergence_se": d * chosen.divergence_se,
+        "divergence_per_dimension": chosen.divergence,
+        "measured_divergence": d * calibration.measured.divergence,
+        "measured_divergence_se": d * calibration.measured.divergence_se,
+        "measured_speed_up": calibration.measured.speed_up,
+    }
+
+
+def save(path: Path, calibration: PlanCalibration, files: Sequence[tuple[Path, Path | None]]) -> None:
+    """Write the stages to path (.yaml), all numbers to the .json and the picture to the .png of the same name.
+
+    files: weights and YAML file of each network.
+    """
+    content, d = about(calibration), calibration.dimensions
+    stages = stages_of(calibration, calibration.chosen, files)
+    write_stages(path, StageFile(stages=stages, calibration=content))
+
+    def curve(options: Sequence[PlanOption]) -> list[dict[str, float]]:
+        return [
+            {
+                "speed_up": option.speed_up,
+                "seconds_per_image": option.seconds / calibration.settings.batch_size,
+                "divergence": d * option.divergence,
+                "divergence_se": d * option.divergence_se,
+            }
+            for option in options
+        ]
+
+    content |= {
+        "dimensions": d,
+        "timesteps": list(calibration.prices.timesteps),
+        "networks": [str(network.path) for network in calibration.networks],
+        "ways": [
+            {"name": way.name, "seconds_of_steps": way.seconds.tolist(), **way.saving.described}
+            for way in calibration.prices.ways
+        ],
+        "joint": curve(calibration.joint),
+        "alone": {name: curve(options) for name, options in calibration.alone.items()},
+    }
+    write_json(path.with_suffix(".json"), content)
+    draw(path.with_suffix(".png"), calibration)
+
+
+def draw(path: Path, calibration: PlanCalibration) -> None:
+    """Draw divergence against time for each mechanism and for the joint plan, and what runs at which t."""
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    curves, strip = figure.subplots(2, 1, height_ratios=[4, 1])
+    draw_curves(curves, calibration)
+    draw_strip(strip, calibration)
+    plots.save(figure, path)
+
+
+def draw_curves(axes: Axes, calibration: PlanCalibration) -> None:
+    d, batch = calibration.dimensions, calibration.settings.batch_size
+    series = [(MECHANISMS[name], options, "--", 1.2) for name, options in calibration.alone.items()]
+    series.append(("plan of all", calibration.joint, "-", 2.4))
+    for name, options, style, width in series:
+        shown = [option for option in options if option.divergence > 0]  # the full network alone is at minus infinity
+        seconds = [option.seconds / batch for option in shown]
+        axes.plot(seconds, [d * option.divergence for option in shown], style, linewidth=width, label=name)
+    chosen = calibration.chosen
+    if chosen.divergence > 0:
+        axes.plot(chosen.seconds / batch, d * chosen.divergence, "o", color="black", label="chosen")
+        measured = d * calibration.measured.divergence
+        label = "chosen, measured as a whole"
+        axes.plot(chosen.seconds / batch, measured, "o", color="black", fillstyle="none", label=label)
+    whole = calibration.prices.seconds_full / batch
+    axes.axvline(whole, color=plots.GREY, linestyle=":", label="full network")
+    axes.set(
+        yscale="log",
+        xlim=(0, 1.03 * whole),
+        xlabel="seconds per image",
+        ylabel=f"{'divergence (nats)' if calibration.random else 'squared shift'} per image",
+        title="Price of each way to save work",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best")
+
+
+def draw_strip(axes: Axes, calibration: PlanCalibration) -> None:
+    """Draw a bar of the chosen plan's stages over the steps."""
+    timesteps, stages = calibration.prices.timesteps, calibration.stages
+    ends = [*(start for _, start in stages[1:]), len(timesteps)]
+    names = list(dict.fromkeys(way.name for way, _ in stages))
+    for (way, start), end in zip(stages, ends, strict=True):
+        colour, first = f"C{names.index(way.name) % 10}", [w.name for w, _ in stages].index(way.name)
+        label = way.name if stages[first][1] == start else None
+        axes.barh(0, end - start, left=start, color=colour, edgecolor="white", label=label)
+    ticks = np.unique(np.linspace(0, len(timesteps) - 1, min(len(timesteps), 6)).round().astype(int))
+    axes.set_xticks(ticks + 0.5, [str(timesteps[i]) for i in ticks])
+    axes.set(xlim=(0, len(timesteps)), yticks=[], xlabel="timestep t (noise on the left, image on the right)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6), ncols=2, frameon=False)

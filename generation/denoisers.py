@@ -1,0 +1,181 @@
+"""From the planned stages and their loaded networks to the denoisers that run, and their calls."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from diffusion.forecast import Forecast, corrected, held
+from diffusion.matching import own_timesteps
+from diffusion.sampling import Denoiser, Stage, split_timesteps
+from diffusion.solvers import Solver
+from generation.run import denoiser_of, guide
+from generation.stages import Plan, PlannedStage
+from models.backbone import Backbone
+from models.early_exit import EarlyExitUViT
+from models.flops import backbone_flops, exit_flops
+from models.inference import Around, BackboneDenoiser
+from models.loading import Network, Runnable, check_range
+from models.offload import on_host, session_of
+
+
+class Call(NamedTuple):
+    """A call of a network at a timestep."""
+
+    network: int  # index in Plan.files
+    passes: int  # 2 with guidance, which runs each image with its class and without
+    outer: int | None = None  # only so many blocks on each side of the middle run
+    exit_layer: int | None = None  # only so many blocks run, and an exit head
+
+
+def make_stages(
+    plan: Plan,
+    networks: Sequence[Network[Runnable]],
+    solver: Solver,
+    timesteps: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    allow_outside_range: bool = False,
+) -> list[Stage]:
+    """The stages of a run. Converts the networks to dtype.
+
+    Raises InputError if a network was not trained on the timesteps of its stage, or cannot save work as planned.
+    """
+    own = split_timesteps(timesteps, plan.lowest)
+    times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
+    check_saving(plan, networks, own)
+    if not allow_outside_range:
+        advice = f"let another network run there ({plan.source}), or give --allow_outside_range"
+        for planned, visited in zip(plan.stages, own, strict=True):
+            for k in planned.networks:
+                check_range(networks[k], [times[k][t] for t in visited], advice)
+    running, sessions = [], []
+    for network, of_network in zip(networks, times, strict=True):
+        with on_host(network.module, network.stored):
+            running.append(BackboneDenoiser(network.module, of_network, dtype, device, compiled=compiled))
+        sessions.append(session_of(network.module, network.stored, dtype, device))
+    stages = []
+    for planned, visited in zip(plan.stages, own, strict=True):
+        session = partial(together, [sessions[k] for k in planned.networks])
+        stages.append(Stage(stage_denoiser(planned, visited, networks, running, solver), visited, session))
+    return stages
+
+
+@contextmanager
+def together(sessions: Sequence[Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
+    """A context of several."""
+    with ExitStack() as stack:
+        for session in sessions:
+            stack.enter_context(session())
+        yield
+
+
+def stage_denoiser(
+    planned: PlannedStage,
+    timesteps: Sequence[int],
+    networks: Sequence[Network[Runnable]],
+    running: Sequence[BackboneDenoiser],
+    solver: Solver,
+) -> Denoiser:
+    """The denoiser of a stage at its timesteps, with guidance, with the output that the solver reads."""
+    saving, own = planned.saving, running[planned.network]
+
+    def readable(k: int, denoiser: Denoiser) -> Denoiser:
+        config = networks[k].config
+        denoiser = denoiser_of(denoiser, config, solver)
+        return guide(config, denoiser, planned.guidance_scale, planned.option, planned.guides)
+
+    denoiser: Denoiser = own
+    if saving.exit_layer is not None:
+        denoiser = own.leaving_at(saving.exit_layer)
+    elif reuses(planned, networks):
+        assert saving.reuse_outer is not None and saving.reuse_order is not None, "settled with reuse_every"
+        residual = Forecast(runs_alike(planned, timesteps), saving.reuse_every, saving.reuse_order)
+        denoiser = reusing(own.around(saving.reuse_outer), residual)
+    denoiser = readable(planned.network, denoiser)
+    if saving.hold_every > 1:
+        assert saving.hold_order is not None, "settled with hold_every"
+        return held(denoiser, Forecast([timesteps], saving.hold_every, saving.hold_order))
+    if planned.cheap is not None:
+        assert saving.correct_order is not None, "settled with correct_every"
+        difference = Forecast([timesteps], saving.correct_every, saving.correct_order)
+        return corrected(denoiser, readable(planned.cheap, running[planned.cheap]), difference)
+    return denoiser
+
+
+def reusing(around: Around, residual: Forecast) -> Denoiser:
+    """A network whose middle runs where its residual is due; elsewhere the residual is forecast.
+
+    The features deep in a network change little from one step to the next: DeepCache (Ma et al., CVPR 2024,
+    arXiv 2312.00858) keeps those of a U-Net and runs its outermost levels with their skips; Delta-DiT (Chen et al.
+    2024, arXiv 2406.01125) keeps, of transformer blocks, the difference of what leaves and what enters, as here.
+
+    around: see `BackboneDenoiser.around`.
+    """
+
+    def predict(x_t: Tensor, t: int, y: Tensor | None) -> Tensor:
+        if not residual.is_due(t):
+            return around(x_t, t, y, residual.at(t))[0]
+        output, added = around(x_t, t, y, None)
+        residual.note(t, added)
+        return output
+
+    return predict
+
+
+def runs_alike(planned: PlannedStage, timesteps: Sequence[int]) -> list[list[int]]:
+    """The runs of timesteps between which a network's batch changes its size, where guidance begins or ends."""
+    return [list(alike) for _, alike in itertools.groupby(timesteps, planned.guides)]
+
+
+def reuses(planned: PlannedStage, networks: Sequence[Network[Runnable]]) -> bool:
+    """Whether the network of a stage is to reuse its middle, and has one."""
+    outer, network = planned.saving.reuse_outer, networks[planned.network].module
+    return outer is not None and isinstance(network, Backbone) and bool(network.middle(outer))
+
+
+def check_saving(plan: Plan, networks: Sequence[Network[Runnable]], own: Sequence[Sequence[int]]) -> None:
+    """Raises InputError if a network cannot save work in the planned way. own: the timesteps of each stage."""
+    for planned in plan.stages:
+        layer, network = planned.saving.exit_layer, networks[planned.network]
+        if layer is not None and layer > (depth := network.config.model_params.num_blocks):
+            raise InputError(f"exit_layer={layer}: {network.path} has {depth} blocks; wanted 0..{depth}")
+    wanted = [planned for planned in plan.stages if planned.saving.reuse_every > 1]
+    able = [visited for planned, visited in zip(plan.stages, own, strict=True) if visited and reuses(planned, networks)]
+    if wanted and not able:
+        most = max(network.config.model_params.num_blocks for network in networks)
+        raise InputError(
+            f"reuse_every={wanted[0].saving.reuse_every}: no network that runs has blocks between the "
+            f"{wanted[0].saving.reuse_outer} outermost on either side (reuse_outer); the deepest has {most}"
+        )
+
+
+def calls_of(planned: PlannedStage, timesteps: Sequence[int], networks: Sequence[Network[Runnable]]) -> Iterator[Call]:
+    """The calls of all networks in a stage."""
+    saving = planned.saving
+    computed = {t for run in runs_alike(planned, timesteps) for t in run[:: saving.reuse_every]}
+    for n, t in enumerate(timesteps):
+        passes = 2 if planned.guides(t) else 1
+        if planned.cheap is not None:
+            yield Call(planned.cheap, passes)
+        if n % saving.hold_every == 0 and n % saving.correct_every == 0:
+            outer = saving.reuse_outer if reuses(planned, networks) and t not in computed else None
+            yield Call(planned.network, passes, outer, saving.exit_layer)
+
+
+def flops_of(call: Call, networks: Sequence[Network[Runnable]]) -> int:
+    """FLOPs of a call for one image."""
+    network = networks[call.network].module
+    if isinstance(network, EarlyExitUViT):
+        layer = network.num_layers if call.exit_layer is None else call.exit_layer
+        return call.passes * exit_flops(network, layer)
+    return call.passes * backbone_flops(network, call.outer)

@@ -38,7 +38,6 @@ import pack
 import sampler
 import train
 from common.config import build_config, read_yaml
-from experiments import results
 from models import autoencoder
 from models.loading import build_network
 from tests.latents import NARROW, public_names, tiny_imagenet
@@ -62,7 +61,6 @@ SCRIPTS: dict[str, tuple[Callable, list[str]]] = {
     "pack.py": (pack.main, ["--num_workers", "0"]),
     # Tested elsewhere, on networks of their own: here their words are read.
     "benchmark.py": (benchmark.parse_settings, []),
-    "scripts/results.sh": (results.parse_settings, []),
 }
 RECORDER = """#!{bash}
 printf '%s\\x1f' "${{0##*/}}" "$@" >> {calls}

@@ -13,6 +13,7 @@ from common.settings import Checked, option, section
 from data import CROPS, DATASETS
 
 METRICS = ("fid", "kid", "is", "prc")
+INCEPTION, EFFICIENTNET = EXTRACTORS = ("inception", "efficientnet-lite0")
 
 
 def metrics(text: str) -> tuple[str, ...]:
@@ -66,9 +67,15 @@ class ScoringSettings(Checked):
     )
     real: ReferenceSettings = section("real images", ReferenceSettings())
     metrics: tuple[str, ...] = option(("fid",), "scores, comma-separated", parse=metrics, metavar="fid,kid,is,prc")
-    feature_extractor: str = option("inception", "inception, or a TorchScript file: uint8 (N, C, H, W) -> (N, D)")
+    feature_extractor: str = option(
+        INCEPTION,
+        "inception, as in published scores; efficientnet-lite0, which needs no download (requirements-eval.txt); or a "
+        "TorchScript file: uint8 (N, C, H, W) -> (N, D)",
+    )
     feature_extractor_weights: Path | None = option(
-        None, "weights of inception (default: downloaded once)", exists="file"
+        None,
+        "weights of inception or efficientnet-lite0 (default: downloaded once, and those of the installed package)",
+        exists="file",
     )
     save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, which --reference can read")
     batch_size: int = option(64, "images per call of the feature extractor", least=1, most=MOST_BATCH)
@@ -82,7 +89,9 @@ class ScoringSettings(Checked):
             self._check_save_stats(self.save_stats)
         elif not (self.real.dataset or self.real.reference):
             raise InputError("give --dataset or --reference to score against")
-        if self.feature_extractor != "inception":
+        if "is" in self.metrics and self.feature_extractor != INCEPTION:
+            raise InputError("--metrics is: the Inception score needs --feature_extractor inception")
+        if self.feature_extractor not in EXTRACTORS:
             self._check_own_extractor()
 
     def _check_save_stats(self, path: Path) -> None:
@@ -94,11 +103,10 @@ class ScoringSettings(Checked):
 
     def _check_own_extractor(self) -> None:
         if not Path(self.feature_extractor).is_file():
-            raise InputError(f"--feature_extractor {self.feature_extractor}: no such file (or give inception)")
+            known = " or ".join(EXTRACTORS)
+            raise InputError(f"--feature_extractor {self.feature_extractor}: no such file (or give {known})")
         if self.feature_extractor_weights:
-            raise InputError("--feature_extractor_weights belongs to --feature_extractor inception")
-        if "is" in self.metrics:
-            raise InputError("--metrics is: the Inception score needs --feature_extractor inception")
+            raise InputError(f"--feature_extractor_weights belongs to --feature_extractor {' or '.join(EXTRACTORS)}")
 
 
 def default_cache() -> Path:

@@ -151,8 +151,8 @@ class TeacherSettings(Checked):
 
     init_from: Path | None = option(
         None,
-        "start from the weights of this deeper network (--model uvit): embeddings, head, middle block and evenly "
-        "spaced other blocks",
+        "start from the weights of this deeper or shallower network (--model uvit): embeddings, head, middle block and "
+        "evenly spaced other blocks; blocks that a shallower one lacks begin as the identity",
         exists="file",
         decides=(),
         why=ONE_START,

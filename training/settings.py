@@ -164,8 +164,8 @@ class TeacherSettings(Checked):
 
     init_from: Path | None = option(
         None,
-        "start from the weights of this deeper U-ViT: its embeddings, head and middle block, and evenly spaced others "
-        "of its blocks",
+        "start from the weights of this deeper or shallower U-ViT: its embeddings, head and middle block, and evenly "
+        "spaced others of its blocks; blocks that a shallower one lacks begin as the identity",
         exists="file",
         decides=(),
         why=ONE_START,

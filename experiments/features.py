@@ -118,10 +118,14 @@ class FeatureSettings(Checked):
     output: Path = option(Path("docs/features.md"), "page to write")
 
 
+def parse_settings(argv: Sequence[str] | FeatureSettings | None) -> FeatureSettings:
+    parser = Parser(prog="features.py", description=__doc__.partition("\n")[0])
+    return parser.settings(FeatureSettings, argv, network=False)
+
+
 @command
 def main(argv: Sequence[str] | FeatureSettings | None = None) -> None:
-    parser = Parser(prog="features.py", description=__doc__.partition("\n")[0])
-    settings = parser.settings(FeatureSettings, argv, network=False)
+    settings = parse_settings(argv)
     writable_folder(settings.output.parent)
     parts = []
     for name in settings.sets:

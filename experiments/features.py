@@ -84,7 +84,7 @@ def patched(images: Tensor, count: float, generator: torch.Generator) -> Tensor:
     return images
 
 
-BLUR = Corruption("blur, % of the side", (0.025, 0.05, 0.1, 0.2), blurred)
+BLUR = Corruption("blur, % of the side", (0.05, 0.08, 0.13, 0.2), blurred)
 NOISE = Corruption("noise, levels", (5, 15, 30, 60), noisy)
 SWAPPED = Corruption("swapped colours, % of images", (0.125, 0.25, 0.5, 1), swapped, colour_alone=True)
 PATCHES = Corruption("broken patches an image", (1, 2, 4, 8), patched)
@@ -114,7 +114,7 @@ class FeatureSettings(Checked):
 
     sets: tuple[str, ...] = option(tuple(SETS), "sets of images to measure on", choices=tuple(SETS))
     data_path: Path | None = option(None, "path of Fashion-MNIST (default: datasets/)", exists="path")
-    n_images: int = option(500, "images in each half of a set, at most", least=4, most=100_000)
+    n_images: int = option(400, "images in each half of a set, at most", least=4, most=100_000)
     output: Path = option(Path("docs/features.md"), "page to write")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,9 +29,22 @@ SETTINGS: dict[str, type[BenchmarkSettings]] = {
 }
 
 
+class PrintEnvironment(argparse.Action):
+    """An action like that of --version: print, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from benchmarking.environment import environment
+
+        print(environment())
+        parser.exit()
+
+
 def parse_settings(argv: Sequence[str] | None) -> tuple[str, BenchmarkSettings]:
     """The sub-command and its settings."""
     parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--environment", action=PrintEnvironment, nargs=0, help="print versions, CPU and GPU, for a report of a fault"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{sample,early-exit,train}")
     for name, cls in SETTINGS.items():
         sub = commands.add_parser(name, help=cls.__doc__, description=cls.__doc__)

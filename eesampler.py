@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
     from diffusion.sampling import Stage, sample
     from generation.exits import ExitRecorder, save_exits
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
-    from generation.report import most_memory, write_report
+    from generation.report import most_memory, table_of_work, write_report
     from generation.run import (
         denoiser_of,
         guide,
@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
                 folder.report, timesteps, [batch.arrays for batch in batches], settings.threshold, model.num_layers
             )
             work = describe_work(network, exits, len(batches), settings)
+            print(table_of_work([work]))
             print(f"mean exit layer {work['mean_exit_layer']:.2f} of {model.num_layers}")
             print(write_report(folder, settings, batches, [work], work["flops_per_image"], memory))
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     from diffusion.sampling import sample
     from generation.denoisers import make_stages
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
-    from generation.report import most_memory, write_report
+    from generation.report import most_memory, table_of_work, write_report
     from generation.run import (
         labels_of,
         noise_of,
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
             summary = write_report(folder, settings, batches, work, flops, memory)
             if 0 <= (t := plan.stages[0].t_min - 1) < solver.schedule.num_timesteps and len(plan.stages) == 2:
                 print(f"t_switch {t}, log-SNR {solver.schedule.log_snr(t):.3f}")
-            print(", ".join(f"{backbone['name']} ran {backbone['timesteps']} timesteps" for backbone in work))
+            print(table_of_work(work))
             print(summary)
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.devices import DTYPES, in_hardware, synchronize
+from common.devices import DTYPES, device_name, in_hardware, synchronize
 from diffusion.sampling import Denoiser
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """The device, the CPU or GPU and the torch version of the measurements."""
-    about: dict[str, Any] = {"device": str(device), "torch": str(torch.__version__)}
-    if device.type == "cuda":
-        about["name"] = torch.cuda.get_device_name(device)
-    else:
-        about |= {"name": platform.processor() or platform.machine(), "cores": torch.multiprocessing.cpu_count()}
-        about |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    about: dict[str, Any] = {"device": str(device), "torch": str(torch.__version__), "name": device_name(device)}
+    if device.type != "cuda":
+        about |= {"cores": torch.multiprocessing.cpu_count(), "threads": torch.get_num_threads()}
+        about["instructions"] = torch.backends.cpu.get_cpu_capability()
     about["half precision in hardware"] = [name for name in ("bf16", "fp16") if in_hardware(name, device)]
     return about
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import InputError
+from common.progress import Progress
 from common.seeds import nth_seed
 from common.timing import in_turns, ratio
 from data.dataset import ImageDataset, say_left_out
@@ -93,7 +93,7 @@ class Walk:
         """Raises InputError if fewer than two images are readable."""
         starts = range(0, len(self.indices), self.batch_size)
         total = len(starts) * len(self.timesteps)
-        with tqdm(total=total, unit="step", desc=self.purpose, disable=True if self.quiet else None) as bar:
+        with Progress(self.purpose, total, "steps", images=None, quiet=self.quiet) as bar:
             for start in starts:
                 yield from self._batch(range(start, min(start + self.batch_size, len(self.indices))), bar)
         if self.dataset is not None:
@@ -101,7 +101,7 @@ class Walk:
         if (count := len(self.whole)) < 2:
             raise InputError(f"{count} of the {len(self.indices)} images can be read, at least 2 are needed")
 
-    def _batch(self, places: Sequence[int], bar: tqdm[Any]) -> Iterator[At]:
+    def _batch(self, places: Sequence[int], bar: Progress) -> Iterator[At]:
         path, rows, draw_noise = self._path(places)
         if not rows:
             bar.update(len(self.timesteps))

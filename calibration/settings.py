@@ -21,15 +21,17 @@ class VerifySettings(Checked):
     verify: int | None = option(
         None, "sample and score this many switches, including the chosen one", least=2, most=100_000
     )
-    n_samples: int = option(1000, "samples for each switch and seed", least=2, most=10_000_000)
+    n_samples: int = option(1000, "number of samples for each switch and seed", least=2, most=10_000_000)
     sample_seeds: tuple[int, ...] = option(
         (0,), "seeds of the samples, the same for every switch", least=0, most=MOST_SEED
     )
     reference: Path | None = option(
-        None, "real images to score against, see fid.py --help (default: --dataset)", exists="path"
+        None, "real images to score against, as for fid.py (default: --dataset)", exists="path"
     )
-    feature_extractor: str = option("inception", "see fid.py --help")
-    feature_extractor_weights: Path | None = option(None, "see fid.py --help", exists="file")
+    feature_extractor: str = option("inception", "network whose features are compared, as for fid.py")
+    feature_extractor_weights: Path | None = option(
+        None, "weights of inception, as for fid.py (default: downloaded once)", exists="file"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,31 +48,33 @@ class CalibrateSettings(Checked):
     """Settings of calibrate.py."""
 
     checkpoint_path: tuple[Path, ...] = option(
-        help="networks, from small to large, the full one last: at least two for a switch, one for a plan",
+        help="weights of the networks, from small to large; a switch needs two or more, a plan one",
         exists="path",
     )
     plan: bool = option(
         False,
         "choose the best plan of everything that the networks can do: switches, corrections, exit layers, reused "
-        "middle blocks, held predictions (default: the networks and their timesteps alone)",
+        "middle blocks and held predictions, not only the networks and their timesteps",
     )
     config_path: tuple[Path | Literal["none"], ...] = option(
-        (), 'a YAML file for each network whose weights have no description, "none" for the others'
+        (), 'YAML files that describe the networks, "none" for each whose weights have a description'
     )
-    weights: str = option("ema", "which weights of the checkpoints", choices=("ema", "raw"))
+    weights: str = option("ema", "ema for averaged weights, raw for those of the last step", choices=("ema", "raw"))
+    batch_size: int = option(
+        128, "number of images per network call; calls of this size are timed", least=1, most=MOST_BATCH
+    )
     autoencoder_checkpoint_path: Path | None = option(
         None,
-        "autoencoder of networks of latents: encodes the images if they are not packed as latents, and decodes the "
-        "samples of --verify; overrides --config_path",
+        "autoencoder of networks of latents; it encodes images that are not packed as latents, decodes the samples of "
+        "--verify, and beats --config_path",
         exists="path",
     )
-    batch_size: int = option(128, "images per network call; calls of this size are timed", least=1, most=MOST_BATCH)
     seed: int = option(0, "seed of the images and their noise", least=0, most=MOST_SEED)
     precision: str | None = option(None, PRECISION, choices=PRECISIONS)
-    guidance_scale: float = option(0.0, "measure with guidance, see sampler.py --help", least=0, most=1000)
-    free: bool = option(False, "allow any order of the networks (default: the given order)")
-    allow_outside_range: bool = option(False, "run networks at timesteps on which they were not trained")
-    output: Path = option(Path("calibration.yaml"), "the file of stages; a .json and a .png go to the same folder")
+    guidance_scale: float = option(0.0, "scale of guidance to measure with, as for sampler.py", least=0, most=1000)
+    free: bool = option(False, "let the networks run in any order, not only the given one")
+    allow_outside_range: bool = option(False, "let networks run at timesteps on which they were not trained")
+    output: Path = option(Path("calibration.yaml"), "file of stages to write; a .json and a .png go to the same folder")
     overwrite: bool = option(
         False, "replace an --output that is not a calibration, and --verify samples with other settings"
     )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from common import __version__
 from common.config import Config
 from common.errors import InputError, fail
 from common.settings import add_options, from_flags, given_of
@@ -19,6 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
+        self.add_argument("--version", action="version", version=f"DuoDiff {__version__}", help="print the version")
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)

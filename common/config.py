@@ -22,7 +22,6 @@ BACKBONES = ("uvit", "dit")  # that are built and trained here
 TRAINABLE = (*BACKBONES, "deediff_uvit")
 MODELS = (*TRAINABLE, "diffusers")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous", "predict_v", "predict_velocity")
-SOLVERS = ("ddpm", "ddim", "dpmsolver++", "unipc")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PUBLIC_SCALE_FACTOR = 0.18215  # scale of the latents of the public U-ViT weights
 MOST_YAML_BYTES = 2**20
@@ -45,19 +44,21 @@ CLASSIFIER_TYPES = (
 class UViTConfig(Checked):
     """One U-ViT backbone. The fields are the keys of `model_params` in the YAML files and the arguments of UViT."""
 
-    img_size: int = option(help="side of the images (latent cells with an autoencoder)", least=1, most=4096)
-    patch_size: int = option(help="side of a patch, in the same unit", least=1, most=4096)
-    in_chans: int = option(3, "channels: 3 colour, 1 grey", least=1, most=256)
+    img_size: int = option(
+        help="side of the images, in pixels, or in latent cells with an autoencoder", least=1, most=4096
+    )
+    patch_size: int = option(help="side of a patch, in the unit of the image", least=1, most=4096)
+    in_chans: int = option(3, "channels of the images, 3 for colour and 1 for grey", least=1, most=256)
     embed_dim: int = option(512, "width of the tokens", least=1, most=16384)
     # depth // 2 in blocks, one middle block, depth // 2 out blocks: 12 and 13 are the same network, stored as 13.
     depth: int = option(13, "number of blocks; an even depth is raised by one", least=1, most=999)
-    num_heads: int = option(8, "attention heads", least=1, most=1024)
-    mlp_ratio: float = option(4.0, "MLP width divided by token width", least=0, most=64, above=True)
-    qkv_bias: bool = option(False, "bias in the attention's projections")
-    mlp_time_embed: bool = option(False, "an MLP on the timestep embedding")
-    num_classes: int = option(-1, "number of classes; -1: unconditional", least=-1, most=1_000_000)
+    num_heads: int = option(8, "number of attention heads", least=1, most=1024)
+    mlp_ratio: float = option(4.0, "width of the MLPs divided by the width of the tokens", least=0, most=64, above=True)
+    qkv_bias: bool = option(False, "give the projections to queries, keys and values a bias")
+    mlp_time_embed: bool = option(False, "pass the timestep embedding through an MLP")
+    num_classes: int = option(-1, "number of classes; -1 means that the network knows none", least=-1, most=1_000_000)
     normalize_timesteps: bool = option(False, "divide the time input by 1000")
-    conv: bool = option(True, "a final 3 x 3 convolution; the public huge weights have none")
+    conv: bool = option(True, "end with a 3 x 3 convolution, which the public huge weights lack")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,19 +90,23 @@ class UViTConfig(Checked):
 class DiTConfig(Checked):
     """One DiT or SiT backbone. The fields are the arguments of DiT; the defaults are those of DiT-XL/2 at 256."""
 
-    input_size: int = option(32, "side of the input, in pixels (latent cells with an autoencoder)", least=1, most=4096)
-    patch_size: int = option(2, "side of a patch, in the same unit", least=1, most=4096)
-    in_channels: int = option(4, "channels", least=1, most=256)
+    input_size: int = option(
+        32, "side of the input, in pixels, or in latent cells with an autoencoder", least=1, most=4096
+    )
+    patch_size: int = option(2, "side of a patch, in the unit of the image", least=1, most=4096)
+    in_channels: int = option(4, "channels of the input", least=1, most=256)
     hidden_size: int = option(1152, "width of the tokens", least=1, most=16384)
-    depth: int = option(28, "blocks", least=1, most=999)
-    num_heads: int = option(16, "attention heads", least=1, most=1024)
-    mlp_ratio: float = option(4.0, "MLP width divided by token width", least=0, most=64, above=True)
+    depth: int = option(28, "number of blocks", least=1, most=999)
+    num_heads: int = option(16, "number of attention heads", least=1, most=1024)
+    mlp_ratio: float = option(4.0, "width of the MLPs divided by the width of the tokens", least=0, most=64, above=True)
     # More than 0: the network has one more class, num_classes, which means "no class".
     class_dropout_prob: float = option(0.1, "probability of dropping the class in training", least=0, most=1)
-    num_classes: int = option(1000, 'without "no class"; -1: unconditional', least=-1, most=1_000_000)
+    num_classes: int = option(
+        1000, 'number of classes without "no class"; -1 means that the network knows none', least=-1, most=1_000_000
+    )
     normalize_timesteps: ClassVar[bool] = False
     # False takes weights of either kind.
-    learn_sigma: bool = option(False, "the weights also predict a variance, which is dropped")
+    learn_sigma: bool = option(False, "the weights also predict a variance, which is ignored")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,11 +190,13 @@ class DiffusionConfig(Checked):
     """
 
     num_timesteps: int = option(1000, "number of timesteps T of the noise schedule", least=1, most=100_000)
-    beta_schedule: str = option("linear", "course of the betas over t", choices=BETA_SCHEDULES)
+    beta_schedule: str = option("linear", "form of the noise schedule over t", choices=BETA_SCHEDULES)
     beta_start: float = option(1e-4, "beta at t = 0", least=0, most=1, above=True)
     beta_end: float = option(0.02, "beta at t = T - 1", least=0, most=1, above=True)
-    time_scale: float = option(1.0, "the time input is time_scale (t + time_shift)", least=0, most=1000, above=True)
-    time_shift: float = option(0.0, "see --time_scale", least=-1000, most=1000)
+    time_scale: float = option(
+        1.0, "scale of the time input, which is time_scale * (t + time_shift)", least=0, most=1000, above=True
+    )
+    time_shift: float = option(0.0, "shift of the time input, see --time_scale", least=-1000, most=1000)
     toward_data: bool = option(False, "the network's time and velocity run from noise to data, as in SiT")
 
     def __post_init__(self) -> None:
@@ -235,14 +242,20 @@ class Config(Checked):
         kinds={"uvit": UViTConfig, "dit": DiTConfig, "deediff_uvit": UViTConfig, "diffusers": DiffusersConfig},
         chosen_by="model",
     )
-    classifier_type: str | None = option(None, "probes of an early-exit model", choices=CLASSIFIER_TYPES, group=TASK)
-    parametrization: str = option("predict_noise", "output of the network", choices=PARAMETRIZATIONS, group=TASK)
+    classifier_type: str | None = option(
+        None, "kind of the probes of an early-exit model", choices=CLASSIFIER_TYPES, group=TASK
+    )
+    parametrization: str = option("predict_noise", "what the network predicts", choices=PARAMETRIZATIONS, group=TASK)
     diffusion_params: DiffusionConfig = section("noise schedule of the network", DiffusionConfig())
     autoencoder: AutoencoderConfig | None = option(None, flag=False)  # None: the network makes pixels
     dataset: str | None = option(None, flag=False)  # the training data
     crop: str | None = option(None, flag=False)  # how its images were made square, see data.transforms
     real_classes: int = option(
-        None, "classes with images (default: all); one more is no class", least=0, most=10**6, group=TASK
+        None,
+        'number of classes that have images; a further class means "no class" (default: all)',
+        least=0,
+        most=10**6,
+        group=TASK,
     )
     t_min: int = option(0, "lowest timestep of training", least=0, most=99_999, group=TASK)
     t_max: int = option(None, "highest timestep of training (default: T - 1)", least=0, most=99_999, group=TASK)

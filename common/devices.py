@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,8 +42,25 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the hardware: "cpu", "mps", "NVIDIA H100 80GB HBM3"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The name of the hardware: "AMD EPYC 7B13", "mps", "NVIDIA H100 80GB HBM3"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name() if device.type == "cpu" else device.type
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The model of the CPU; its architecture if the system does not tell."""
+    with suppress(OSError, subprocess.SubprocessError):
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
+        else:
+            said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+            said = next((line for line in said.splitlines() if line.startswith("model name")), "").partition(":")[2]
+        if name := " ".join(said.split()):
+            return name
+    return platform.processor() or platform.machine() or "cpu"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

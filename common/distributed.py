@@ -40,6 +40,11 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world_size()]
 
 
+def shared_images(total: int, batch_size: int) -> int:
+    """How many of `total` images this process has in its `share` of the batches."""
+    return sum(min(batch_size, total - start) for start in share(range(0, total, batch_size)))
+
+
 def part_of(total: int) -> slice:
     """The part of `total` rows for this process: consecutive rows; parts differ by at most one row."""
     return slice(total * rank() // world_size(), total * (rank() + 1) // world_size())

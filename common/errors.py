@@ -20,6 +20,8 @@ from common.streams import lasting_streams
 
 P = ParamSpec("P")
 NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
+# Packages that not every installation has, and the optional dependencies of pyproject.toml that bring them.
+EXTRAS = {"diffusers": "latents", "huggingface_hub": "latents", "scipy": "eval", "torch_fidelity": "eval"}
 ENDING = (*ASKING_TO_END, signal.SIGINT)
 
 _running: ContextVar[ExitStack | None] = ContextVar("running", default=None)  # the running command
@@ -87,9 +89,9 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        with lasting_streams():
+        with lasting_streams(), on_signals(ENDING, interrupting()):  # to the last word of the `except` below
             try:
-                with on_signals(ENDING, interrupting()), ExitStack() as stack:
+                with ExitStack() as stack:
                     token = _running.set(stack)
                     stack.callback(_running.reset, token)
                     _guarded(functools.partial(main, *args, **kwargs), script)
@@ -118,6 +120,11 @@ def _guarded(main: Callable[[], None], script: str) -> None:
     except InputError as error:
         # The error of a loading process starts with the traceback of that process.
         fail(script, str(error).rpartition("InputError: ")[2])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        fail(script, f"{package} is not installed, and this needs it: pip install -e '.[{EXTRAS[package]}]'")
     except OSError as error:  # no permission, or a file was removed
         advice = "; make room, then give the same command again" if error.errno in NO_ROOM else ""
         fail(script, (f"{error.filename}: {error.strerror}" if error.filename else str(error)) + advice)

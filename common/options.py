@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.config import BETA_SCHEDULES, PRECISIONS, SOLVERS
+from common.config import BETA_SCHEDULES, PRECISIONS
 from common.errors import InputError
 from common.settings import CONDITIONS, RESULT, Checked, option
+from common.solvers import SOLVERS
 
-DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpmsolver++": 20, "unipc": 20}  # None: every timestep
 MOST_SEED, MOST_BATCH = 2**63 - 1, 2**20
 
 
@@ -16,15 +16,17 @@ MOST_SEED, MOST_BATCH = 2**63 - 1, 2**20
 class SolverSettings(Checked):
     """Solver."""
 
-    solver: str = option("ddpm", "solver of the sampling steps", choices=SOLVERS)
+    solver: str = option("ddpm", "method of the sampling steps", choices=tuple(SOLVERS))
     steps: int | None = option(
         None,
-        "network calls per image (default: every timestep for ddpm, 50 for ddim, 20 for the others)",
+        "network calls per image (default: "
+        + ", ".join(f"{entry.steps or 'every timestep'} for {name}" for name, entry in SOLVERS.items())
+        + ")",
         least=1,
         most=100_000,
     )
     eta: float | None = option(
-        None, "noise of ddim: 0 is deterministic, 1 has the variance of ddpm (default: 0)", least=0, most=1
+        None, "noise of ddim; 0 is deterministic, 1 has the variance of ddpm (default: 0)", least=0, most=1
     )
     sampling_schedule: str | None = option(
         None, "noise schedule of the sampler (default: that of the last network)", choices=BETA_SCHEDULES
@@ -38,7 +40,7 @@ class SolverSettings(Checked):
         if self.solver == "ddim" and self.eta is None:
             object.__setattr__(self, "eta", 0.0)
         if self.steps is None:
-            object.__setattr__(self, "steps", DEFAULT_STEPS[self.solver])
+            object.__setattr__(self, "steps", SOLVERS[self.solver].steps)
 
 
 PRECISION = "precision of the networks (default: bf16 if the device has instructions for it, else fp32)"
@@ -51,7 +53,7 @@ class SpeedSettings(Checked):
     precision: str | None = option(None, PRECISION, choices=PRECISIONS, decides=(RESULT, CONDITIONS))
     compile: bool = option(
         False,
-        "compile the networks first (torch.compile); takes about a minute",
+        "compile the networks first (torch.compile), which takes about a minute",
         decides=(CONDITIONS,),
         why="compiled networks differ in rounding alone",
     )
@@ -69,8 +71,8 @@ class MachineSettings(Checked):
 
     device: str = option(
         "auto",
-        "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps",
+        "cpu, cuda, cuda:1, mps, or auto for the first of CUDA, MPS and CPU that is there",
         decides=(),
         why="recorded as the kind of device",
     )
-    quiet: bool = option(False, "no progress bar", decides=(), why="it is about the terminal")
+    quiet: bool = option(False, "show no progress bar", decides=(), why="it is about the terminal")

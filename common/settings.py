@@ -25,6 +25,7 @@ T = TypeVar("T")
 RESULT, CONDITIONS = "result", "conditions"  # decides the images, weights or scores; or how they are made
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+PROJECT = Path(__file__).resolve().parents[1]
 MOST_DIGITS = 300  # Python refuses to read numbers of thousands of digits
 
 
@@ -342,20 +343,17 @@ def _title(f: Field, cls: type, there: Mapping[str, Field]) -> str:
         return f.about.help or f.name
     names = [name for name, of in (f.about.kinds or {}).items() if of is cls]
     shared = [field for field in fields_of(cls) if field.name in there]
-    defaults = ", ".join(f"--{field.name} (default {field.default})" for field in shared)
-    return f"{f.about.chosen_by} {' or '.join(names)}, which takes {defaults} too"
+    defaults = ", ".join(f"--{field.name}{_default_of(field)}" for field in shared)
+    return f"{f.about.chosen_by} {' or '.join(names)}, which also takes {defaults}"
 
 
 def _argument(f: Field, partial: bool) -> dict[str, Any]:
-    text = f.about.help
-    if f.default not in (MISSING, None, False, ()):
-        values = f.default if f.many else (f.default,)
-        text += f" (default: {' '.join(map(str, values))})"
+    plain_flag = f.kinds == (bool,) and f.default is False and not partial
+    text = f.about.help + ("" if plain_flag else _default_of(f))
     about: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if f.about.metavar:
         about["metavar"] = f.about.metavar
     if f.kinds == (bool,):
-        plain_flag = f.default is False and not partial
         return about | {"action": "store_true" if plain_flag else argparse.BooleanOptionalAction}
     if f.default is MISSING and not partial and not f.about.positional:
         about["required"] = True
@@ -366,6 +364,23 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
     if f.about.choices:
         return about | {"choices": f.about.choices}
     return about | {"type": f.about.parse or parser_of(f)}
+
+
+def _default_of(f: Field) -> str:
+    """The end of a help text; empty for a field without a default, or whose text itself tells what None means."""
+    if f.default is MISSING or f.default is None or f.default == ():
+        return ""
+    if isinstance(f.default, bool):
+        return f" (default: {'on' if f.default else 'off'})"
+    values = f.default if f.many else (f.default,)
+    return f" (default: {' '.join(map(_path_or_value, values))})"
+
+
+def _path_or_value(value: object) -> str:
+    """As text; paths in the project without its place on this machine."""
+    if isinstance(value, Path) and value.is_relative_to(PROJECT):
+        return value.relative_to(PROJECT).as_posix()
+    return str(value)
 
 
 def parser_of(f: Field) -> Callable[[str], Any]:

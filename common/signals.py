@@ -42,7 +42,8 @@ def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -
         yield
     finally:
         for number, handler_before in before.items():
-            signal.signal(number, handler_before)
+            if signal.getsignal(number) is handler:  # else it was replaced for longer, see `ignore`
+                signal.signal(number, handler_before)
 
 
 def interrupting() -> Callable[[int, object], None]:

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from tqdm import tqdm
 
 from common.devices import Stopwatch
+from common.progress import Progress
 
 LEAST_SECONDS = 0.2  # for each task in each round
 
@@ -22,7 +22,7 @@ def in_turns(
     task runs several times per round, and its median counts. A first warm-up round does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    with tqdm(total=(rounds + 1) * len(tasks), unit="run", disable=True if quiet else None) as bar:
+    with Progress("measuring", (rounds + 1) * len(tasks), "runs", images=None, quiet=quiet) as bar:
         for number in range(rounds + 1):
             for name, task in tasks.items():
                 bar.set_postfix_str(name)

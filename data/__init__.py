@@ -46,6 +46,17 @@ DATASETS = {
         fetch="cifar-10-python.tar.gz (from www.cs.toronto.edu/~kriz/cifar.html, or with --download)",
         can_download=True,
     ),
+    "mnist": Entry(
+        *("data.mnist", "MNIST", ("none",), 10),
+        fetch="train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz of MNIST (for mnist/, or with --download)",
+        can_download=True,
+    ),
+    "fashion_mnist": Entry(
+        *("data.fashion_mnist", "FashionMNIST", ("none",), 10),
+        fetch="train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz of Fashion-MNIST (for fashion_mnist/, or "
+        "with --download, or as Debian's package dataset-fashion-mnist with --data_path /usr/share/datasets)",
+        can_download=True,
+    ),
     "imagenet64": Entry(
         *("data.imagenet64", "open_imagenet64", ("halve",), 1000),
         fetch="train_data_batch_1.npz to _10.npz (downsampled ImageNet 64 x 64, image-net.org) for imagenet64/, "

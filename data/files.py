@@ -204,7 +204,7 @@ class ImageFiles(ImageDataset):
         if count <= FIRST_FEW:
             log.warning("skipped %s in %s: %s", self.names[index], self.source.path, error)
         elif count in (10, 100, 1000, 10_000, 100_000):
-            log.warning("skipped %d files in %s by now; python pack.py lists them all", count, self.source.path)
+            log.warning("skipped %d files in %s so far; python pack.py lists them all", count, self.source.path)
 
     def whole_and_broken(self, indices: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
         images = torch.zeros(len(indices), self.in_chans, self.img_size, self.img_size, dtype=torch.uint8)

@@ -31,7 +31,7 @@ class ImageNet(ImageFiles):
         source = FolderSource(folder)
         names = [name for name in source.names if "/" in name]
         if len(names) < len(source.names):
-            log.warning("%s: %d images lie in no class folder, left out", folder, len(source.names) - len(names))
+            log.warning("%s: left out %d images outside the class folders", folder, len(source.names) - len(names))
         classes = [name.split("/")[0] for name in names]
         folders = class_folders(folder)
         if empty := sorted(set(folders).difference(classes)):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from common.config import SOLVERS, check_choice
+from common.config import check_choice
 from common.errors import InputError
+from common.solvers import SOLVERS
 from diffusion.ddpm import NoiseSchedule, ddim_step, ddpm_step, to_eps, to_x0
 
 
@@ -29,14 +31,11 @@ def make_solver(
     name: str, schedule: NoiseSchedule, parametrization: str, eta: float = 0.0, clip_x0: bool = False
 ) -> Solver:
     """name: one of SOLVERS; eta belongs to ddim. Raises InputError for a combination that makes no sense."""
-    check_choice("solver", name, SOLVERS)
-    if name in ("ddpm", "ddim"):
-        return Solver(name, schedule, parametrization, eta, clip_x0)
-    if parametrization == "predict_previous":
-        raise InputError(
-            f"--solver {name} skips timesteps, {parametrization} knows but the next one; take ddpm or ddim"
-        )
-    return MultistepSolver(name, schedule, parametrization, clip_x0=clip_x0)
+    check_choice("solver", name, tuple(SOLVERS))
+    entry = SOLVERS[name]
+    maker = getattr(importlib.import_module(entry.module), entry.maker)
+    solver: Solver = maker(name, schedule, parametrization, eta, clip_x0)
+    return solver
 
 
 @dataclass
@@ -102,6 +101,10 @@ class MultistepSolver(Solver):
     """
 
     def __post_init__(self) -> None:
+        if self.parametrization == "predict_previous":
+            raise InputError(
+                f"--solver {self.name} skips timesteps, predict_previous knows but the next one; take ddpm or ddim"
+            )
         # Slow to import. By their own modules: what diffusers itself names may be placeholders, which have no methods.
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
         from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from common.progress import Progress
 from evaluation.comparison import Pairs, Run, Summary, estimate
 from evaluation.features import FeatureExtractor
 from evaluation.images import FinishedImages
@@ -63,12 +63,7 @@ def with_pairs(
     unshared = {summary.label: _unshared(summary, standard, images) for summary in others}
     paired = [run for summary in others if unshared[summary.label] is None for run in summary.runs]
     found: dict[Path, _Measured] = {}
-    with tqdm(
-        total=sum(len(images[run.folder]) for run in paired),
-        desc="pairs",
-        unit="image",
-        disable=True if quiet else None,
-    ) as bar:
+    with Progress("pairs", sum(len(images[run.folder]) for run in paired), quiet=quiet) as bar:
         for seed, run in standard.items():
             folders = [other.folder for other in paired if other.seed == seed]
             found |= _measured(images[run.folder], {folder: images[folder] for folder in folders}, extractor, bar)
@@ -104,7 +99,7 @@ def _unshared(summary: Summary, standard: Mapping[int, Run], images: Mapping[Pat
 
 
 def _measured(
-    standard: FinishedImages, runs: Mapping[Path, FinishedImages], extractor: FeatureExtractor | None, bar: tqdm
+    standard: FinishedImages, runs: Mapping[Path, FinishedImages], extractor: FeatureExtractor | None, bar: Progress
 ) -> dict[Path, _Measured]:
     """The distances of each of the runs of one seed to the standard one, by folder."""
     found = {folder: _Measured([], []) for folder in runs}

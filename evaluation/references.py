@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
-from common.distributed import gather, is_main, on_main, share
+from common.distributed import gather, is_main, on_main, share, shared_images
 from common.errors import InputError, WriteError
 from common.files import array_names, writable_folder
+from common.progress import Progress, counted
 from data import open_dataset
 from data.dataset import ImageDataset, say_left_out
 from evaluation.features import FeatureExtractor, extract
@@ -25,6 +25,7 @@ from evaluation.statistics import Statistics, load_left_out, load_statistics, sa
 
 log = logging.getLogger(__name__)
 
+OF_REAL = "features of real images"  # what a progress bar shows
 READING = 2  # raise it when the same files give other pixels; cached statistics are then computed again
 
 
@@ -58,9 +59,8 @@ class FinishedReference(Reference):
         super().__init__({"reference": str(images.path), "n_reference": len(images)})
 
     def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
-        yield from tqdm(
-            self.images.batches(batch_size), desc="real images", unit="batch", disable=True if quiet else None
-        )
+        total = shared_images(len(self.images), batch_size)
+        return counted(self.images.batches(batch_size), OF_REAL, total, quiet)
 
 
 class StatisticsFile(Reference):
@@ -98,13 +98,14 @@ class DatasetReference(Reference):
         self.key = [READING, dict(self.about)]
 
     def batches(self, batch_size: int, quiet: bool) -> Iterator[Tensor]:
-        starts = share(range(0, len(self.indices), batch_size))
-        for start in tqdm(starts, desc="real images", unit="batch", disable=True if quiet else None):
-            chosen = self.indices[start : start + batch_size]
-            images, broken = self.dataset.whole_and_broken(chosen)
-            self.broken |= {self.dataset.name_of(index): why for index, why in broken.items()}
-            if whole := [row for row, index in enumerate(chosen) if index not in broken]:
-                yield images[whole] if broken else images
+        with Progress(OF_REAL, shared_images(len(self.indices), batch_size), quiet=quiet) as bar:
+            for start in share(range(0, len(self.indices), batch_size)):
+                chosen = self.indices[start : start + batch_size]
+                images, broken = self.dataset.whole_and_broken(chosen)
+                self.broken |= {self.dataset.name_of(index): why for index, why in broken.items()}
+                if whole := [row for row, index in enumerate(chosen) if index not in broken]:
+                    yield images[whole] if broken else images
+                bar.update(len(chosen))
         if len(self.broken) == len(self.indices):
             name, why = next(iter(self.broken.items()))
             raise InputError(f"{self.about['source']}: no image can be read ({name}: {why})")

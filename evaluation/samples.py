@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
-from common.distributed import share
+from common.distributed import shared_images
 from common.errors import InputError
 from common.files import read_json
+from common.progress import counted
 from evaluation.features import FeatureExtractor, extract
 from evaluation.images import open_images
 from evaluation.statistics import Statistics, statistics_of
@@ -40,15 +40,8 @@ class Samples:
 
     def batches(self, batch_size: int, quiet: bool) -> Iterable[Tensor]:
         """The share of this process, uint8 (B, C, H, W)."""
-        total = len(share(range(0, len(self.images), batch_size)))
-        batches: Iterable[Tensor] = tqdm(
-            self.images.batches(batch_size),
-            total=total,
-            desc="samples",
-            unit="batch",
-            disable=True if quiet else None,
-        )
-        return batches
+        total = shared_images(len(self.images), batch_size)
+        return counted(self.images.batches(batch_size), "features of samples", total, quiet)
 
     def statistics(self, extractor: FeatureExtractor, batch_size: int, quiet: bool) -> Statistics | None:
         """The statistics of all samples on process 0; None on the others."""

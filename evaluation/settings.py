@@ -13,6 +13,7 @@ from common.settings import Checked, option, section
 from data import CROPS, DATASETS
 
 METRICS = ("fid", "kid", "is", "prc")
+INCEPTION, EFFICIENTNET = EXTRACTORS = ("inception", "efficientnet-lite0")
 
 
 def metrics(text: str) -> tuple[str, ...]:
@@ -27,7 +28,7 @@ def metrics(text: str) -> tuple[str, ...]:
 class ReferenceSettings(Checked):
     """The real images."""
 
-    dataset: str | None = option(None, "dataset whose whole training set to score against", choices=tuple(DATASETS))
+    dataset: str | None = option(None, "dataset to score against, with its whole training set", choices=tuple(DATASETS))
     data_path: Path | None = option(None, "path of the dataset (default: datasets/)", exists="path")
     crop: str | None = option(None, "crop of the dataset (default: the crop of the samples' network)", choices=CROPS)
     download: bool = option(False, "download the dataset first, if it is missing")
@@ -38,7 +39,7 @@ class ReferenceSettings(Checked):
     )
     n_reference: int | None = option(
         None,
-        "number of real images, evenly spaced; broken ones are then skipped (default: all)",
+        "number of real images, evenly spaced, of which broken ones are skipped (default: all)",
         least=2,
         most=10_000_000,
     )
@@ -60,18 +61,26 @@ class ScoringSettings(Checked):
     """Settings of fid.py."""
 
     samples_path: Path = option(
-        help="folder of images from sampler.py, or an .npz with arr_0, uint8 (N, H, W, 3); its scores go to "
-        "<name>_report/ in the same folder",
+        help="folder of images from sampler.py, whose scores go to the report/ in it; or an .npz with arr_0, uint8 "
+        "(N, H, W, 3), whose scores go to <name>_report/ beside it",
         exists="path",
     )
     real: ReferenceSettings = section("real images", ReferenceSettings())
-    metrics: tuple[str, ...] = option(("fid",), "scores, comma-separated", parse=metrics, metavar="fid,kid,is,prc")
-    feature_extractor: str = option("inception", "inception, or a TorchScript file: uint8 (N, C, H, W) -> (N, D)")
-    feature_extractor_weights: Path | None = option(
-        None, "weights of inception (default: downloaded once)", exists="file"
+    metrics: tuple[str, ...] = option(
+        ("fid",), "scores to compute, separated by commas", parse=metrics, metavar="fid,kid,is,prc"
     )
-    save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, which --reference can read")
-    batch_size: int = option(64, "images per call of the feature extractor", least=1, most=MOST_BATCH)
+    feature_extractor: str = option(
+        INCEPTION,
+        "inception, as in published scores; efficientnet-lite0, which needs no download (requirements-eval.txt); or a "
+        "TorchScript file that maps uint8 (N, C, H, W) to features (N, D)",
+    )
+    feature_extractor_weights: Path | None = option(
+        None,
+        "weights of inception or efficientnet-lite0 (default: downloaded once, and those of the installed package)",
+        exists="file",
+    )
+    save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, which --reference reads")
+    batch_size: int = option(64, "number of images per call of the feature extractor", least=1, most=MOST_BATCH)
     machine: MachineSettings = section("machine", MachineSettings())
 
     def __post_init__(self) -> None:
@@ -83,7 +92,7 @@ class ScoringSettings(Checked):
         elif not (self.real.dataset or self.real.reference):
             raise InputError("give --dataset or --reference to score against")
         check_extractor(self.feature_extractor, self.feature_extractor_weights)
-        if "is" in self.metrics and self.feature_extractor != "inception":
+        if "is" in self.metrics and self.feature_extractor != INCEPTION:
             raise InputError("--metrics is: the Inception score needs --feature_extractor inception")
 
     def _check_save_stats(self, path: Path) -> None:
@@ -105,10 +114,10 @@ class PairSettings(Checked):
         1000, "images of each run to compare, those with the smallest indices", least=1, most=10_000_000
     )
     feature_extractor: str | None = option(
-        None, "also measure a distance in the features of inception, or of a TorchScript file (see fid.py)"
+        None, "also measure a distance in the features of this extractor (see fid.py)"
     )
     feature_extractor_weights: Path | None = option(
-        None, "weights of inception (default: downloaded once)", exists="file"
+        None, "weights of inception or efficientnet-lite0 (see fid.py)", exists="file"
     )
 
     def __post_init__(self) -> None:
@@ -117,11 +126,12 @@ class PairSettings(Checked):
 
 
 def check_extractor(name: str | None, weights: Path | None) -> None:
-    """Raises InputError for a missing file, and for weights of another extractor than Inception."""
-    if name not in (None, "inception") and not Path(name).is_file():
-        raise InputError(f"--feature_extractor {name}: no such file (or give inception)")
-    if weights and name != "inception":
-        raise InputError("--feature_extractor_weights belongs to --feature_extractor inception")
+    """Raises InputError for a missing file, and for weights that belong to no named extractor."""
+    known = " or ".join(EXTRACTORS)
+    if name not in (None, *EXTRACTORS) and not Path(name).is_file():
+        raise InputError(f"--feature_extractor {name}: no such file (or give {known})")
+    if weights and name not in EXTRACTORS:
+        raise InputError(f"--feature_extractor_weights belongs to --feature_extractor {known}")
 
 
 def default_cache() -> Path:

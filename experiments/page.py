@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy.stats import pearsonr, spearmanr, ttest_ind
 
 from common import plots
@@ -19,6 +19,7 @@ from evaluation.comparison import about_bars, flops_unit
 WITHIN = 0.05  # of the best score: what a rule for the switch is to reach
 TABLES = ("table", "variants", "scores")  # of a set, as compare.py writes them
 SIGNIFICANT = 0.05  # a p-value below it
+PAGE_WIDTH = 1200  # pixels of a picture: with 256 colours it stays under 300 kB
 QUICK = "**Made with `--quick`: it shows that everything works; the numbers are worth nothing.**"
 
 
@@ -41,7 +42,7 @@ def write_page(
         numbers[name] = numbers_of(of_set, about)
         repeated = held_against(name, earlier.get(name), numbers[name])
         pictures = [path.with_name(f"{path.stem}_{name}{suffix}.png") for suffix in ("", "_switch")]
-        shutil.copyfile(of_set["table"]["picture"], pictures[0])
+        copy_for_page(Path(of_set["table"]["picture"]), pictures[0])
         draw_switches(pictures[1], of_set)
         parts = [f"## {name.capitalize()}", introduction(of_set, f"{how}. Machine: {about}."), methods(of_set)]
         parts += [f"![Score against time, with samples]({pictures[0].name})", training(of_set), switching(of_set)]
@@ -56,6 +57,16 @@ def write_page(
         temporary.write_text(page, encoding="utf-8")
     write_json(before, earlier | numbers)
     return remarks
+
+
+def copy_for_page(picture: Path, path: Path) -> None:
+    """Copy a picture, smaller and with fewer colours, because every clone of the project loads it."""
+    with Image.open(picture) as image:
+        image = image.convert("RGB")
+    if image.width > PAGE_WIDTH:
+        image = image.resize((PAGE_WIDTH, round(image.height * PAGE_WIDTH / image.width)), Image.Resampling.LANCZOS)
+    with replacing(path) as temporary:
+        image.quantize(256).save(temporary, "PNG", optimize=True)
 
 
 def filled(page: str, name: str, text: str) -> str:

@@ -15,6 +15,7 @@ from common.cli import Parser
 from common.errors import InputError, command
 from common.files import writable_folder
 from common.options import MOST_SEED
+from common.progress import duration
 from common.settings import Checked, option
 from experiments.runner import Runner, words_of
 from experiments.sets import colour, digits, fetched_emoji
@@ -33,7 +34,7 @@ class ResultsSettings(Checked):
     sets: tuple[str, ...] = option(("digits", "colour"), "sets of images to measure on", choices=("digits", "colour"))
     seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
     quick: bool = option(
-        False, "a short run to check that everything works; all files, also the page, go to results/quick"
+        False, "do little of everything, to check that it works; all files, the page among them, go to results/quick"
     )
 
     def __post_init__(self) -> None:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | ResultsSettings | None = None) -> None:
     how = f"`{shlex.join(['bash', 'scripts/results.sh', *settings.words])}` in {run.seconds_in_all / 60:.0f} minutes"
     remarks = write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)
     print("\n".join(["", *remarks]))
-    print(f"-> {page}; it took {run.seconds_in_all / 60:.1f} minutes in all")
+    print(f"-> {page}; it took {duration(run.seconds_in_all)} in all")
 
 
 if __name__ == "__main__":

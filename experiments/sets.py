@@ -113,24 +113,33 @@ def fetched_emoji(folder: Path) -> Path:
     images = writable_folder(folder) / "emoji_64"
     if images.is_dir():
         return images
-    archive = folder / "emoji-datasource-google-15.1.2.tgz"
+    archive = npm_archive(EMOJI, EMOJI_SHA256, folder)
+    unpack_emoji(archive, images)
+    archive.unlink()
+    return images
+
+
+def npm_archive(package: str, sha256: str, folder: Path) -> Path:
+    """The archive of a package (NAME@VERSION) in the folder, fetched by npm if it is not there.
+
+    Raises InputError if it cannot be fetched, or is another one.
+    """
+    archive = folder / f"{package.removeprefix('@').replace('/', '-').replace('@', '-')}.tgz"
     if not archive.exists():
         npm = shutil.which("npm")
         if npm is None:
             raise InputError("npm, which fetches the emoji, is not there: install Node.js, or name a folder of images")
-        argv = ["npm", "pack", EMOJI, "--pack-destination", str(folder)]
+        argv = ["npm", "pack", package, "--pack-destination", str(folder)]
         print(f"$ {shlex.join(argv)}", flush=True)
         done = subprocess.run([npm, *argv[1:]], capture_output=True, text=True, check=False)
         if done.returncode or not archive.exists():
             said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["it said nothing"]
             raise InputError(
-                f"npm pack {EMOJI} failed ({said[0]:.200}); is there a network? Or name a folder of images"
+                f"npm pack {package} failed ({said[0]:.200}); is there a network? Or name a folder of images"
             )
-    if sha256_of(archive) != EMOJI_SHA256:
-        raise InputError(f"{archive} is not the one that is expected (SHA-256 {EMOJI_SHA256[:8]}...): remove it")
-    unpack_emoji(archive, images)
-    archive.unlink()
-    return images
+    if sha256_of(archive) != sha256:
+        raise InputError(f"{archive} is not the one that is expected (SHA-256 {sha256[:8]}...): remove it")
+    return archive
 
 
 def unpack_emoji(archive: Path, images: Path) -> None:

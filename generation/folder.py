@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.config import carried_settings
 from common.devices import Stopwatch, device_name
@@ -40,6 +39,7 @@ from common.files import (
     write_json,
 )
 from common.images import save_png, to_uint8
+from common.progress import Progress
 from common.settings import CONDITIONS, differences, record
 from common.signals import status_of
 from diffusion.sampling import NotFinite
@@ -107,7 +107,7 @@ def samples_in(folder: Path) -> list[Path]:
         raise InputError(f"{folder} holds {others[0].name}, which is no sample; choose a folder of its own")
     report = folder / "report"
     if foreign := sorted(path.name for path in _listed(report) if path.name not in REPORT_NAMES):
-        raise InputError(f"{report} holds {foreign[0]}, which is of no sampling run; choose another folder")
+        raise InputError(f"{report} holds {foreign[0]}, which no sampling run wrote; choose another folder")
     return samples
 
 
@@ -118,7 +118,7 @@ def _listed(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:  # a file, or no permission; an InputError ends the other processes too
-        raise InputError(f"{folder}: cannot be looked into ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
 def recorded_fingerprint(folder: Path) -> Any:
@@ -126,7 +126,7 @@ def recorded_fingerprint(folder: Path) -> Any:
     path = folder / "report" / "run.json"
     if not path.exists():
         raise InputError(
-            f"{folder} holds {len(samples_in(folder))} samples already, and no report/run.json that says of what run; "
+            f"{folder} holds {len(samples_in(folder))} samples already, but no report/run.json, which tells the run; "
             f"{ADVICE}"
         )
     return read_json(path)
@@ -153,6 +153,7 @@ class SampleFolder:
         self.folder, self.n_samples, self.quiet = settings.output_folder, settings.n_samples, settings.machine.quiet
         self.report, self.batches = self.folder / "report", self.folder / "report" / "batches"
         self.frames: Sequence[int] = settings.timesteps_save
+        self.num_timesteps = 1  # of the run, see `making`
         self.fingerprint, self.conditions = json.loads(json.dumps(fingerprint)), dict(conditions)
         self.goes_on = False  # continues a run with existing samples
         self.kept: list[Batch] = []
@@ -223,8 +224,9 @@ class SampleFolder:
         return share(self.to_do)
 
     @contextmanager
-    def making(self, num_timesteps: int, save_choice: Callable[[Path], None] | None = None) -> Iterator[tqdm]:
-        """A context in which the missing batches are made. Yields a progress bar that counts steps.
+    def making(self, num_timesteps: int, save_choice: Callable[[Path], None] | None = None) -> Iterator[Progress]:
+        """A context in which the missing batches are made. Yields a progress bar that counts images, of which
+        each step does a part.
 
         save_choice: writes the measurement behind the stages to report/calibration.yaml and beside it.
         """
@@ -235,8 +237,8 @@ class SampleFolder:
                 save_choice(self.report / "calibration.yaml")
 
         on_main(begin)
-        total = len(self.mine) * num_timesteps
-        with going_on_later(), tqdm(total=total, unit="step", disable=True if self.quiet else None) as bar:
+        self.num_timesteps, total = num_timesteps, sum(map(len, self.mine))
+        with going_on_later(), Progress("sampling", total, quiet=self.quiet) as bar:
             try:
                 yield bar
             except InputError:
@@ -307,7 +309,7 @@ class BatchUnderWay:
         indices: range,
         decode: Callable[[Tensor], Tensor],
         device: torch.device,
-        bar: tqdm,
+        bar: Progress,
     ):
         self.folder, self.indices, self.decode, self.bar = folder, indices, decode, bar
         self.watches = [Stopwatch(device) for _ in range(3)]  # sampling, decoding, saving
@@ -328,7 +330,7 @@ class BatchUnderWay:
 
     def on_step(self, t: int, x_t: Tensor) -> None:
         """Update the progress bar, and keep the frame if t is in --timesteps_save. x_t: (B, C, H, W)."""
-        self.bar.update()
+        self.bar.update(len(self.indices) / self.folder.num_timesteps)
         if t in self.folder.frames:
             self.frames[t] = to_uint8(self.decode(x_t))
 

@@ -18,7 +18,9 @@ from common.devices import in_units, peak_memory
 from common.distributed import gather
 from common.files import write_json
 from common.images import captions, enlarge, read_png, save_grid, save_png
+from common.progress import duration, images_per_second
 from common.settings import flat
+from common.tables import table
 from generation.folder import Batch, SampleFolder
 from generation.settings import RunSettings
 
@@ -51,11 +53,28 @@ def write_report(
     }
     write_json(folder.report / "statistics.json", content)
     kept = sum(len(batch.indices) for batch in folder.kept)
+    spent = duration(timing["images_timed"] / timing["images_per_second"])
     return (
-        f"{folder.n_samples} images{f', {kept} of them there already' if kept else ''} "
-        f"({timing['images_per_second']:.2f} images/s on {timing['device']}"
-        f"{f', peak memory {in_units(memory)}' if memory else ''}) -> {folder.folder}"
+        f"{folder.n_samples:,} images{f', {kept:,} of them there already' if kept else ''} "
+        f"({timing['images_timed']:,} in {spent}, {images_per_second(timing['images_per_second'])} on "
+        f"{timing['device']}{f', peak memory {in_units(memory)}' if memory else ''}) -> {folder.folder}"
     )
+
+
+def table_of_work(work: Sequence[Mapping[str, Any]]) -> str:
+    """What each network did, as text. work: its name, timesteps, calls and FLOPs per image."""
+    whole = sum(network["flops_per_image"] for network in work)
+    rows = [
+        (
+            network["name"],
+            network["timesteps"],
+            f"{network['calls']:,}",
+            f"{network['flops_per_image'] / 1e9:.3g}",
+            f"{network['flops_per_image'] / whole:.0%}",
+        )
+        for network in work
+    ]
+    return table(("network", "timesteps", "calls", "GFLOP/image", "share"), rows, left=1)
 
 
 def most_memory(device: torch.device) -> int | None:

@@ -38,37 +38,39 @@ class RunSettings(Checked):
 
     checkpoint_path: Path | None = of_network(
         None,
-        "weights: .pth, .safetensors, or a folder of export.py or of diffusers",
+        "weights of the network: a .pth or .safetensors file, or a folder of export.py or of diffusers",
         decides=(),
         why=AS_NETWORKS,
     )
     config_path: Path | None = of_network(
         None,
-        "YAML file of the network, for weights without a description",
+        "YAML file that describes the network, for weights without a description",
         exists="file",
         decides=(),
         why=AS_NETWORKS,
     )
     weights: str = of_network(
         "ema",
-        "averaged weights (ema), or the weights of the last step (raw)",
+        "ema for averaged weights, raw for those of the last step",
         choices=("ema", "raw"),
         decides=(),
         why=AS_NETWORKS,
     )
     autoencoder_checkpoint_path: Path | None = of_network(
         None,
-        "autoencoder for networks of latents: autoencoder_kl.pth or a diffusers folder; overrides --config_path",
+        "autoencoder of a network of latents: autoencoder_kl.pth or a folder of diffusers; beats --config_path",
         exists="path",
         decides=(),
         why="recorded by its SHA-256",
     )
     described: Mapping[str, Any] = option({}, flag=False, decides=(), why=AS_NETWORKS)  # the network's flags, nested
     output_folder: Path = of_samples(
-        help="folder for the images; all other files go to its report/", decides=(), why="it is the place of the images"
+        help="folder for the images; all other files go to the report/ in it",
+        decides=(),
+        why="it is the place of the images",
     )
     overwrite: bool = of_samples(False, "replace existing samples", decides=(), why="it only removes earlier images")
-    seed: int = of_samples(0, "sample i depends only on the seed and i", least=0, most=MOST_SEED)
+    seed: int = of_samples(0, "seed of the noise; sample i depends only on the seed and i", least=0, most=MOST_SEED)
     n_samples: int = of_samples(
         None,
         "number of samples (default: --batch_size)",
@@ -87,7 +89,7 @@ class RunSettings(Checked):
     )
     class_id: tuple[int | Literal["random"], ...] = of_samples(
         ("random",),
-        "random, or one or more classes, repeated in this order (class-conditional networks)",
+        "class of the samples of a network with classes: random, or classes that repeat in this order",
         least=0,
         most=10**6,
     )
@@ -100,17 +102,19 @@ class RunSettings(Checked):
     )
     guidance_scale: float = of_samples(
         0.0,
-        "s in cond + s (cond - uncond); 0: off; one less than the published scale of DiT and SiT, uncond + s (cond - "
-        'uncond); needs a network with a "no class"',
+        'scale s of classifier-free guidance, cond + s (cond - uncond); needs a network with a "no class"; 0 turns '
+        "guidance off; what DiT and SiT publish as their scale is s + 1",
         least=0,
         most=1000,
         decides=(),
         why=AS_STAGES,
     )
-    timesteps_save: tuple[int, ...] = of_samples((), "also save x_t at these t, to report/frames", least=0, most=99_999)
+    timesteps_save: tuple[int, ...] = of_samples(
+        (), "save x_t at these timesteps too, in report/frames", least=0, most=99_999
+    )
     allow_outside_range: bool = of_network(
         False,
-        "run networks at timesteps on which they were not trained (see --t_min of train.py)",
+        "let networks run at timesteps on which they were not trained (see --t_min of train.py)",
         decides=(),
         why="it permits; the stages decide",
     )
@@ -139,7 +143,7 @@ class CalibrationSettings(Checked):
     """Choice of the switch."""
 
     dataset: str | None = option(
-        None, "real images for the measurement, preferably the training set", choices=tuple(DATASETS)
+        None, "real images to measure on, preferably the training set", choices=tuple(DATASETS)
     )
     data_path: Path | None = option(
         None,
@@ -152,23 +156,28 @@ class CalibrationSettings(Checked):
     n_images: int = option(256, "number of real images, or of sampled paths, to measure on", least=2, most=10_000_000)
     paths: str = option(
         "data",
-        "for a plan: measure on the forward process of real images (data), or where the full network samples (sampled)",
+        "where a plan is measured: on the forward process of real images (data), or where the full network samples "
+        "(sampled)",
         choices=("data", "sampled"),
     )
     speedup: float | None = option(
         None,
-        "choose the least divergence at this speed-up, predicted from calls without --compile (default: the knee of "
-        "the curve)",
+        "choose the switch of least divergence with at least this speed-up, which is predicted from calls without "
+        "--compile (default: the knee of the curve)",
         least=1,
         most=1e6,
     )
     seconds: float | None = option(
-        None, "for a plan: choose the least divergence in so many seconds per image", least=0, most=1e9, above=True
+        None,
+        "choose the plan of least divergence that takes at most this many seconds per image",
+        least=0,
+        most=1e9,
+        above=True,
     )
     budget: float | None = option(
         None,
-        "choose the fastest option with at most this divergence, in nats per dimension (deterministic solvers: "
-        "squared shift per dimension)",
+        "choose the fastest option with at most this divergence, in nats per dimension, or for deterministic solvers "
+        "in squared shift per dimension",
         least=0,
         most=1e12,
     )
@@ -205,37 +214,43 @@ class SavingSettings(Checked):
 
     correct_every: int = of_saving(
         1,
-        "run the full backbone at every n-th step; at the steps between, the shallow one with a forecast of the "
-        "difference between both; 1: off",
+        "run the full backbone at every n-th step, and between them the shallow one, corrected by a forecast of their "
+        "difference; 1 turns this off",
         least=1,
         most=100_000,
     )
-    correct_order: int | None = of_saving(None, "order of this forecast, 0 or 1 (default: 1)", least=0, most=1)
+    correct_order: int | None = of_saving(
+        None, "order of the forecast of --correct_every, 0 or 1 (default: 1)", least=0, most=1
+    )
     reuse_every: int = of_saving(
         1,
-        "compute the middle blocks at every n-th step of each stage, and reuse their sum at the steps between; 1: off",
+        "run the middle blocks at every n-th step of a stage, and between them reuse what they add; 1 turns this off",
         aliases=("--cache_interval",),
         least=1,
         most=100_000,
     )
-    reuse_order: int | None = of_saving(None, "order of the forecast of this sum (default: 0)", least=0, most=1)
+    reuse_order: int | None = of_saving(
+        None, "order of the forecast of --reuse_every, 0 or 1 (default: 0)", least=0, most=1
+    )
     reuse_outer: int | None = of_saving(
         None,
-        "number of outer blocks on each side that run at every step (default: 1)",
+        "number of blocks at either end that run at every step (default: 1)",
         aliases=("--cache_outer",),
         least=1,
         most=999,
     )
     hold_every: int = of_saving(
         1,
-        "run the network at every n-th step, and forecast the predicted noise at the steps between; 1: off",
+        "run the network at every n-th step, and between them forecast the noise that it predicts; 1 turns this off",
         least=1,
         most=100_000,
     )
-    hold_order: int | None = of_saving(None, "order of this forecast, 0 or 1 (default: 1)", least=0, most=1)
+    hold_order: int | None = of_saving(
+        None, "order of the forecast of --hold_every, 0 or 1 (default: 1)", least=0, most=1
+    )
     exit_layer: int | None = of_saving(
         None,
-        "for an early-exit model: all images leave after this many blocks, and no probe runs",
+        "number of blocks after which all images leave an early-exit model; no probe runs then",
         least=0,
         most=9_999,
     )
@@ -267,10 +282,13 @@ class SamplerSettings(RunSettings):
     """Settings of sampler.py."""
 
     checkpoint_path_late: Path | None = of_network(
-        None, "the full backbone; --checkpoint_path is then the shallow one", decides=(), why=AS_NETWORKS
+        None,
+        "weights of the full backbone; --checkpoint_path then names the shallow one",
+        decides=(),
+        why=AS_NETWORKS,
     )
     config_path_late: Path | None = of_network(
-        None, "YAML file of the full backbone, like --config_path", exists="file", decides=(), why=AS_NETWORKS
+        None, "YAML file that describes the full backbone", exists="file", decides=(), why=AS_NETWORKS
     )
     download: str | None = of_network(
         None,
@@ -281,25 +299,32 @@ class SamplerSettings(RunSettings):
         why=AS_NETWORKS,
     )
     download_late: str | None = of_network(
-        None, "the same for --checkpoint_path_late", metavar="REPO", decides=(), why=AS_NETWORKS
+        None,
+        "repository to fetch --checkpoint_path_late from, as --download",
+        metavar="REPO",
+        decides=(),
+        why=AS_NETWORKS,
     )
     t_switch: int | Literal["auto"] | None = of_stages(
         None,
-        "timestep: the shallow backbone runs at every t > t_switch, the full one at the rest; auto: measure it first",
+        "timestep of the switch: the shallow backbone runs at every t > t_switch, the full one at all others; auto "
+        "measures which is best",
         least=-1,
         most=99_999,
         decides=(),
         why=AS_STAGES,
     )
-    plan: Literal["auto"] | None = of_stages(
+    plan: str | None = of_stages(
         None,
-        "auto: measure everything that the networks can do, and run the best plan for --speedup, --seconds or --budget",
+        "auto measures all that the networks can do, and runs the best plan for --speedup, --seconds or --budget",
+        choices=("auto",),
         decides=(),
         why=AS_STAGES,
     )
     logsnr_switch: float | None = of_stages(
         None,
-        "--t_switch as a log-SNR, log (alpha bar / (1 - alpha bar)), which is the same point under any noise schedule",
+        "switch at this log-SNR, log(alpha bar / (1 - alpha bar)), in place of --t_switch; it means the same under any "
+        "noise schedule",
         least=-100,
         most=100,
         decides=(),
@@ -315,18 +340,18 @@ class SamplerSettings(RunSettings):
     )
     guidance_t_min: int | None = of_samples(
         None,
-        "lowest t with guidance (default 0); without guidance the network runs once per step, not twice",
+        "lowest t with guidance; elsewhere the network runs once per step, not twice (default: 0)",
         least=0,
         most=99_999,
         decides=(),
         why=AS_STAGES,
     )
     guidance_t_max: int | None = of_samples(
-        None, "highest t with guidance (default T - 1)", least=0, most=99_999, decides=(), why=AS_STAGES
+        None, "highest t with guidance (default: T - 1)", least=0, most=99_999, decides=(), why=AS_STAGES
     )
     stages: Path | None = of_stages(
         None,
-        "YAML file with any number of networks and their timesteps, in place of --checkpoint_path",
+        "YAML file that names any number of networks and their timesteps, in place of --checkpoint_path",
         aliases=("--schedule",),
         exists="file",
         decides=(),
@@ -334,8 +359,8 @@ class SamplerSettings(RunSettings):
     )
     offload: bool = of_network(
         False,
-        "hold a network in memory only in its own stages: it is read from its file when a stage begins (on CUDA from "
-        "host memory), and must stay as it is there",
+        "hold a network in memory only in its own stages; when a stage begins, its network is read from its file (on "
+        "CUDA from host memory), which must not change during the run",
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )

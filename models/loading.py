@@ -152,7 +152,7 @@ def _load_folder(
     assert isinstance(network, kind)
     network.time_scale, network.time_shift = config.diffusion_params.time_line
     if "diffusion_params" not in own:
-        log.warning("%s has no scheduler; taken from %s: %s", path, described, config.conventions)
+        log.warning("%s has no scheduler; using that of %s: %s", path, described, config.conventions)
     network.requires_grad_(False).eval().to(device)
     if not offload:
         return Network(network, config, "unknown", None, path)
@@ -233,7 +233,7 @@ def load_described(network: nn.Module, config: Config, path: Path, described: st
 def _note_description(path: Path, read: Weights, config: Config, described: str) -> None:
     """Warn which time input and schedule bare weights get, because a wrong one raises no error."""
     if read.settings is None:
-        log.warning("%s carries no description; taken from %s: %s", path, described, config.conventions)
+        log.warning("%s has no description; using that of %s: %s", path, described, config.conventions)
 
 
 def _loaded(

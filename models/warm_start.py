@@ -1,45 +1,62 @@
-"""Initialise a U-ViT with the weights of a deeper one."""
+"""Initialise a U-ViT with the weights of a deeper or a shallower one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from common.config import contradictions
 from common.errors import InputError
 from common.settings import plain
 from models.backbone import Backbone
-from models.uvit import UViT
+from models.uvit import Block, UViT
 
 BLOCKS = ("in_blocks.", "out_blocks.")
 
 
 def warm_start(uvit: Backbone, source: Backbone, path: Path) -> None:
-    """Copy the embeddings, the middle block, the head and evenly spaced other blocks of `source` to `uvit`.
+    """Copy the embeddings, the middle block, the head and as many other blocks of `source` to `uvit` as both have.
 
-    Let the source have n in-blocks and uvit k. The copied in-blocks are those at 0, n / k, 2 n / k, ..., rounded down,
-    each with the out-block at the end of its long skip. So the first in-block and the last out-block are always copied,
-    and for k = n all blocks.
+    Let the deeper network have n in-blocks and the other k. The copies are in its in-blocks 0, n / k, 2 n / k, ...,
+    rounded down, each with the out-block at the end of its long skip. So the first in-block and the last out-block are
+    always copied. If uvit is the deeper one, its other blocks begin as the identity (Chen et al. 2016, Net2Net), so it
+    begins as the same function as the source.
 
-    path: the file of the source, for messages. Raises InputError unless the two are U-ViTs that differ only in depth,
-    and the source is at least as deep.
+    path: the file of the source, for messages. Raises InputError unless the two are U-ViTs that differ only in depth.
     """
     if not (isinstance(uvit, UViT) and isinstance(source, UViT)):
         raise InputError(f"--init_from {path}: a network begins with the weights of another if both are of model uvit")
     if different := contradictions(_all_but_depth(source), _all_but_depth(uvit)):
         raise InputError(f"--init_from {path} fits no network that differs in {', '.join(different)}; depth alone may")
-    wanted, there = len(uvit.in_blocks), len(source.in_blocks)
-    if wanted > there:
-        raise InputError(
-            f"--init_from {path} has {2 * there + 1} blocks, and the network to train {2 * wanted + 1}; "
-            f"give a --depth of at most {2 * there + 1}"
-        )
     rest = {name: value for name, value in source.state_dict().items() if not name.startswith(BLOCKS)}
     missing, unexpected = uvit.load_state_dict(rest, strict=False)
     assert not unexpected and all(name.startswith(BLOCKS) for name in missing), (missing, unexpected)
-    for ours, theirs in enumerate(k * there // wanted for k in range(wanted)):
-        uvit.in_blocks[ours].load_state_dict(source.in_blocks[theirs].state_dict())
-        uvit.out_blocks[-1 - ours].load_state_dict(source.out_blocks[-1 - theirs].state_dict())
+    ours, theirs = len(uvit.in_blocks), len(source.in_blocks)
+    copies = min(ours, theirs)
+    origin = {k * ours // copies: k * theirs // copies for k in range(copies)}
+    for i in range(ours):
+        pair = uvit.in_blocks[i], uvit.out_blocks[-1 - i]
+        if i in origin:
+            pair[0].load_state_dict(source.in_blocks[origin[i]].state_dict())
+            pair[1].load_state_dict(source.out_blocks[-1 - origin[i]].state_dict())
+        else:
+            for block in pair:
+                _make_identity(block)
+
+
+def _make_identity(block: nn.Module) -> None:
+    """By zeros in the last layers alone, so that all its weights get gradients after the first step."""
+    assert isinstance(block, Block), "a U-ViT has blocks"
+    for layer in (block.attn.proj, block.mlp.fc2):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    if block.skip_linear is not None:
+        nn.init.zeros_(block.skip_linear.bias)
+        with torch.no_grad():
+            block.skip_linear.weight.copy_(torch.eye(*block.skip_linear.weight.shape))  # the skip's half is zeros
 
 
 def _all_but_depth(uvit: UViT) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def check_fit(model: nn.Module, read: Weights, source: str | Path, weights: str 
     fits = fitting(model, read, source, weights)
     check_numbers(_candidates(read.state_dict)[fits.entry], source, fits.entry)
     if fits.entry:
-        log.warning("%s: its entry %s fits the network, and is taken", source, fits.entry)
+        log.warning("%s: using the entry %s, which fits the network", source, fits.entry)
     return fits
 
 

@@ -12,9 +12,13 @@ fi
 rm -rf "$demo"
 mkdir -p "$demo"
 touch "$demo/.made-by-demo"
-started=$SECONDS
+SECONDS=0
 
-step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+bold='' plain=''
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then
+    bold=$'\033[1m' plain=$'\033[0m'
+fi
+step() { printf '\n%s== %s%s\n' "$bold" "$*" "$plain"; }
 run() { # prints the command as it can be pasted
     printf '$'
     printf ' %q' "$@"
@@ -73,5 +77,5 @@ Look at
   $demo/samples_duo_500/report/grid_image.png         digits of DuoDiff
   $demo/samples_early_exit/report/grid_image.png      digits of early exit
   $demo/samples_early_exit/report/exit_layer.png      where images left, from noise to image
-Done in $((SECONDS - started)) s.
+Done in $((SECONDS / 60)) min $((SECONDS % 60)) s.
 END

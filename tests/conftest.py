@@ -38,6 +38,14 @@ settings.register_profile("thousands", max_examples=3000, **_ANY)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test printed may name files outside UTF-8, which one process of pytest cannot send to another."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _plain_randomness():
     torch.manual_seed(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,14 @@ def samples(folder: Path) -> dict[str, np.ndarray]:
 
 def statistics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report" / "statistics.json").read_text())
+
+
+def timesteps_told(said: str) -> dict[str, int]:
+    """The timesteps of each network in the table that a sampling run ends with."""
+    lines = said.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:2] == ["network", "timesteps"])
+    rows = itertools.takewhile(lambda line: line.endswith("%"), lines[head + 2 :])
+    return {name: int(timesteps) for name, timesteps, *_ in (re.split(r" {2,}", row) for row in rows)}
 
 
 def equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:

@@ -13,6 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
+if "forkserver" not in multiprocessing.get_all_start_methods():
+    pytest.skip("processes are forked here, which Windows cannot", allow_module_level=True)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["training.setup", "torch.utils.tensorboard", "torch._dynamo", "torch.distributed.fsdp"])
 # Killed processes leave semaphores (of tqdm) behind, which are cleared away at the end, with a warning.

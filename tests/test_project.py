@@ -18,6 +18,15 @@ import pytest
 import torch
 import yaml
 
+from common import __version__
+from common.errors import EXTRAS, command
+from tests.parsers import commands
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
 ROOT = Path(__file__).parents[1]
 INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
 SCRIPTS = ("train.py", "main.py", "sampler.py", "eesampler.py", "fid.py", "compare.py", "calibrate.py", "benchmark.py")
@@ -101,6 +110,90 @@ def _bounds(name: str, relation: str) -> dict[str, str]:
     found = [re.fullmatch(rf"([a-z-]+){relation}(\d[\d.]*)(,<[\d.]+)?", line) for line in lines]
     assert all(found), [line for line, match in zip(lines, found, strict=True) if not match]
     return {match[1]: match[2] for match in found}
+
+
+def _pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def test_the_scripts_install_what_the_project_asks_for():
+    project = _pyproject()["project"]
+    extras = project["optional-dependencies"]
+    assert extras.keys() == {"eval", "latents", "efficientnet", "dev"}
+    assert "duodiff[eval,latents]" in extras["dev"], "the tests need everything"
+    apart = extras.pop("efficientnet")  # for one extractor, which few use
+    assert apart == [line for line in (ROOT / "requirements-eval.txt").read_text().splitlines() if line[:1] != "#"]
+    wanted = [*project["dependencies"], *(name for extra in extras.values() for name in extra)]
+    wanted.remove("duodiff[eval,latents]")
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert sorted(wanted) == sorted(line for line in lines if line and not line.startswith("#"))
+
+
+def test_sampling_needs_no_test_tools():
+    base = " ".join(_pyproject()["project"]["dependencies"])
+    assert not [name for name in ("pytest", "hypothesis", "ruff", "mypy", "pre-commit") if name in base]
+
+
+def test_what_a_lacking_package_is_called(fails):
+    """A package of an extra that is not installed ends in one line, which names the extra."""
+    extras = _pyproject()["project"]["optional-dependencies"]
+    named = {(name.split(">")[0].replace("-", "_"), extra) for extra in ("eval", "latents") for name in extras[extra]}
+    assert set(EXTRAS.items()) == named | {("huggingface_hub", "latents")}, "diffusers brings the hub's client"
+
+    @command
+    def main(argv=None):
+        raise ModuleNotFoundError("No module named 'scipy'", name=argv[0])
+
+    fails(main, ["scipy.linalg"], "scipy is not installed", "pip install -e '.[eval]'")
+    with pytest.raises(ModuleNotFoundError):
+        main(["generation.missing"])
+
+
+def test_an_installation_has_all_packages():
+    include = _pyproject()["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert sorted(include) == sorted(f"{package}*" for package in PACKAGES)
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == __version__
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
+    project = _pyproject()
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "common.__version__"}
+
+
+@pytest.mark.parametrize("command_line", commands(), ids=str)
+def test_every_script_tells_its_version(command_line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.parser.parse_args(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"DuoDiff {__version__}\n"
+
+
+def test_licences():
+    """What NOTICE says about files is about files that are there, and the citation has the licence of the project."""
+    said = (ROOT / "NOTICE").read_text("utf-8")
+    paths = re.findall(r"^[a-z]+/\S+", said, re.MULTILINE)
+    assert {"data/digits.npz", "experiments/emoji_classifier.pt"} <= set(paths)
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    assert "MIT License" in (ROOT / "LICENSE").read_text("utf-8")
+    assert _pyproject()["project"]["license"] == "MIT"
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["license"] == "MIT"
+
+
+def _tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout, so it cannot be told what belongs to the project")
+    return [path for name in done.stdout.splitlines() if (path := ROOT / name).exists()]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git lists the files")
+def test_a_clone_is_small():
+    sizes = {path.relative_to(ROOT).as_posix(): path.stat().st_size for path in _tracked()}
+    assert {name: size for name, size in sizes.items() if size > 20e6} == {}
+    pictures = {name: size for name, size in sizes.items() if name.startswith("docs/") and name.endswith(".png")}
+    assert pictures and {name: size for name, size in pictures.items() if size > 300e3} == {}
 
 
 def test_the_lowest_versions_are_those_that_are_asked_for():

@@ -1,5 +1,5 @@
-"""The commands of the README and of docs/, as a reader pastes them: one bash for all blocks of a page in their order,
-one folder for all its commands.
+"""The commands of the README and of docs/, as a reader pastes them: one bash for all blocks in the order of the pages,
+one folder for all their commands.
 
 Bash itself reads the blocks, with recorders in place of the programs they call. What it recorded is then run, on tiny
 networks, a CelebA of eight images and an ImageNet of sixteen.
@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,9 +38,9 @@ import pack
 import sampler
 import train
 from common.config import build_config, read_yaml
-from experiments import results
 from models import autoencoder
 from models.loading import build_network
+from tests.folders import timesteps_told
 from tests.latents import NARROW, public_names, tiny_imagenet
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,6 @@ SCRIPTS: dict[str, tuple[Callable, list[str]]] = {
     "pack.py": (pack.main, ["--num_workers", "0"]),
     # Tested elsewhere, on networks of their own: here their words are read.
     "benchmark.py": (benchmark.parse_settings, []),
-    "scripts/results.sh": (results.parse_settings, []),
 }
 RECORDER = """#!{bash}
 printf '%s\\x1f' "${{0##*/}}" "$@" >> {calls}
@@ -231,14 +230,14 @@ def files_in(place: Path) -> dict[Path, int]:
     }
 
 
-def walked(page: str, place: Path) -> Iterator[list[Call]]:
-    """What the commands of a page print, run in their order in a folder that becomes the working folder.
+def walked(names: Sequence[str], place: Path) -> Iterator[list[Call]]:
+    """What the commands of these pages print, run in their order in a folder that becomes the working folder.
 
     It has the project's own files, in tiny, and what the text above the blocks says that a reader puts there.
     """
     if BASH is None:
         pytest.skip("the blocks are bash's")
-    text = pages()[page]
+    text = "\n".join(pages()[name] for name in names)
     (place / "configs").mkdir()
     tiny_configs(place / "configs")
     with torch.no_grad():
@@ -268,14 +267,21 @@ def walked(page: str, place: Path) -> Iterator[list[Call]]:
         yield done
 
 
+# Pages whose commands use the files of those before them.
+WALK = [
+    "README.md",
+    *(f"docs/{n}.md" for n in ("celeba", "training", "sampling", "choosing", "clusters", "data", "speed")),
+]
+
+
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory) -> Iterator[list[Call]]:
-    yield from walked("README.md", tmp_path_factory.mktemp("readme"))
+    yield from walked(WALK, tmp_path_factory.mktemp("readme"))
 
 
 @pytest.fixture
 def public_walk(tmp_path) -> Iterator[list[Call]]:
-    yield from walked("docs/public-weights.md", tmp_path)
+    yield from walked(["docs/public-weights.md"], tmp_path)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -293,18 +299,44 @@ def test_a_variable_that_no_block_sets_is_found(tmp_path):
 
 def test_every_page_with_commands_is_walked():
     with_commands = {page for page, text in pages().items() if "```bash" in text}
-    assert with_commands == {"README.md", "docs/public-weights.md"}
+    # tests/evaluation reads the commands of comparing.md; what they compare, the demo makes.
+    assert with_commands == {*WALK, "docs/public-weights.md", "docs/comparing.md"}
+
+
+def test_links_lead_somewhere():
+    """To files of the project, and to headings of pages."""
+    texts = pages()
+    headings = {
+        name: {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()}
+        for name, text in texts.items()
+    }
+    found = 0
+    for name, text in texts.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            if re.match(r"https?://|mailto:", target):
+                continue
+            path, _, heading = target.partition("#")
+            place = (ROOT / name).parent / path if path else ROOT / name
+            assert place.exists(), f"{name}: {target}"
+            page = place.resolve().relative_to(ROOT).as_posix()
+            assert not heading or heading in headings[page], f"{name}: {target}"
+            found += 1
+    assert found > 20
+
+
+def test_the_readme_is_short():
+    assert len(pages()["README.md"].splitlines()) <= 200
 
 
 PAIRS = {"imagenet64": "imagenet64", "imagenet256": "imagenet256", "dit": "imagenet256", "sit": "imagenet256"}
 
 
 @pytest.mark.slow
-def test_five_commands_for_each_pair_of_public_networks(public_walk):
+def test_pairs_of_public_networks_and_a_shallow_one_beside(public_walk):
     for name, dataset in PAIRS.items():
         folder = Path("out") / name
         said = printed_by(public_walk, "sampler.py", f"out/{name}/pair")
-        assert "shallow ran 2 timesteps, full ran 2 timesteps" in said  # 999, 749; 499, 249
+        assert timesteps_told(said) == {"shallow": 2, "full": 2}  # 999, 749; 499, 249
         said = printed_by(public_walk, "calibrate.py", f"out/{name}/switch.yaml")
         assert f"8 images of {dataset}" in said and "chosen: t_switch" in said
         measured = json.loads((folder / "switch.json").read_text())["networks"]
@@ -315,6 +347,10 @@ def test_five_commands_for_each_pair_of_public_networks(public_walk):
         rows = printed_by(public_walk, "compare.py", f"full=out/{name}/full").splitlines()[2:5]
         assert [row.split("  ")[0] for row in rows] == ["full", "switch at 499", "calibrated"]
         assert (folder / "comparison.png").exists()
+    said = printed_by(public_walk, "sampler.py", "out/public_duodiff")
+    assert timesteps_told(said) == {"shallow": 2, "full": 2}  # 999, 749; 499, 249
+    carried = torch.load("logs/shallow_public/celeba_uvit_last.pth", weights_only=True)["config"]
+    assert carried["crop"] == "uvit128" and carried["diffusion_params"]["beta_schedule"] == "continuous_vp"
 
 
 @pytest.mark.slow
@@ -326,8 +362,8 @@ def test_every_script_has_its_place(walk):
 @pytest.mark.slow
 def test_the_walk(walk):
     said = printed_by(walk, "sampler.py", "out/duodiff")
-    assert "shallow ran 3 timesteps, full ran 1 timesteps" in said  # 999, 749, 499; 249
-    rows = printed_by(walk, "compare.py").splitlines()
+    assert timesteps_told(said) == {"shallow": 3, "full": 1}  # 999, 749, 499; 249
+    rows = printed_by(walk, "compare.py", "full=out/full").splitlines()
     assert rows[0].endswith("speed-up") and [row.split("  ")[0] for row in rows[2:5]] == [
         "full",
         "DuoDiff",
@@ -357,22 +393,13 @@ def test_a_queue_is_given_the_job_until_it_is_done(walk, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_public_weights_to_duodiff(walk):
-    said = printed_by(walk, "sampler.py", "out/public_duodiff")
-    assert "shallow ran 2 timesteps, full ran 2 timesteps" in said  # 999, 749; 499, 249
-    carried = torch.load("logs/shallow_public/celeba_uvit_last.pth", weights_only=True)["config"]
-    assert carried["crop"] == "uvit128" and carried["diffusion_params"]["beta_schedule"] == "continuous_vp"
-
-
-@pytest.mark.slow
 def test_two_public_networks_without_training(walk):
-    for folder in ("out/public_pair", "out/public_latent_pair"):
-        assert "shallow ran 2 timesteps, full ran 2 timesteps" in printed_by(walk, "sampler.py", folder)
+    assert timesteps_told(printed_by(walk, "sampler.py", "out/public_pair")) == {"shallow": 2, "full": 2}
 
 
 @pytest.mark.slow
 def test_where_to_switch(walk):
-    assert "chosen: t_switch" in printed_by(walk, "calibrate.py")
+    assert "chosen: t_switch" in printed_by(walk, "calibrate.py", "logs/calibration.yaml")
     assert "chosen: t_switch" in printed_by(walk, "sampler.py", "auto")
     assert Path("logs/calibration.yaml").exists() and Path("out/switch_auto/report/calibration.png").exists()
 
@@ -385,11 +412,19 @@ def test_networks_for_their_part(walk):
 
 
 @pytest.mark.slow
-def test_cascades_and_caching(walk):
+def test_the_best_plan(walk):
+    assert "the whole plan along fresh paths" in printed_by(walk, "calibrate.py", "--plan")
+    assert json.loads(Path("out/plan/report/statistics.json").read_text())["stages"]
+
+
+@pytest.mark.slow
+def test_cascades_and_saving(walk):
     said = printed_by(walk, "sampler.py", "cascade.yaml")
-    assert "network 1 ran 2 timesteps, network 2 ran 1 timesteps, network 3 ran 1 timesteps" in said
+    assert timesteps_told(said) == {"network 1": 2, "network 2": 1, "network 3": 1}
     backbone = json.loads(Path("out/caching/report/statistics.json").read_text())["backbones"][0]
     assert backbone["timesteps_reusing"] == 2  # of 999, 749, 499, 249 the middle two
+    said = printed_by(walk, "sampler.py", "out/corrected")
+    assert timesteps_told(said) == {"shallow": 4, "full": 1}  # at 499 both
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ class CheckpointFolder:
                 read_checkpoint(path)
                 return path
             except InputError as error:
-                log.warning("passed over %s; it is now %s", error, set_aside(path).name)
+                log.warning("skipped a damaged checkpoint, now %s: %s", set_aside(path).name, error)
         raise InputError(f"--resume: no checkpoint of {self.prefix} in {self.folder}; to begin, leave --resume out")
 
     def tidy(self, newest: Path, keep: int | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
-from common.config import build_config, contradictions
+from common.config import PRECISIONS, build_config, contradictions
 from common.errors import InputError, command
 from common.files import read_json, replacing, write_json
 from common.settings import Checked, in_words, option
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from models.weights import Weights
 
 WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")  # what nobody calls a folder
+KINDS = {"ema": "averaged (EMA)", "raw": "of the last step"}
 SCORES = ("fid", "kid", "kid_std", "is", "is_std", "precision", "recall")
 
 
@@ -28,13 +29,18 @@ class ExportSettings(Checked):
 
     source: Path = option(help="checkpoint to read", exists="file", positional=True, metavar="IN")
     target: Path = option(
-        help="file that ends in .safetensors, or folder, which gets a model card too; replaced if it exists",
+        help="file to write, ending in .safetensors, or folder, which gets a model card too; it replaces an older one",
         positional=True,
         metavar="OUT",
     )
-    weights: str = option("ema", "averaged (ema), or of the last step (raw)", choices=("ema", "raw"))
+    weights: str = option("ema", "ema for averaged weights, raw for those of the last step", choices=("ema", "raw"))
+    precision: str | None = option(
+        None,
+        "round the weights to this precision: fp16 and bf16 halve the file (default: as they are)",
+        choices=PRECISIONS,
+    )
     scores: Path | None = option(
-        None, "report/metrics.json of samples of this network, for the model card", exists="file"
+        None, "report/metrics.json of samples of this network, whose scores the model card tells", exists="file"
     )
 
 
@@ -49,14 +55,17 @@ def parse_settings(argv: Sequence[str] | None) -> ExportSettings:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
-    print(f"{export(settings.source, settings.target, settings.weights, settings.scores)} -> {settings.target}")
+    done = export(settings.source, settings.target, settings.weights, settings.scores, settings.precision)
+    print(f"{done} -> {settings.target}")
 
 
-def export(source: Path, target: Path, weights: str, scores: Path | None = None) -> str:
+def export(source: Path, target: Path, weights: str, scores: Path | None = None, precision: str | None = None) -> str:
     """Write the weights of a checkpoint, and the description, as safetensors, or as a folder with a model card.
 
-    scores: metrics.json of samples of the network, for the card. Returns what was written.
+    scores: metrics.json of samples of the network, for the card. precision: one of PRECISIONS, to which the weights are
+    rounded; None leaves them. Returns what was written.
     """
+    from common.devices import DTYPES
     from models.weights import IN_FOLDER, check_numbers, is_exported, read_weights
 
     in_folder = target.suffix != ".safetensors"
@@ -72,13 +81,18 @@ def export(source: Path, target: Path, weights: str, scores: Path | None = None)
     if in_folder and target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_exported(target))):
         raise InputError(f"{target} is there already, and of no export; choose another name")
     read = read_weights(source, weights)
-    if read.settings is None:
-        raise InputError(f"{source} carries no description of its network; only checkpoints of this project do")
+    description = read.settings
+    if description is None:
+        raise InputError(f"{source} has no description of its network; only checkpoints of this project have one")
     if read.kind != weights:
         raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
     check_numbers(read.state_dict, source)
+    if precision is not None:
+        rounded = {name: value.to(DTYPES[precision]) for name, value in read.state_dict.items()}
+        check_numbers(rounded, f"{source} rounded to {precision}")  # what is too large for fp16 is infinite
+        read = read._replace(state_dict=rounded)
     if in_folder:
-        card = model_card(read, read.settings, target, scores)
+        card = model_card(read, description, target, scores)
         target.mkdir(exist_ok=True)
         _write_folder(read, target, card)
     else:
@@ -125,7 +139,7 @@ def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scor
         ("classes", classes + (f", and class {config.no_class} for none" if config.no_class is not None else "")),
         ("data", in_words(config.dataset or "unknown") + (f", crop {in_words(config.crop)}" if config.crop else "")),
         ("steps", f"{read.step}"),
-        ("weights", {"ema": "averaged (EMA)", "raw": "of the last step"}[read.kind]),
+        ("weights", f"{KINDS[read.kind]}, in {precisions_of(read)}"),
         ("predicts", config.parametrization.removeprefix("predict_")),
         ("noise schedule", config.conventions),
         ("timesteps", f"{config.t_min}..{config.t_max} of {config.diffusion_params.num_timesteps}"),
@@ -147,6 +161,11 @@ def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scor
         f"## Sampling\n\n```\n{shlex.join(words)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def precisions_of(read: Weights) -> str:
+    """The precision of the weights, as their type is called in torch."""
+    return ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in read.state_dict.values()}))
 
 
 def _scores(own: Mapping[str, Any], path: Path) -> str:

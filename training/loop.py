@@ -22,6 +22,7 @@ from common.config import Config, carried_settings
 from common.distributed import is_main, on_main, part_of, world_size
 from common.errors import InputError, WriteError, writing
 from common.files import remove_leftovers
+from common.progress import Progress
 from common.settings import CONDITIONS, record
 from data.dataset import ImageDataset, training_batches
 from training.batches import BatchMaker
@@ -106,8 +107,10 @@ def train(run: Training, stop: StopRequests) -> None:
     )
     learner.network.train()
     status = ReadLate(1 + len(REASONS))
-    silent = True if settings.machine.quiet or not is_main() else None
-    bar = tqdm(total=settings.n_steps, initial=learner.step, unit="step", disable=silent)
+    silent = settings.machine.quiet or not is_main()
+    bar = Progress(
+        "training", settings.n_steps, "steps", images=settings.batch_size, initial=learner.step, quiet=silent
+    )
     since, since_step = time.perf_counter(), learner.step
     while not finished and stop.reason is None:
         lr = learning_rate(learner.step, settings.n_steps, settings.optimisation)

@@ -36,7 +36,11 @@ def preview_maker(
     timesteps = spaced_timesteps(schedule.num_timesteps, steps)
     trained = config.trained_timesteps
     if not all(t in trained for t in timesteps):
-        log.warning("no previews: the network learns t = %d..%d, an image takes them all", trained[0], trained[-1])
+        log.warning(
+            "no previews: the network learns t = %d..%d, and an image needs every t",
+            trained[0],
+            trained[-1],
+        )
         return None
     path = config.autoencoder and config.autoencoder.checkpoint_path
     if config.autoencoder and not (path and Path(path).exists()):

@@ -41,7 +41,7 @@ class DataSettings(Checked):
         decides=(),
         why=DESCRIBED,
     )
-    random_flip: bool | None = option(None, "mirror half of the images at random (default: depends on the dataset)")
+    random_flip: bool | None = option(None, "mirror half of the images at random (default: as the dataset has it)")
     label_dropout: float | None = option(
         None,
         'probability of training with "no class" in place of the label, for guidance; needs a network with that class '
@@ -52,7 +52,8 @@ class DataSettings(Checked):
     download: bool = option(False, "download the dataset first, if it is missing", decides=(), why=ONE_START)
     num_workers: int | None = option(
         None,
-        "processes that load images, per training process (default: 0 for images in memory, else one per core)",
+        "number of processes that load images for each training process (default: 0 for images in memory, else one per "
+        "core)",
         least=0,
         most=1024,
         decides=HOW,
@@ -65,26 +66,26 @@ class OptimisationSettings(Checked):
     """Optimisation."""
 
     lr: float = option(2e-4, "learning rate after the warm-up", least=0, most=1000, above=True)
-    lr_schedule: str = option("cosine", "course of the learning rate after the warm-up", choices=("cosine", "constant"))
+    lr_schedule: str = option("cosine", "form of the learning rate after the warm-up", choices=("cosine", "constant"))
     num_warmup_steps: int = option(
         1500, "steps in which the learning rate rises linearly from 0", least=0, most=MOST_STEPS
     )
     weight_decay: float = option(0.03, "weight decay of AdamW", least=0, most=1000)
     beta1: float = option(0.99, "beta1 of AdamW", least=0, most=0.999999)
     beta2: float = option(0.999, "beta2 of AdamW", least=0, most=0.999999)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", least=0, most=1e12, above=True)
-    ema_decay: float = option(0.9999, "decay of the averaged weights; 0: no averaging", least=0, most=0.999999999)
-    use_amp: bool = option(False, "mixed precision")
+    max_grad_norm: float = option(1.0, "norm to which gradients are clipped", least=0, most=1e12, above=True)
+    ema_decay: float = option(0.9999, "decay of the averaged weights; 0 turns averaging off", least=0, most=0.999999999)
+    use_amp: bool = option(False, "train in mixed precision")
     amp_dtype: str = option("bfloat16", "precision of --use_amp", choices=("bfloat16", "float16"))
     compile: bool = option(
         False,
-        "compile the network first (torch.compile); takes about a minute",
+        "compile the network first (torch.compile), which takes about a minute",
         decides=HOW,
         why="a compiled network differs in rounding alone",
     )
     grad_checkpointing: bool = option(
         False,
-        "recompute activations in the backward pass: less memory, about a third more time",
+        "compute activations again in the backward pass, which saves memory and takes about a third more time",
         decides=HOW,
         why="the gradients are the same",
     )
@@ -95,10 +96,20 @@ class LogSettings(Checked):
     """Logs and checkpoints."""
 
     log_every_n_steps: int = option(
-        2500, "scalars and a preview", least=1, most=MOST_STEPS, decides=HOW, why="logging changes no weight"
+        2500,
+        "steps between log entries, each with a preview",
+        least=1,
+        most=MOST_STEPS,
+        decides=HOW,
+        why="logging changes no weight",
     )
     save_every_n_steps: int = option(
-        25_000, "replaces the last checkpoint", least=1, most=MOST_STEPS, decides=HOW, why="saving changes no weight"
+        25_000,
+        "steps between replacements of the last checkpoint",
+        least=1,
+        most=MOST_STEPS,
+        decides=HOW,
+        why="saving changes no weight",
     )
     save_new_every_n_steps: int = option(
         100_000,
@@ -110,16 +121,18 @@ class LogSettings(Checked):
     )
     keep_last: int | None = option(
         None,
-        "number of kept checkpoints (default: all)",
+        "number of checkpoints that are kept (default: all)",
         least=1,
         most=10**6,
         decides=HOW,
         why="saving changes no weight",
     )
-    n_samples: int = option(16, "images in a preview", least=1, most=1024, decides=HOW, why="previews change no weight")
+    n_samples: int = option(
+        16, "number of images in a preview", least=1, most=1024, decides=HOW, why="previews change no weight"
+    )
     preview_steps: int = option(
         20,
-        "DDIM steps of a preview; 0: no previews",
+        "number of DDIM steps of a preview; 0 turns previews off",
         least=0,
         most=100_000,
         decides=HOW,
@@ -151,8 +164,8 @@ class TeacherSettings(Checked):
 
     init_from: Path | None = option(
         None,
-        "start from the weights of this deeper network (--model uvit): embeddings, head, middle block and evenly "
-        "spaced other blocks",
+        "start from the weights of this deeper or shallower U-ViT: its embeddings, head and middle block, and evenly "
+        "spaced others of its blocks; blocks that a shallower one lacks begin as the identity",
         exists="file",
         decides=(),
         why=ONE_START,
@@ -195,15 +208,21 @@ class ExitSettings(Checked):
 class TrainingSettings(Checked):
     """Settings of train.py and main.py."""
 
-    model: str | None = option(help="the kind of network", choices=TRAINABLE, decides=(), why=DESCRIBED)
+    model: str | None = option(help="kind of network", choices=TRAINABLE, decides=(), why=DESCRIBED)
     n_steps: int = option(
-        help="optimiser steps", least=1, most=MOST_STEPS, decides=(), why="recorded by itself: a run may be made longer"
+        help="number of optimiser steps",
+        least=1,
+        most=MOST_STEPS,
+        decides=(),
+        why="recorded by itself: a run may be made longer",
     )
-    batch_size: int = option(128, "images per optimiser step, over all processes", least=1, most=MOST_BATCH)
+    batch_size: int = option(128, "number of images per optimiser step, over all processes", least=1, most=MOST_BATCH)
     grad_accum_steps: int = option(
-        1, "split a batch into this many equal parts, computed one after the other", least=1, most=MOST_BATCH
+        1, "number of equal parts of a batch, which are computed one after the other", least=1, most=MOST_BATCH
     )
-    seed: int = option(0, "seed of the weights, data order, noise and timesteps", least=0, most=MOST_SEED)
+    seed: int = option(
+        0, "seed of the weights, the order of the data, the noise and the timesteps", least=0, most=MOST_SEED
+    )
     log_path: Path = option(
         Path("logs"), "folder that contains the runs", decides=(), why="it is the place of the checkpoint"
     )
@@ -216,14 +235,14 @@ class TrainingSettings(Checked):
     resume: bool = option(False, "continue from the newest checkpoint in the run's folder", decides=(), why=ONE_START)
     load_checkpoint_path: Path | None = option(
         None,
-        "start a run from this checkpoint (weights, optimiser, step), or at step 0 if the file has only weights",
+        "start from the weights, optimiser state and step of this checkpoint; at step 0 from a file of weights alone",
         exists="file",
         decides=(),
         why=ONE_START,
     )
     max_hours: float | None = option(
         None,
-        "save and stop after this time, for queues with a time limit",
+        "save and stop after this many hours, for queues with a time limit",
         least=0,
         most=1e6,
         above=True,
@@ -232,7 +251,7 @@ class TrainingSettings(Checked):
     )
     max_bad_steps: int = option(
         10,
-        "stop after this many steps in a row whose loss or gradient is not finite; such steps change no weight",
+        "stop after this many steps in a row without a finite loss and gradient; such steps change no weight",
         least=1,
         most=10**6,
         decides=HOW,
@@ -240,7 +259,7 @@ class TrainingSettings(Checked):
     )
     fsdp: bool = option(
         False,
-        "under torchrun: shard parameters, optimizer and averaged weights over the processes",
+        "under torchrun, shard parameters, optimiser state and averaged weights over the processes",
         decides=HOW,
         why="pieces and copies differ in rounding alone",
     )
@@ -248,10 +267,10 @@ class TrainingSettings(Checked):
         None, "YAML file that describes the network", exists="file", decides=(), why=DESCRIBED
     )
     sample_height: int | None = option(
-        None, "height of the images; checked against the network", least=1, most=4096, decides=(), why=DESCRIBED
+        None, "height of the images, which must be that of the network", least=1, most=4096, decides=(), why=DESCRIBED
     )
     sample_width: int | None = option(
-        None, "width of the images; checked against the network", least=1, most=4096, decides=(), why=DESCRIBED
+        None, "width of the images, which must be that of the network", least=1, most=4096, decides=(), why=DESCRIBED
     )
     described: Mapping[str, Any] = option({}, flag=False, decides=(), why=DESCRIBED)  # the network's own flags, nested
     command: tuple[str, ...] = option((), flag=False, decides=(), why=ONE_START)  # the words of the command line
@@ -308,7 +327,7 @@ class BackboneSettings(TrainingSettings):
 
     model: str | None = option(
         None,
-        "the kind of network (default: that of --config_path, else uvit); use main.py for early-exit models",
+        "kind of network; main.py trains early-exit models (default: that of --config_path, else uvit)",
         choices=BACKBONES,
         decides=(),
         why=DESCRIBED,

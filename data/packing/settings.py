@@ -27,20 +27,20 @@ class PackSettings(Checked):
     download: bool = option(False, "download the dataset first, if that is possible")
     img_size: int | None = option(None, "side of the packed images", least=1, most=4096)
     crop: str | None = option(None, "crop that makes images square (default: the crop of the dataset)", choices=CROPS)
-    in_chans: int = option(3, "channels: 3 colour, 1 grey", least=1, most=256)
-    num_classes: int = option(
-        -1, "number of classes of --dataset folder, whose labels are then packed", least=-1, most=1_000_000
-    )
+    in_chans: int = option(3, "channels of the images, 3 for colour and 1 for grey", least=1, most=256)
+    num_classes: int = option(-1, "number of classes of --dataset folder; -1 packs no labels", least=-1, most=1_000_000)
     output: Path | None = option(
         None,
-        "folder to write (default: packed/<name> under --data_path); with --benchmark: a folder with room for 3 GB of "
-        "temporary files",
+        "folder to write, or with --benchmark a folder with room for 3 GB of temporary files (default: packed/<name> "
+        "under --data_path)",
     )
     num_workers: int = option(num_cores(), "number of decoding processes", least=0, most=1024)
     autoencoder_checkpoint_path: Path | None = option(
-        None, "pack latents of this autoencoder: autoencoder_kl.pth or a diffusers folder", exists="path"
+        None, "pack latents of this autoencoder, autoencoder_kl.pth or a folder of diffusers", exists="path"
     )
-    scale_factor: float = option(PUBLIC_SCALE_FACTOR, "latents are multiplied by it", least=0, most=1000, above=True)
+    scale_factor: float = option(
+        PUBLIC_SCALE_FACTOR, "factor by which latents are multiplied", least=0, most=1000, above=True
+    )
     benchmark: bool = option(False, "measure the speed of packing and loading on generated images")
     machine: MachineSettings = section("machine", MachineSettings())
 

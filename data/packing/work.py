@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from common.errors import InputError, WriteError
 from common.files import check_regular, lock, read_json, remove_leftovers, replacing, writable_folder, write_json
+from common.progress import Progress
 from common.settings import differences
 from data.dataset import ImageDataset
 from data.packing.packed import (
@@ -176,7 +177,7 @@ class _Work:
         finished = self.num_images - sum(len(images) for _, images in to_do)
         with (
             (self.partial / JOURNAL).open("ab") as journal,
-            tqdm(total=self.num_images, initial=finished, unit="image", disable=True if quiet else None) as bar,
+            Progress("packing", self.num_images, initial=finished, quiet=quiet) as bar,
         ):
             journal.write(b"\n")  # ends a line that was cut off
             checked = False

@@ -113,3 +113,35 @@ def test_types_of_numbers(name, taken, refused):
     for text in refused:
         with pytest.raises(argparse.ArgumentTypeError, match=REFUSED):
             kind(text)
+
+
+# Ways of saying "default" and of leaving out half of a sentence that a reader stops at.
+CLUMSY = r"if not said|default: (None|True|False)|\(default [^(]|^see |; ?-?\d: |: none\b|[.;]$|which see"
+
+
+@PER_COMMAND
+def test_help_texts_are_plain(command):
+    """Each option is explained by a phrase of its own, which ends in its default, if it has one, in parentheses."""
+    for action in command.parser._actions:
+        said, name = action.help, "/".join(action.option_strings) or action.dest
+        if said == argparse.SUPPRESS:
+            continue  # an older name
+        assert said and len(said.split()) > 1, f"{name}: {said!r}"
+        assert not re.search(CLUMSY, said), f"{name}: {said!r}"
+        phrase = re.fullmatch(r"(.*?)( \(default: .+\))?", said, re.DOTALL)[1]
+        assert "default" not in phrase, f"{name}: the default does not stand at the end of {said!r}"
+        assert phrase[0].islower() or phrase.startswith(("DDIM", "TorchScript", "YAML", "MLP")), f"{name}: {said!r}"
+    assert "default: None" not in command.parser.format_help()
+
+
+def test_a_default_is_told_as_it_would_be_typed():
+    told = {}
+    for command in COMMANDS:
+        for action in command.parser._actions:
+            match = re.search(r"\(default: (.+)\)$", action.help or "")
+            told[str(command), action.dest] = match[1] if match else None
+    assert told["sampler", "seed"] == "0"
+    assert told["benchmark sample", "full"] == "configs/uvit_celeba.yaml"
+    assert told["benchmark sample", "t_switch"] == "300 500 699"
+    assert told["train", "conv"] == "on" and told["train", "qkv_bias"] == "off"
+    assert told["train", "use_amp"] is None

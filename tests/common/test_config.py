@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -214,11 +215,14 @@ def test_configs_describe_networks(path):
     model = "deediff_uvit" if path.stem.startswith("deediff") else "uvit"
     config = build_config(settings | {"model": model}, str(path))
     params = config.model_params
-    name, _, blocks = path.stem.partition("_")[2].partition("_")
-    full = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21, "digits": 7, "emoji16": 7}[name]
+    found = re.fullmatch(r"[a-z]+_(.*?)(?:_(\d+))?", path.stem)
+    assert found is not None
+    name, blocks = found.groups()
+    of_the_paper = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21}
+    full = (of_the_paper | {"digits": 7, "emoji16": 7, "fashion_mnist": 9})[name]
     assert params.num_blocks == int(blocks or full)
     assert (params.mlp_ratio, params.qkv_bias) == (4, False)
-    if name not in ("digits", "emoji16"):
+    if name in of_the_paper:
         width, heads = {"imagenet64": (768, 12), "imagenet256": (1024, 16)}.get(name, (512, 8))
         assert (params.embed_dim, params.num_heads, params.mlp_time_embed) == (width, heads, False)
         assert params.normalize_timesteps == (name in ("celeba", "cifar10"))

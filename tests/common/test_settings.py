@@ -295,4 +295,4 @@ def test_flags_of_such_a_section_are_those_of_all_its_classes(capsys):
     assert given_of(Shaped, given) == {"params": {"size": 3, "side": 4}}
     said = " ".join(parser.format_help().split())
     assert said.count("--size SIZE") == 2, "in the usage, and once below"
-    assert "shape square, which takes --size (default 5) too: --side SIDE" in said
+    assert "shape square, which also takes --size (default: 5): --side SIDE" in said

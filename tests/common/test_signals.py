@@ -96,6 +96,17 @@ def test_handlers_are_put_back():
     assert not set(within) & set(before) and [signal.getsignal(number) for number in numbers] == before
 
 
+def test_what_was_set_within_for_longer_stays():
+    """As a script ignores signals in its last steps."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with on_signals([signal.SIGTERM], lambda *_: None):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_only_the_main_thread_sets_handlers():
     before, within = signal.getsignal(signal.SIGTERM), []
 

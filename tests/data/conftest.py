@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import struct
 import tarfile
 
 import numpy as np
@@ -94,6 +95,21 @@ def cifar10(official):
     for name, content in pickled.items():
         official(name, content)
     return pickled, pixels, labels
+
+
+@pytest.fixture
+def mnist():
+    """Twenty images (20, 28, 28) and their labels (20,)."""
+    return np.random.default_rng(0).integers(0, 250, (20, 28, 28), dtype=np.uint8), np.arange(20, dtype=np.uint8) % 10
+
+
+@pytest.fixture
+def idx_files(mnist):
+    """They, as the content of the two files by name."""
+    return {
+        "train-images-idx3-ubyte": struct.pack(">IIII", 0x803, 20, 28, 28) + mnist[0].tobytes(),
+        "train-labels-idx1-ubyte": struct.pack(">II", 0x801, 20) + mnist[1].tobytes(),
+    }
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import zipfile
@@ -56,11 +57,18 @@ def make_imagenet256(root, request):
             picture((300, 270), n).save(root / "imagenet" / synset / f"{n}.JPEG")
 
 
+def make_fashion_mnist(root, request):
+    (root / "fashion-mnist").mkdir()
+    for name, content in request.getfixturevalue("idx_files").items():
+        (root / "fashion-mnist" / f"{name}.gz").write_bytes(gzip.compress(content))
+
+
 SETS = {
-    "celeba": (make_celeba, 64, -1),
-    "cifar10": (make_cifar10, 32, 11),
-    "imagenet64": (make_imagenet64, 64, 1001),
-    "imagenet256": (make_imagenet256, 256, 1000),
+    "celeba": (make_celeba, 64, 3, -1),
+    "cifar10": (make_cifar10, 32, 3, 11),
+    "fashion_mnist": (make_fashion_mnist, 28, 1, 11),
+    "imagenet64": (make_imagenet64, 64, 3, 1001),
+    "imagenet256": (make_imagenet256, 256, 3, 1000),
 }
 
 
@@ -68,26 +76,39 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_all_the_way(name, packed, tmp_path, request, extractor, capsys):
-    make, size, num_classes = SETS[name]
+    make, size, in_chans, num_classes = SETS[name]
     (tmp_path / "datasets").mkdir()
     make(tmp_path / "datasets", request)
     where = ["--dataset", name, "--data_path", str(tmp_path / "datasets")]
-    as_it_is = open_source(name, tmp_path / "datasets", img_size=size, in_chans=3, num_classes=num_classes)
+    wanted = {"img_size": size, "in_chans": in_chans, "num_classes": num_classes}
+    as_it_is = open_source(name, tmp_path / "datasets", **wanted)
     if packed:
-        pack.main([*where, "--img_size", str(size), "--quiet", "--num_workers", "0"])
-        taken = open_dataset(name, tmp_path / "datasets", img_size=size, in_chans=3, num_classes=num_classes)
+        pack.main([*where, "--img_size", str(size), "--in_chans", str(in_chans), "--quiet", "--num_workers", "0"])
+        taken = open_dataset(name, tmp_path / "datasets", **wanted)
         assert type(taken).__name__ == "PackedDataset"
         for got, want in zip(taken.__getitems__([3, 0]), as_it_is.__getitems__([3, 0]), strict=True):
             assert torch.equal(got, want)
 
     network = ["--img_size", size, "--patch_size", size // 4, "--embed_dim", 32, "--num_heads", 4, "--depth", 1]
-    flags = ["--num_classes", num_classes, "--n_steps", 2, "--batch_size", 4, "--num_timesteps", 8, "--quiet"]
+    flags = [
+        "--in_chans",
+        in_chans,
+        "--num_classes",
+        num_classes,
+        "--n_steps",
+        2,
+        "--batch_size",
+        4,
+        "--num_timesteps",
+        8,
+        "--quiet",
+    ]
     flags += ["--log_path", tmp_path, "--preview_steps", 1, "--n_samples", 1, "--device", "cpu", "--num_workers", 0]
     train_script.main([str(arg) for arg in [*where, *network, *flags]])
 
     checkpoint, samples = tmp_path / f"{name}_uvit_1" / f"{name}_uvit_last.pth", tmp_path / "samples"
     argv = ["--checkpoint_path", checkpoint, "--output_folder", samples, "--n_samples", 3, "--quiet", "--device", "cpu"]
-    if name in ("cifar10", "imagenet64"):
+    if name in ("cifar10", "fashion_mnist", "imagenet64"):
         argv += ["--guidance_scale", 0.5]
     sampler.main([str(arg) for arg in argv])
 

@@ -86,6 +86,14 @@ def test_cifar10(cifar10, make_cifar10_archive, tmp_path):
         open_dataset("cifar10", tmp_path, img_size=32, in_chans=3, num_classes=5)
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_mnist(name, idx_files, tmp_path):
+    """Both mirror as they do unpacked."""
+    for file, content in idx_files.items():
+        (tmp_path / file).write_bytes(content)
+    check_packed(name, tmp_path, img_size=28, in_chans=1)
+
+
 @pytest.mark.parametrize("name, img_size", [("imagenet64", 64), ("imagenet256", 48)])
 def test_imagenet(name, img_size, synset_folders):
     path = synset_folders.parent.parent

@@ -11,6 +11,8 @@ import torch
 
 from common.errors import InputError
 from common.seeds import nth_seed
+from common.solvers import SOLVERS as KNOWN
+from common.solvers import Entry
 from diffusion import NoiseSchedule
 from diffusion.sampling import FiniteWatch, SeededNoise, Stage, guided, random_classes, sample, split_timesteps
 from diffusion.solvers import Solver, make_solver, spaced_timesteps
@@ -346,6 +348,21 @@ def test_the_first_step_after_a_switch_is_of_first_order(name):
 def test_solvers_that_skip_timesteps_need_a_parametrization_that_can():
     with pytest.raises(InputError, match="predict_previous"):
         make_solver("unipc", NoiseSchedule(), "predict_previous")
+
+
+class Halving(Solver):
+    def step(self, model_output, x_t, t, s, draw_noise):
+        return x_t / 2
+
+
+def test_an_entry_is_all_that_a_new_solver_needs(monkeypatch):
+    monkeypatch.setitem(KNOWN, "halving", Entry(__name__, "Halving", 7))
+    solver = make_solver("halving", NoiseSchedule(), "predict_noise")
+    noise = SeededNoise([0])(*SHAPE)
+    images = sample([Stage(Recorder(), [999, 499, 99])], solver, SeededNoise([0]), SHAPE)
+    torch.testing.assert_close(images, noise / 8)
+    with pytest.raises(InputError, match="halving"):
+        make_solver("doubling", NoiseSchedule(), "predict_noise")
 
 
 def test_clip_x0_holds_the_image_in_range():

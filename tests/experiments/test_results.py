@@ -122,6 +122,15 @@ def test_the_page_says_what_the_numbers_say(measured, tmp_path):
         assert f"]({name})" in text and Image.open(tmp_path / name)
 
 
+def test_a_picture_of_the_page_is_small(tmp_path):
+    """Noise, which compresses worst: the page's copy takes a byte per pixel at most, and keeps the proportions."""
+    Image.effect_noise((1560, 780), 90).convert("RGB").save(tmp_path / "large.png")
+    page.copy_for_page(tmp_path / "large.png", tmp_path / "small.png")
+    with Image.open(tmp_path / "small.png") as small:
+        assert small.size == (1200, 600) and len(small.getcolors()) <= 256
+    assert (tmp_path / "small.png").stat().st_size < 1.1 * 1200 * 600
+
+
 def test_what_people_wrote_on_the_page_stays(measured, tmp_path):
     path = tmp_path / "results.md"
     page.write_page(path, [measured, measured | {"name": "lines"}], "once", {})

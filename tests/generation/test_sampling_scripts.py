@@ -14,7 +14,7 @@ import generation.folder
 import sampler
 from models import UViT, load_weights
 from tests.conftest import TINY, TINY_FLAGS
-from tests.folders import samples, statistics
+from tests.folders import samples, statistics, timesteps_told
 
 DESCRIPTION = [*TINY_FLAGS, "--num_timesteps", 20]
 
@@ -31,7 +31,7 @@ def ee(early_exit):
 
 def test_two_backbones(duo, tmp_path, run_quietly):
     said = run_quietly(sampler.main, [*duo, "--t_switch", 5, "--output_folder", tmp_path / "s", "--batch_size", 3])
-    assert "shallow ran 14 timesteps, full ran 6 timesteps" in said
+    assert timesteps_told(said) == {"shallow": 14, "full": 6}
     images = samples(tmp_path / "s")
     assert list(images) == ["000000.png", "000001.png", "000002.png"]
     assert images["000000.png"].shape == (8, 8) and images["000000.png"].dtype == np.uint8

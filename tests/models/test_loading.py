@@ -52,16 +52,16 @@ def test_what_bare_weights_are_taken_to_be_told_is_said(normalize, diffusion, sa
     config = described(tmp_path, model_params=params, diffusion_params=diffusion)
     argv = ["--checkpoint_path", bare, "--config_path", config, "--output_folder", tmp_path / "s", *FLAGS]
     sampler.main([str(arg) for arg in argv])
-    assert f"{bare} carries no description; taken from {config}: {said}" in caplog.text
+    assert f"{bare} has no description; using that of {config}: {said}" in caplog.text
 
 
 def test_of_weights_that_training_begins_with_it_is_said_too(bare, tmp_path, caplog):
     flags = [*TINY_FLAGS, *TRAINING_FLAGS, "--depth", "3", "--n_steps", "1", "--log_path", str(tmp_path)]
     train.main([*flags, "--load_checkpoint_path", str(bare), "--exp_name", "a"])
     train.main([*flags, "--distill_from", str(bare), "--exp_name", "b"])
-    start, teacher = (line for line in caplog.text.splitlines() if "carries no description" in line)
-    assert "taken from the flags (see also --config_path): " + LINEAR in start and "t = 0..19" in start
-    assert "taken from the network that learns from it: " + LINEAR in teacher
+    start, teacher = (line for line in caplog.text.splitlines() if "has no description" in line)
+    assert "using that of the flags (see also --config_path): " + LINEAR in start and "t = 0..19" in start
+    assert "using that of the network that learns from it: " + LINEAR in teacher
 
 
 def test_nothing_is_said_of_weights_that_carry_a_description(full, tmp_path, caplog):

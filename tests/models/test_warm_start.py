@@ -1,4 +1,4 @@
-"""A shallow network that begins as part of a deeper one."""
+"""A shallow network that begins as part of a deeper one, and the other way round."""
 
 from __future__ import annotations
 
@@ -43,10 +43,32 @@ def test_blocks_are_spread_evenly_and_keep_the_partner_of_their_skip(depth, kept
         assert torch.equal(uvit.state_dict()[name], source.state_dict()[name])
 
 
+@pytest.mark.parametrize("depth, source_depth", [(3, 1), (9, 3), (9, 5), (13, 7)])
+def test_a_deeper_network_begins_as_the_same_function(depth, source_depth):
+    uvit, source = networks(depth, source_depth)
+    warm_start(uvit, source, F)
+    x, t = torch.randn(3, *source.config.image_shape), torch.tensor([0, 3, 999])
+    torch.testing.assert_close(uvit(x, t), source(x, t))
+
+
+def test_after_a_step_all_weights_of_new_blocks_learn():
+    """Zeros in two layers one after the other would stay zeros."""
+    uvit, source = networks(5, 3)
+    warm_start(uvit, source, F)
+    x, t = torch.randn(3, *source.config.image_shape), torch.tensor([0, 3, 999])
+    for _ in range(2):
+        uvit.zero_grad()
+        (uvit(x, t) - 1).square().mean().backward()
+        still = [name for name, p in uvit.named_parameters() if p.grad is None or not p.grad.any()]
+        with torch.no_grad():
+            for p in uvit.parameters():
+                p -= 0.01 * p.grad
+    assert not still
+
+
 def test_what_does_not_fit_changes_nothing():
     for uvit, source in (
         networks(3, 5, embed_dim=64),
-        networks(7, 5),
         networks(3, 5, num_heads=2),
         networks(3, 5, conv=False),
     ):

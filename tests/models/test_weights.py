@@ -260,13 +260,13 @@ def test_of_several_entries_the_one_that_fits_is_taken_and_named(layout, weights
     path = save(make(ema, raw), tmp_path / "several.pth")
     load_weights(target, path, weights)
     assert same(target, ema if weights == "ema" else raw)
-    assert f"several.pth: its entry {entries[weights == 'raw']} fits the network" in caplog.text
+    assert f"several.pth: using the entry {entries[weights == 'raw']}, which fits" in caplog.text
 
 
 def test_an_entry_of_safetensors(tmp_path, caplog):
     source, target = uvit(), uvit()
     load_weights(target, save(prefixed("ema_model.module.", source), tmp_path / "w.safetensors"))
-    assert same(source, target) and "its entry ema_model " in caplog.text
+    assert same(source, target) and "using the entry ema_model," in caplog.text
 
 
 def test_where_there_are_raw_weights_alone_they_are_the_ones(tmp_path):

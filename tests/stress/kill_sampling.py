@@ -119,7 +119,7 @@ def state(output: Path) -> int:
 
 
 def content(output: Path) -> dict[str, object]:
-    """All files without the times in them; not the lock, which holds the process."""
+    """All files without times and memory, which differ; not the lock, which holds the process."""
     files: dict[str, object] = {}
     for path in sorted(path for path in output.rglob("*") if path.is_file() and path.name != ".lock"):
         name = str(path.relative_to(output))
@@ -129,7 +129,9 @@ def content(output: Path) -> dict[str, object]:
         elif name == "report/statistics.json":
             about = json.loads(path.read_text(encoding="utf-8"))
             about["settings"].pop("output_folder")
-            files[name] = {key: value for key, value in about.items() if "second" not in key}
+            files[name] = {
+                key: value for key, value in about.items() if "second" not in key and key != "peak_memory_bytes"
+            }
         else:
             files[name] = path.read_bytes()
     return files

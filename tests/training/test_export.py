@@ -39,6 +39,30 @@ def test_samples_are_the_same(full, tmp_path, run_quietly):
     assert all(torch.equal(value, stored[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("precision, dtype, step", [("fp16", torch.float16, 2**-11), ("bf16", torch.bfloat16, 2**-8)])
+def test_half_precision(precision, dtype, step, full, tmp_path, run_quietly):
+    """Half the bytes, each weight the nearest that there is, and samplers read them."""
+    for name, flags in (("whole", []), ("half", ["--precision", precision])):
+        run_quietly(export_main, [full, tmp_path / name, *flags])
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
+    assert {value.dtype for value in half.values()} == {dtype}
+    assert f"| weights | averaged (EMA), in {str(dtype)[6:]} |" in (tmp_path / "half" / "README.md").read_text()
+    for name, value in whole.items():
+        assert ((half[name].float() - value).abs() <= step * value.abs() + 2**-25).all()
+    network = UViT(**TINY, depth=5)
+    load_weights(network, tmp_path / "half")
+    assert all(torch.equal(value, half[name].float()) for name, value in network.state_dict().items())
+    sampled(run_quietly, sampler_script, tmp_path / "half", tmp_path / "images")
+
+
+def test_a_weight_too_large_for_fp16_is_named(full, tmp_path, fails):
+    content = torch.load(full, weights_only=True)
+    content["ema"]["norm.bias"][0] = 70_000
+    torch.save(content, tmp_path / "large.pth")
+    fails(export_main, [tmp_path / "large.pth", tmp_path / "net", "--precision", "fp16"], "fp16: norm.bias", "finite")
+    assert not (tmp_path / "net").exists()
+
+
 def test_early_exit_too(early_exit, tmp_path, run_quietly, fails):
     run_quietly(export_main, [early_exit, tmp_path / "ee", "--weights", "raw"])
     assert "eesampler.py --checkpoint_path" in (tmp_path / "ee" / "README.md").read_text()

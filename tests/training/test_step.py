@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models import UViT
 from training.batches import Batch
 from training.settings import OptimisationSettings
 from training.step import Counters, Learner, train_step
@@ -223,3 +224,22 @@ class TestCounters:
         torch.testing.assert_close(counters.state_dict(), other.state_dict(), rtol=0, atol=0)
         with pytest.raises(RuntimeError):
             other.load_state_dict(state | {"sums": {"loss": torch.zeros(2)}})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("use_amp, amp_dtype", [(False, "bfloat16"), (True, "bfloat16"), (True, "float16")])
+def test_the_fused_kernel_of_attention_is_for_fp32_on_cpus(use_amp, amp_dtype, checkpointing):
+    """Its gradient is slow in half precision; recomputed activations need the same kernel as the first ones."""
+    settings = replace(SETTINGS, use_amp=use_amp, amp_dtype=amp_dtype)
+    torch.manual_seed(1)
+    network = UViT(img_size=4, patch_size=2, in_chans=1, embed_dim=8, depth=1, num_heads=2)
+    network.grad_checkpointing = checkpointing
+    learner = Learner(
+        network, lambda model, x, t, y, target: {"loss": F.mse_loss(model(x, t), target)}, settings, CPU, batch_size=2
+    )
+    x = torch.randn(2, 1, 4, 4)
+    with torch.profiler.profile() as profile:
+        step(learner, Batch(x, torch.tensor([3, 7]), None, x))
+    fused = [event.key for event in profile.key_averages() if "flash_attention" in event.key]
+    assert bool(fused) != use_amp and learner.counters.skipped_steps == 0
+    assert torch.backends.cuda.flash_sdp_enabled()

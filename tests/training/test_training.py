@@ -327,7 +327,7 @@ class TestBadInput:
         last.write_bytes(last.read_bytes()[:1000])
         argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", "6", "--depth", "1", "--log_path", str(tmp_path)]
         train_script.main([*argv, "--exp_name", "run", "--resume"])
-        assert "passed over" in caplog.text and "digits_uvit_last.pth" in caplog.text
+        assert "skipped a damaged checkpoint" in caplog.text and "digits_uvit_last.pth" in caplog.text
         assert checkpoint(tmp_path / "run")["step"] == 6
 
     def test_nothing_left_to_do(self, runs, tmp_path, fails):

@@ -34,7 +34,7 @@ def write_page(
         parts = [
             f"## {of_set['name'].capitalize()}",
             introduction(of_set, f"{how}. Machine: {about}."),
-            f"### At equal speed\n\n{plans_table(of_set)}",
+            f"### At equal speed\n\n{plans_table(of_set)}\n\n{verdict(of_set)}",
             f"![Divergence and score against speed]({picture.name})",
             f"### Predicted and measured\n\n{additivity(of_set)}",
             f"### Elsewhere\n\n{elsewhere(of_set)}",
@@ -91,6 +91,25 @@ def plans_table(of_set: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
+def verdict(of_set: Mapping[str, Any]) -> str:
+    """The plan of all against the single mechanism with the least nats, and against that with the best score."""
+    rows, lines = {row["label"]: row for row in of_set["rows"]}, []
+    for speed_up in SPEED_UPS:
+        joint = rows.get(at_speed(JOINT, speed_up))
+        alone = [row for name in of_set["curves"] if (row := rows.get(at_speed(name, speed_up))) not in (None, joint)]
+        if joint is None or not alone:
+            continue
+        nearest = min(alone, key=lambda row: estimate(row["measured"]).mean)
+        best = min(alone, key=lambda row: estimate(row["score"]).mean)
+        ratios = [a / b for a, b in zip(joint["measured"], nearest["measured"], strict=True)]
+        lines.append(
+            f"- {speed_up:g}x: the plan of all has {min(ratios):.2f} to {max(ratios):.2f} of the measured nats of "
+            f"{nearest['label'].rpartition(',')[0]}, and its score minus that of {best['label'].rpartition(',')[0]} is "
+            f"{difference_of(joint['score'], best['score'])}."
+        )
+    return "\n".join(lines)
+
+
 def additivity(of_set: Mapping[str, Any]) -> str:
     """How far the nats measured as a whole are from the sum of prices; and whether nats say what the score says."""
     planned = [row for row in of_set["rows"] if row["label"] != FULL_ALONE and has(row, "predicted")]
@@ -109,11 +128,14 @@ def additivity(of_set: Mapping[str, Any]) -> str:
     nats = [estimate(row["measured"]).mean for row in planned]
     more = [estimate(row["score"]).mean - estimate(full).mean for row in planned]
     ratios = [s / p for row in planned for s, p in zip(row["sampled_speed_up"], row["speed_up"], strict=True)]
-    lines.append(
-        f"- Over these {len(planned)} plans the ranks of nats and of the score correlate by "
-        f"{spearmanr(nats, more).statistic:.2f}, those of nats and PSNR by "
-        f"{spearmanr(nats, [estimate(row['psnr']).mean for row in planned]).statistic:.2f}."
-    )
+    drift = [estimate([n * c for n, c in zip(row["measured"], row["coherence"], strict=True)]).mean for row in planned]
+    ratio_to_full = [estimate(row["psnr"]).mean for row in planned]
+    for name, values in (("nats", nats), ("nats x coherence", drift)):
+        lines.append(
+            f"- Over these {len(planned)} plans the ranks of {name} and of the score correlate by "
+            f"{spearmanr(values, more).statistic:.2f}, those of {name} and PSNR by "
+            f"{spearmanr(values, ratio_to_full).statistic:.2f}."
+        )
     lines.append(
         f"- The measured speed-up of sampling is {min(ratios):.2f} to {max(ratios):.2f} of the predicted one, "
         f"{sorted(ratios)[len(ratios) // 2]:.2f} in the middle."

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration import prices
+from calibration import plan
 from calibration.planning import Prices, Way
+from calibration.prices import Seconds
 from common import timing
 from common.files import read_json
 from experiments import plans, plans_measure, plans_page
@@ -24,7 +25,8 @@ def test_from_networks_to_the_page(tmp_path, monkeypatch, run_quietly):
     tiny = replace(digits(), training_batch=4, extractor=digits().extractor.resolve(), **few)
     monkeypatch.setattr(plans, "images_of", lambda name, work: tiny)
     monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(prices, "ROUNDS", 1)
+    seconds = Seconds([1.0, 5.0], {}, {1: 2.0}, overhead=0.1)
+    monkeypatch.setattr(plan, "time_predictors", lambda *_: seconds)
     home, *elsewhere = plans_measure.settings_of(3)
     monkeypatch.setattr(plans_measure, "settings_of", lambda steps: [home, elsewhere[2], elsewhere[-1]])
     monkeypatch.setattr(plans_measure, "SPEED_UPS", (1.2,))

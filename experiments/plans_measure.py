@@ -287,7 +287,7 @@ class Evidence:
         path = writable_folder(self.work / "seconds") / f"{slug(setting.name)}_{seed}.json"
         if not path.exists():
             print(f"\ntimes for {setting.name}, seed {seed}", flush=True)
-            count = min(TIMED_BATCH, n)
+            count = min(self.fewer(TIMED_BATCH, setting, least=1), n)
             tasks = {label: self.sampling_task(seed, setting, how, count) for label, how in hows.items()}
             found = in_turns(tasks, TIMED_ROUNDS, self.device, quiet=True)
             write_json(path, {label: [of / count for of in seconds] for label, seconds in found.items()})

@@ -187,7 +187,9 @@ def draw(path: Path, of_set: Mapping[str, Any]) -> None:
             marker="o",
             capsize=4,
         )
-    left.set(yscale="log", xlabel="predicted speed-up", ylabel="nats per image, predicted", xlim=(1, None))
+    left.set(
+        yscale="log", xlabel="predicted speed-up", ylabel="nats per image, predicted", xlim=(1, 2 * max(SPEED_UPS))
+    )
     right.set(xlabel="measured speed-up", ylabel="score minus full")
     right.axhline(0, color=plots.GREY, linestyle=":")
     for axes in (left, right):

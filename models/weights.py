@@ -33,7 +33,7 @@ DESCRIPTION = {"model", "model_params", "parametrization", "diffusion_params"}
 # Prefixes of training wrappers (DataParallel, torch.compile).
 WRAPPERS = re.compile(r"(?:(?:^|(?<=\.))(?:module|_orig_mod)\.)+")
 AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)  # entries of a file with averaged weights
-MAPPED_AT_ONCE = 2**26  # bytes of a safetensors file
+MAPPED_AT_ONCE = 2**24  # bytes of a safetensors file
 MOST_NESTED, MOST_NAMES, LONGEST_NAME = 4, 200_000, 500  # of entries in entries of a file, and of their names
 
 

@@ -27,7 +27,6 @@ OF_RESULT, OF_CONDITIONS = (
     for decides in (RESULT, CONDITIONS)
 )
 OF_MACHINE = ("device", "processes", "threads", "torch")
-ACCELERATORS_APART = ("cpu", "mps")  # the generators of all others, CUDA's, draw the same numbers
 
 
 class Run(NamedTuple):
@@ -120,13 +119,14 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
 def noise_of(statistics: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the noise and the class of a sample beside the seed and its index. statistics: statistics.json."""
     settings, device = statistics["settings"], str(statistics.get("device"))
+    by_name = device if device in ("cpu", "mps") else "cuda"  # of reports without a device_type, which named a GPU
     random = settings.get("solver", "ddpm") == "ddpm" or bool(settings.get("eta"))
     networks = statistics.get("backbones") or [{}]
     return {
         "class": [settings.get("class_id"), networks[0].get("real_classes")],
         # Each step of a random solver but the last draws noise, so in other numbers of steps it is other noise.
         "noise": settings.get("steps") if random else 0,
-        "device": device if device in ACCELERATORS_APART else "cuda",
+        "device": statistics.get("device_type", by_name),
     }
 
 

@@ -45,6 +45,7 @@ def write_report(
     timing = timing_of(folder, batches)
     content = timing | {
         "peak_memory_bytes": memory,
+        "device_type": folder.fingerprint["device"],  # each draws noise of its own from a seed
         "network_flops_per_image": flops,
         "backbones": list(backbones),
         "timesteps": folder.fingerprint["steps"],

@@ -163,6 +163,25 @@ def test_which_solvers_share_their_noise(one, other, same, sampled, compared):
     assert (compared(*runs)[1]["quick"]["unshared"] is None) == same
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("cpu", "Intel Xeon"), ("cuda", "NVIDIA H100"), False),
+        (("cpu", "Intel Xeon"), ("cpu", "AMD EPYC"), True),
+        (("cpu", "Intel Xeon"), (None, "cpu"), True),  # a report from before the type stood in it
+        (("cuda", "NVIDIA H100"), (None, "NVIDIA A10"), True),
+    ],
+)
+def test_the_type_of_the_device_decides_its_noise(one, other, same, sampled, compared):
+    """Whatever the model of a CPU is called, it does not draw what a graphics card draws."""
+
+    def run(label, device_type, name):
+        about = {"device": name} | ({"device_type": device_type} if device_type else {})
+        return f"{label}={sampled(label, noise(0), **about)}"
+
+    assert compared(run("full", *one), run("quick", *other))[1]["quick"]["unshared"] == (None if same else "device")
+
+
 def test_graphics_cards_draw_the_same_noise(sampled, compared):
     names = ("NVIDIA H100", "NVIDIA A10")
     runs = [f"{name}={sampled(name, noise(0), device=name)}" for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -275,18 +276,18 @@ def measure_plan(
     denoisers: (S,) of each step. The times are those of the first batch, in which the full network runs beside it.
     """
     divergence = np.zeros(len(walk.indices))
-    seconds = {"plan": 0.0, "full": 0.0}
+    of_plan, of_full_alone = Stopwatch(device), Stopwatch(device)
     for at in walk:
         of_full = walk.solver.eps(at.output, at.x_t, at.t)
-        timed = 0 in at.rows
-        calls = {"full": walk.full, "plan": denoisers[at.step]} if timed else {"plan": denoisers[at.step]}
-        for name, denoiser in calls.items():
-            with (watch := Stopwatch(device)):
-                output = denoiser(at.x_t, at.t, at.y)
-            seconds[name] += watch.seconds if timed else 0.0
+        timed = len(of_plan.laps) < len(walk.timesteps)
+        if timed:
+            with of_full_alone:
+                walk.full(at.x_t, at.t, at.y)
+        with of_plan if timed else nullcontext():
+            output = denoisers[at.step](at.x_t, at.t, at.y)
         values = mean_square(walk.solver.eps(output, at.x_t, at.t) - of_full)
         check_finite(values, "the plan", at.t)
         divergence[at.rows] += np.where(values == 0, 0.0, weights[at.step] * values)
     mean, se = mean_and_se(divergence[walk.whole])
     steps = len(walk.timesteps) * overhead
-    return Measured(float(mean), float(se), (seconds["full"] + steps) / (seconds["plan"] + steps))
+    return Measured(float(mean), float(se), (of_full_alone.seconds + steps) / (of_plan.seconds + steps))

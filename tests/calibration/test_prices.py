@@ -161,6 +161,26 @@ def test_a_whole_plan_costs_the_sum_of_its_steps(kind, every, order):
     assert np.abs(far).max() < 4.5
 
 
+class FirstBroken(Gaussian):
+    def whole_and_broken(self, indices):
+        return self.__getitems__(indices)[0], {index: "broken" for index in indices if index == 0}
+
+
+def test_the_first_batch_times_a_plan_whatever_image_is_broken():
+    """The full network runs at each step of each batch for the path; in the first once more, for its time."""
+    calls = []
+
+    def full(x_t, t, y):
+        calls.append(len(x_t))
+        return network(2)(x_t, t, y)
+
+    path = walk(0)
+    path.full, path.dataset = full, FirstBroken(0)
+    found = measure_plan([network(2)] * len(TIMESTEPS), path, WEIGHTS, 0.0, CPU)
+    assert np.isfinite(found.speed_up) and found.divergence < 1e-25
+    assert calls == [99] * 2 * len(TIMESTEPS) + [100] * 3 * len(TIMESTEPS)
+
+
 def test_ways_and_their_rows():
     """A way of interval k costs k calls of one kind and another, and begins with what it computes itself."""
     seconds = Seconds([1.0, 4.0], {}, {1: 2.0}, 0.1)

@@ -35,10 +35,9 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
     from generation.folder import BatchUnderWay, SampleFolder, conditions_of, fingerprint
     from generation.report import most_memory, table_of_work, write_report
     from generation.run import (
-        denoiser_of,
-        guide,
         labels_of,
         noise_of,
+        readable,
         settled_speed,
         settled_steps,
         solver_of,
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
             compiled=settings.speed.compile,
         )
         recorder = ExitRecorder(trace, passes=2 if settings.guidance_scale else 1)
-        denoiser = guide(config, denoiser_of(recorder, config, solver), settings.guidance_scale)
+        denoiser = readable(recorder, config, solver, settings.guidance_scale)
         stages = [Stage(denoiser, timesteps)]
 
         folder = SampleFolder(settings, fingerprint(settings, [network], plan, device), conditions_of(settings, device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from data.dataset import ImageDataset, say_left_out
 from diffusion.paths import DataPath, Path, SampledPath
 from diffusion.sampling import Denoiser, SeededNoise, random_classes
 from diffusion.solvers import Solver
+
+ROUNDS = 5  # of timing
 
 
 class Predictions(NamedTuple):
@@ -194,9 +196,7 @@ def seconds_per_call(
     batch_size: int,
     device: torch.device,
 ) -> list[float]:
-    """The seconds of a call of each denoiser at its timestep, measured alternately.
-
-    Computed as the median of the last denoiser, times the median ratio to it within each round.
+    """The seconds of a call of each denoiser at its timestep, see `seconds_of`; the last denoiser is the standard.
 
     classes: the number of classes of the networks; 0 for unconditional ones.
     """
@@ -204,5 +204,12 @@ def seconds_per_call(
     y = torch.arange(batch_size, device=device) % classes if classes else None
     calls = enumerate(zip(denoisers, timesteps, strict=True))
     tasks = {str(k): partial(denoiser, x, t, y) for k, (denoiser, t) in calls}
-    measured = list(in_turns(tasks, 5, device, quiet=True).values())
-    return [statistics.median(measured[-1]) * ratio(of_one, measured[-1]) for of_one in measured]
+    return list(seconds_of(tasks, str(len(denoisers) - 1), device).values())
+
+
+def seconds_of(tasks: Mapping[str, Callable[[], object]], standard: str, device: torch.device) -> dict[str, float]:
+    """The seconds of each task, measured alternately: the median of the standard one's, times the median ratio to it
+    within each round."""
+    measured = in_turns(tasks, ROUNDS, device, quiet=True)
+    median = statistics.median(measured[standard])
+    return {name: median * ratio(of_one, measured[standard]) for name, of_one in measured.items()}

@@ -20,16 +20,16 @@ from calibration.prices import (
     Predictors,
     Seconds,
     Source,
-    divergence_weights,
     measure_divergence,
     time_predictors,
     ways_of,
 )
 from calibration.settings import Measurement
 from common.devices import DTYPES, Stopwatch
+from diffusion.divergence import step_weights
 from diffusion.sampling import Denoiser, split_timesteps
 from generation.denoisers import stage_denoiser
-from generation.run import denoiser_of, guide
+from generation.run import readable
 from generation.settings import SavingSettings
 from generation.stages import PlannedStage
 from models.backbone import Backbone
@@ -92,7 +92,8 @@ class PlanMeasurement:
         self.predictors = make_predictors(settings, networks, self.running, self.ground)
         config = networks[-1].config
         self.shape, self.classes = config.model_params.image_shape, config.classes
-        self.weights, self.random = divergence_weights(self.ground.solver, self.ground.timesteps)
+        weights = step_weights(self.ground.solver, self.ground.timesteps)
+        self.weights, self.random = weights.divergence, bool(weights.random.any())
 
     @cached_property
     def seconds(self) -> Seconds:
@@ -188,9 +189,8 @@ def make_predictors(
     running: Sequence[BackboneDenoiser],
     ground: Preparation,
 ) -> Predictors:
-    def readable(k: int, denoiser: Denoiser) -> Denoiser:
-        config = networks[k].config
-        return guide(config, denoiser_of(denoiser, config, ground.solver), settings.guidance_scale)
+    def of_network(k: int, denoiser: Denoiser) -> Denoiser:
+        return readable(denoiser, networks[k].config, ground.solver, settings.guidance_scale)
 
     denoisers, savings, outer = [], [], 1
     exits: dict[tuple[int, int], Denoiser] = {}
@@ -200,14 +200,14 @@ def make_predictors(
         if isinstance(module, EarlyExitUViT):
             depth = module.num_layers
             layers = np.linspace(0, depth, min(depth, MOST_EXITS) + 1).round().astype(int).tolist()[:-1]
-            exits |= {(k, layer): readable(k, runs.leaving_at(layer)) for layer in layers}
+            exits |= {(k, layer): of_network(k, runs.leaving_at(layer)) for layer in layers}
             savings.append(SavingSettings(exit_layer=depth))
         else:
             savings.append(SavingSettings())
             if can_reuse(module, outer):
                 middles[k] = GivenMiddle(runs.around(outer))
-                middles[k].denoiser = readable(k, middles[k].raw)
-        denoisers.append(middles.get(k) or readable(k, runs))
+                middles[k].denoiser = of_network(k, middles[k].raw)
+        denoisers.append(middles.get(k) or of_network(k, runs))
     return Predictors(denoisers, savings, exits, middles, outer)
 
 

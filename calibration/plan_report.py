@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from calibration.choice import KNEE_RATIO
 from calibration.plan import PlanCalibration, planned_stages
 from calibration.planning import PlanOption, best_plan
-from calibration.report import with_error
+from calibration.report import about, with_error
 from common import plots
 from common.errors import InputError
 from common.files import write_json
-from common.settings import record
 from common.tables import table
 from generation.stages import PlannedStage, StageEntry, StageFile, write_stages
 
@@ -136,21 +135,18 @@ def entries_of(
     return tuple(entries)
 
 
-def about(calibration: PlanCalibration) -> dict[str, Any]:
+def about_plan(calibration: PlanCalibration) -> dict[str, Any]:
     """The settings that decide the result, the rule, and the plan's numbers, as plain values."""
-    settings, chosen, d = calibration.settings, calibration.chosen, calibration.dimensions
-    return {
-        **record(settings.solver),
-        "guidance_scale": settings.guidance_scale,
-        "dataset": settings.choice.dataset,
-        "paths": settings.choice.paths,
-        "seed": settings.seed,
-        "steps": len(calibration.prices.timesteps),
-        "n_images": calibration.n_paths,
-        "precision": settings.precision,
-        "batch_size": settings.batch_size,
-        "measure": "divergence" if calibration.random else "squared shift",
-        "rule": calibration.rule,
+    chosen, d = calibration.chosen, calibration.dimensions
+    settings = about(
+        calibration.settings,
+        steps=len(calibration.prices.timesteps),
+        n_images=calibration.n_paths,
+        random=calibration.random,
+        rule=calibration.rule,
+    )
+    return settings | {
+        "paths": calibration.settings.choice.paths,
         "speed_up": chosen.speed_up,
         "divergence": d * chosen.divergence,
         "divergence_se": d * chosen.divergence_se,
@@ -166,7 +162,7 @@ def save(path: Path, calibration: PlanCalibration, files: Sequence[tuple[Path, P
 
     files: weights and YAML file of each network.
     """
-    content, d = about(calibration), calibration.dimensions
+    content, d = about_plan(calibration), calibration.dimensions
     stages = stages_of(calibration, calibration.chosen, files)
     write_stages(path, StageFile(stages=stages, calibration=content))
 

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.measure import At, Walk, check_finite, mean_square
+from calibration.measure import At, Walk, check_finite, mean_square, seconds_of
 from calibration.planning import Way
-from common.timing import in_turns, ratio
-from diffusion.divergence import step_weights
 from diffusion.forecast import extrapolated
 from diffusion.sampling import Denoiser, SeededNoise
 from diffusion.solvers import Solver
@@ -25,7 +23,6 @@ from models.inference import Around
 EVERY = (2, 3, 4, 6, 8)  # the intervals that are tried
 EVERY_MIDDLE = (2, 3, 4)  # those of the middle blocks, each of which takes network calls to measure
 ORDERS = (0, 1)
-ROUNDS = 5  # of timing
 
 
 class Source(NamedTuple):
@@ -241,10 +238,9 @@ def time_predictors(
     batch_size: int,
     device: torch.device,
 ) -> Seconds:
-    """Seconds of a call of each predictor, measured alternately, and of a step without a network.
+    """Seconds of a call of each predictor, and of a step without a network; see `seconds_of`.
 
-    Computed as the median of the full network times the median ratio to it within each round. classes: the number of
-    classes of the networks; 0 for unconditional ones.
+    classes: the number of classes of the networks; 0 for unconditional ones.
     """
     x = torch.randn(batch_size, *image_shape, device=device)
     y = torch.arange(batch_size, device=device) % classes if classes else None
@@ -265,18 +261,10 @@ def time_predictors(
         for t, s in few:
             solver.step(x, x, t, s, lambda: noise(*image_shape))
 
-    measured = in_turns({**tasks, "steps": steps}, ROUNDS, device, quiet=True)
-    full = measured[f"network {predictors.full}"]
-    seconds = {name: float(np.median(full)) * ratio(values, full) for name, values in measured.items()}
+    seconds = seconds_of({**tasks, "steps": steps}, f"network {predictors.full}", device)
     return Seconds(
         [seconds[f"network {k}"] for k in range(len(predictors.networks))],
         {(k, layer): seconds[f"network {k} to layer {layer}"] for k, layer in predictors.exits},
         {k: seconds[f"network {k} around"] for k in predictors.middles},
         seconds["steps"] / len(few),
     )
-
-
-def divergence_weights(solver: Solver, timesteps: Sequence[int]) -> tuple[np.ndarray, bool]:
-    """(S,) the weight of a squared distance of eps at each step, and whether the solver draws noise."""
-    weights = step_weights(solver, timesteps)
-    return np.where(weights.random, weights.kl, weights.shift**2), bool(weights.random.any())

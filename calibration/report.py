@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from calibration.choice import KNEE_RATIO, Option, mean_and_se
 from calibration.run import KNEE, KNEE_OF_DDPM, Calibration
+from calibration.settings import Measurement
 from common import plots
 from common.files import write_json
 from common.settings import record
@@ -160,20 +161,19 @@ def stages_of(
     )
 
 
-def about(calibration: Calibration) -> dict[str, Any]:
-    """The settings that decide the result, and the rule, as plain values."""
-    settings = calibration.settings
+def about(settings: Measurement, *, steps: int, n_images: int, random: bool, rule: str) -> dict[str, Any]:
+    """The settings that decide the result of a calibration, of a switch or of a plan, and the rule, as plain values."""
     return {
         **record(settings.solver),
         "guidance_scale": settings.guidance_scale,
         "dataset": settings.choice.dataset,
         "seed": settings.seed,
-        "steps": len(calibration.steps.timesteps),
-        "n_images": calibration.predictions.error.shape[-1],
+        "steps": steps,
+        "n_images": n_images,
         "precision": settings.precision,
         "batch_size": settings.batch_size,
-        "measure": "divergence" if calibration.random else "squared shift",
-        "rule": calibration.rule,
+        "measure": "divergence" if random else "squared shift",
+        "rule": rule,
     }
 
 
@@ -200,7 +200,13 @@ def save(
     """
     chosen, timesteps = calibration.chosen, calibration.steps.timesteps
     values, stages = option_values(calibration, chosen), stages_of(calibration, chosen, files)
-    content = about(calibration)
+    content = about(
+        calibration.settings,
+        steps=len(timesteps),
+        n_images=calibration.predictions.error.shape[-1],
+        random=calibration.random,
+        rule=calibration.rule,
+    )
     write_stages(path, StageFile(stages=stages, t_switch=values.get("t_switch"), calibration=content | values))
     networks = [
         {

@@ -27,7 +27,7 @@ from common.errors import InputError
 from diffusion.divergence import step_weights
 from diffusion.solvers import Solver, make_solver
 from generation.denoisers import Call, flops_of
-from generation.run import denoiser_of, guide
+from generation.run import readable
 from generation.settings import CalibrationSettings
 from models.inference import BackboneDenoiser
 from models.loading import Network, Runnable
@@ -68,13 +68,10 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], devi
     solver, timesteps, known, dataset = ground.solver, ground.timesteps, ground.known, ground.dataset
     assert dataset is not None, "a switch is measured on real images"
     denoisers = [
-        guide(
+        readable(
+            BackboneDenoiser(network.module, of_network, DTYPES[settings.precision], device),
             network.config,
-            denoiser_of(
-                BackboneDenoiser(network.module, of_network, DTYPES[settings.precision], device),
-                network.config,
-                solver,
-            ),
+            solver,
             settings.guidance_scale,
         )
         for network, of_network in zip(networks, ground.times, strict=True)
@@ -137,7 +134,7 @@ def weighed(
 ) -> tuple[Steps, bool]:
     """The divergence (or squared shift) at each step of a solver, and whether the solver is stochastic."""
     weights = step_weights(solver, timesteps)
-    weight = np.where(weights.random, weights.kl, weights.shift**2)[:, None]  # (S, 1)
+    weight = weights.divergence[:, None]  # (S, 1)
     divergence, excess = weight * predictions.distance, weight * (predictions.error - predictions.error[-1])
     if random := bool(weights.random.any()):
         # The last step adds no noise: another network than the full one would be infinitely far from it.

@@ -36,6 +36,11 @@ class StepWeights(NamedTuple):
         return self.std > 0
 
     @property
+    def divergence(self) -> NDArray[np.float64]:
+        """Per squared distance of eps: nats where a step is random, the squared shift where it is not."""
+        return np.where(self.random, self.kl, self.shift**2)
+
+    @property
     def kl(self) -> NDArray[np.float64]:
         """Nats per squared distance of eps; infinite where a step is deterministic."""
         with np.errstate(divide="ignore"):

@@ -16,7 +16,7 @@ from diffusion.forecast import Forecast, corrected, held
 from diffusion.matching import own_timesteps
 from diffusion.sampling import Denoiser, Stage, split_timesteps
 from diffusion.solvers import Solver
-from generation.run import denoiser_of, guide
+from generation.run import readable
 from generation.stages import Plan, PlannedStage
 from models.backbone import Backbone
 from models.early_exit import EarlyExitUViT
@@ -89,27 +89,31 @@ def stage_denoiser(
     """The denoiser of a stage at its timesteps, with guidance, with the output that the solver reads."""
     saving, own = planned.saving, running[planned.network]
 
-    def readable(k: int, denoiser: Denoiser) -> Denoiser:
-        config = networks[k].config
-        denoiser = denoiser_of(denoiser, config, solver)
-        return guide(config, denoiser, planned.guidance_scale, planned.option, planned.guides)
+    def of_network(k: int, denoiser: Denoiser) -> Denoiser:
+        guidance = planned.guidance_scale, planned.option, planned.guides
+        return readable(denoiser, networks[k].config, solver, *guidance)
 
     denoiser: Denoiser = own
     if saving.exit_layer is not None:
         denoiser = own.leaving_at(saving.exit_layer)
     elif reuses(planned, networks):
-        assert saving.reuse_outer is not None and saving.reuse_order is not None, "settled with reuse_every"
-        residual = Forecast(runs_alike(planned, timesteps), saving.reuse_every, saving.reuse_order)
-        denoiser = reusing(own.around(saving.reuse_outer), residual)
-    denoiser = readable(planned.network, denoiser)
+        assert saving.reuse_outer is not None, "settled with reuse_every"
+        denoiser = reusing(own.around(saving.reuse_outer), forecast_of("reuse", planned, timesteps))
+    denoiser = of_network(planned.network, denoiser)
     if saving.hold_every > 1:
-        assert saving.hold_order is not None, "settled with hold_every"
-        return held(denoiser, Forecast([timesteps], saving.hold_every, saving.hold_order))
+        return held(denoiser, forecast_of("hold", planned, timesteps))
     if planned.cheap is not None:
-        assert saving.correct_order is not None, "settled with correct_every"
-        difference = Forecast([timesteps], saving.correct_every, saving.correct_order)
-        return corrected(denoiser, readable(planned.cheap, running[planned.cheap]), difference)
+        cheap = of_network(planned.cheap, running[planned.cheap])
+        return corrected(denoiser, cheap, forecast_of("correct", planned, timesteps))
     return denoiser
+
+
+def forecast_of(kind: str, planned: PlannedStage, timesteps: Sequence[int]) -> Forecast:
+    """The forecast of a stage, which says what it computes when. kind: "correct", "reuse" or "hold"."""
+    # The residuals of a network have the size of its batch, which changes where guidance begins or ends.
+    alike = [list(run) for _, run in itertools.groupby(timesteps, planned.guides)] if kind == "reuse" else [timesteps]
+    every, order = (getattr(planned.saving, f"{kind}_{name}") for name in ("every", "order"))
+    return Forecast(alike, every, order or 0)
 
 
 def reusing(around: Around, residual: Forecast) -> Denoiser:
@@ -130,11 +134,6 @@ def reusing(around: Around, residual: Forecast) -> Denoiser:
         return output
 
     return predict
-
-
-def runs_alike(planned: PlannedStage, timesteps: Sequence[int]) -> list[list[int]]:
-    """The runs of timesteps between which a network's batch changes its size, where guidance begins or ends."""
-    return [list(alike) for _, alike in itertools.groupby(timesteps, planned.guides)]
 
 
 def reuses(planned: PlannedStage, networks: Sequence[Network[Runnable]]) -> bool:
@@ -162,13 +161,13 @@ def check_saving(plan: Plan, networks: Sequence[Network[Runnable]], own: Sequenc
 def calls_of(planned: PlannedStage, timesteps: Sequence[int], networks: Sequence[Network[Runnable]]) -> Iterator[Call]:
     """The calls of all networks in a stage."""
     saving = planned.saving
-    computed = {t for run in runs_alike(planned, timesteps) for t in run[:: saving.reuse_every]}
-    for n, t in enumerate(timesteps):
+    difference, residual, output = (forecast_of(kind, planned, timesteps) for kind in ("correct", "reuse", "hold"))
+    for t in timesteps:
         passes = 2 if planned.guides(t) else 1
         if planned.cheap is not None:
             yield Call(planned.cheap, passes)
-        if n % saving.hold_every == 0 and n % saving.correct_every == 0:
-            outer = saving.reuse_outer if reuses(planned, networks) and t not in computed else None
+        if output.is_due(t) and difference.is_due(t):
+            outer = saving.reuse_outer if reuses(planned, networks) and not residual.is_due(t) else None
             yield Call(planned.network, passes, outer, saving.exit_layer)
 
 

@@ -142,6 +142,18 @@ def guide(
     return guided(denoiser, scale, config.no_class, guides)
 
 
+def readable(
+    denoiser: Denoiser,
+    config: Config,
+    solver: Solver,
+    scale: float,
+    option: str = "--guidance_scale",
+    guides: Callable[[int], bool] = lambda t: True,
+) -> Denoiser:
+    """The denoiser of a network with the output that the solver reads, guided. See `denoiser_of` and `guide`."""
+    return guide(config, denoiser_of(denoiser, config, solver), scale, option, guides)
+
+
 @torch.inference_mode()
 def warm_up(
     stages: Sequence[Stage],

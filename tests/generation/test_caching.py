@@ -7,15 +7,12 @@ import json
 import numpy as np
 import pytest
 import yaml
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import diffusion.sampling
 import sampler
 from models import UViT
 from models.flops import backbone_flops
 from tests.conftest import TINY
-from tests.folders import equal, samples, statistics
+from tests.folders import equal
 
 FLAGS = ["--device", "cpu", "--quiet", "--batch_size", 2]
 
@@ -28,15 +25,6 @@ def one(full):
 @pytest.fixture
 def duo(full, shallow):
     return ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", 9, *FLAGS]
-
-
-@pytest.fixture
-def make(tmp_path, run_quietly):
-    def call(name, argv):
-        run_quietly(sampler.main, [*argv, "--output_folder", tmp_path / name])
-        return samples(tmp_path / name), statistics(tmp_path / name)
-
-    return call
 
 
 @pytest.mark.parametrize("pair", [False, True])
@@ -62,17 +50,8 @@ def test_what_is_made_and_what_is_counted(one, make):
         assert backbone["flops_per_image_call"] == pytest.approx(about["network_flops_per_image"] / 20)
 
 
-def test_flops_are_those_of_the_run(runs, make, monkeypatch):
+def test_flops_are_those_of_the_run(runs, make, counted):
     """Two stages under different guidance, an interval that does not divide the steps: counted as they happen."""
-    counted, run = [], diffusion.sampling.sample
-
-    def counting(*args):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            images = run(*args)
-        counted.append(counter.get_total_flops())
-        return images
-
-    monkeypatch.setattr(diffusion.sampling, "sample", counting)
     network = runs / "no_class" / "digits_uvit_last.pth"
     argv = ["--checkpoint_path", network, "--checkpoint_path_late", network, "--t_switch", 6, *FLAGS]
     _, about = make("s", [*argv, "--guidance_scale_late", 1, "--reuse_every", 3])

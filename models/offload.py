@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -82,12 +84,20 @@ def _resident(network: nn.Module, read: Read, dtype: torch.dtype, device: torch.
         yield
     finally:
         empty(network)
+        _give_back()
 
 
 def empty(network: nn.Module) -> None:
     """Leave a network the shapes of its weights alone. Its other buffers stay."""
     with torch.inference_mode(False):
         _fill(network, {name: weight.to("meta") for name, weight in network.state_dict().items()})
+
+
+def _give_back() -> None:
+    """Return freed memory to the system. glibc keeps what lies below something in use, up to a whole network."""
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,11 @@ The result is a file of stages for sampler.py --stages.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.startup import end_in_one_line
+
+    end_in_one_line()  # on a signal during the imports below
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -6,7 +6,6 @@ import errno
 import functools
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +14,14 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NoReturn, ParamSpec
 
-from common.signals import ASKING_TO_END, Stopped, ignore, interrupting, on_signals, status_of
+from common.signals import ignore, interrupting, number_of, on_signals
+from common.startup import ENDING, last_line
 from common.streams import lasting_streams
 
 P = ParamSpec("P")
 NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 # Packages that not every installation has, and the optional dependencies of pyproject.toml that bring them.
 EXTRAS = {"diffusers": "latents", "huggingface_hub": "latents", "scipy": "eval", "torch_fidelity": "eval"}
-ENDING = (*ASKING_TO_END, signal.SIGINT)
 
 _running: ContextVar[ExitStack | None] = ContextVar("running", default=None)  # the running command
 
@@ -102,11 +101,9 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
             except KeyboardInterrupt as interrupt:
                 if ends_process:
                     ignore(ENDING)
-                if int(os.environ.get("RANK", 0)) == 0:
-                    said = f"stopped ({interrupt})" if isinstance(interrupt, Stopped) else "interrupted"
-                    beside = "\n" if sys.stderr.isatty() else ""  # ends the line with ^C or a progress bar
-                    print(f"{beside}{script}: {said}", file=sys.stderr, flush=True)
-                raise SystemExit(status_of(interrupt)) from None
+                number = number_of(interrupt)
+                print(last_line(script, number), end="", file=sys.stderr, flush=True)
+                raise SystemExit(128 + number) from None
 
     return run
 

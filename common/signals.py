@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-# Sent by a stopping service, a closing terminal, and a queue before its time limit. Windows only has the first.
-ASKING_TO_END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 SAME_WISH = 1.0  # seconds in which further signals are ignored: a terminal and a launcher may both send one
 
 
@@ -22,9 +20,9 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def status_of(interrupt: KeyboardInterrupt) -> int:
-    """The exit status of a script: 128 + the signal number, as in shells."""
-    return 128 + getattr(interrupt, "number", signal.SIGINT)
+def number_of(interrupt: KeyboardInterrupt) -> int:
+    """The signal that was received."""
+    return getattr(interrupt, "number", signal.SIGINT)
 
 
 @contextmanager

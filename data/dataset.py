@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import InputError
 from common.images import from_uint8
-from common.signals import ASKING_TO_END, ignore
+from common.signals import ignore
+from common.startup import ENDING
 from data.workers import check_open_files
 
 log = logging.getLogger(__name__)
@@ -232,7 +233,7 @@ def _apart(messages: Iterator[tuple[Tensor, np.ndarray]], batch_size: int) -> It
 
 def _obey_parent_alone(worker: int) -> None:
     """In a loading process: ignore Ctrl-C and other signals, and end only on a SIGTERM by the parent."""
-    ignore({signal.SIGINT, *ASKING_TO_END} - {signal.SIGTERM})
+    ignore({*ENDING} - {signal.SIGTERM})
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -13,13 +13,12 @@ from multiprocessing import parent_process
 from multiprocessing.connection import wait
 
 from common.errors import InputError
-from common.signals import ASKING_TO_END
+from common.startup import ENDING
 
 if sys.platform != "win32":
     import resource
 
 SPARE_FILES = 16  # for other uses in this process
-ENDING = {signal.SIGINT, *ASKING_TO_END}
 
 
 def check_open_files(num_workers: int, per_worker: int) -> None:

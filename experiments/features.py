@@ -7,6 +7,11 @@ strength. npm fetches the colour images.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.startup import end_in_one_line
+
+    end_in_one_line()  # on a signal during the imports below
+
 import math
 import shutil
 import tarfile

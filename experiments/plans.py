@@ -5,6 +5,11 @@ Like results.py it calls the project's scripts, and goes on where it was stopped
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.startup import end_in_one_line
+
+    end_in_one_line()  # on a signal during the imports below
+
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

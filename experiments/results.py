@@ -6,6 +6,11 @@ is given again; what it makes lies in results/, which may be removed to begin an
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.startup import end_in_one_line
+
+    end_in_one_line()  # on a signal during the imports below
+
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

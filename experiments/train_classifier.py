@@ -16,6 +16,11 @@ The files are kept, because scores with another classifier are not comparable.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.startup import end_in_one_line
+
+    end_in_one_line()  # on a signal during the imports below
+
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -41,7 +41,7 @@ from common.files import (
 from common.images import save_png, to_uint8
 from common.progress import Progress
 from common.settings import CONDITIONS, differences, record
-from common.signals import status_of
+from common.signals import number_of
 from diffusion.sampling import NotFinite
 from generation.settings import RunSettings
 from generation.stages import Plan
@@ -377,7 +377,7 @@ def going_on_later() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         if is_main():
             print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(status_of(interrupt)) from None
+        raise SystemExit(128 + number_of(interrupt)) from None
     except WriteError as error:
         raise InputError(
             f"{error}; the samples before it are whole: {error.remedy}, then the same command goes on from here"

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from common.distributed import is_main
-from common.signals import ASKING_TO_END, on_signals
+from common.signals import on_signals
+from common.startup import ASKING_TO_END
 from common.streams import say_in_handler
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 
 import pytest
 
 from common.errors import command
-from common.signals import ASKING_TO_END, on_signals
+from common.signals import on_signals
+from common.startup import ENDING
+from tests.common.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="no such signals")
 
@@ -56,6 +59,34 @@ def test_a_second_one_disturbs_nothing(second, caught, script, start):
     assert said == ("" if caught else "cleaned up\n")
 
 
+SCRIPTS = ["train", "main", "sampler", "eesampler", "fid", "compare", "calibrate", "benchmark", "pack", "export"]
+
+
+@pytest.mark.parametrize("number", LINES, ids=lambda number: number.name)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_line_while_modules_are_imported(name, number, start, tmp_path):
+    """Each script imports argparse; this one sends a signal in its place."""
+    (tmp_path / "argparse.py").write_text(f"import os, time\nos.kill(os.getpid(), {number})\ntime.sleep(60)\n")
+    run = start([sys.executable, str(ROOT / f"{name}.py"), "--help"], env={"PYTHONPATH": str(tmp_path)})
+    assert run.communicate() == ("", LINES[number].replace("script", name))
+    assert run.returncode == 128 + number
+
+
+def test_an_ignored_one_is_left_alone_while_modules_are_imported(start, tmp_path):
+    (tmp_path / "argparse.py").write_text("import os\nos.kill(os.getpid(), 1)\nraise SystemExit(7)\n")
+    ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    run = start([sys.executable, str(ROOT / "train.py")], env={"PYTHONPATH": str(tmp_path)}, **ignored)
+    assert run.communicate() == ("", "") and run.returncode == 7
+
+
+def test_importing_a_script_sets_no_handler(start):
+    """As notebooks do."""
+    names = ", ".join(SCRIPTS)
+    code = f"import signal\nbefore = signal.getsignal(2)\nimport {names}\nassert signal.getsignal(2) is before"
+    run = start([sys.executable, "-c", code])
+    assert run.communicate() == ("", "") and run.returncode == 0
+
+
 def test_an_ignored_one_is_left_alone(script, start):
     """As under nohup."""
     words = script("print('begun', flush=True)", "sys.stdin.readline()", "print('finished')")
@@ -81,19 +112,18 @@ def test_a_forked_process_ends_as_if_there_were_no_handler(script, start):
 
 
 def test_handlers_are_put_back():
-    numbers = (*ASKING_TO_END, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.getsignal(number) for number in ENDING]
     within = []
 
     @command
     def main(argv=None):
-        within.extend(signal.getsignal(number) for number in numbers)
+        within.extend(signal.getsignal(number) for number in ENDING)
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
-    assert not set(within) & set(before) and [signal.getsignal(number) for number in numbers] == before
+    assert not set(within) & set(before) and [signal.getsignal(number) for number in ENDING] == before
 
 
 def test_what_was_set_within_for_longer_stays():

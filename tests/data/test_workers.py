@@ -17,7 +17,7 @@ from PIL import Image
 
 from data import open_source
 from data.packing import work as packing
-from data.workers import ASKING_TO_END, end_with_parent, signals_held
+from data.workers import ENDING, end_with_parent, signals_held
 
 resource = pytest.importorskip("resource", reason="the system has no such limits")
 ROOT = Path(__file__).parents[2]
@@ -153,4 +153,4 @@ def test_a_process_of_a_pool_leaves_ctrl_c_to_its_parent_from_its_start():
     go_on.set()
     process.join(20)
     assert process.exitcode == 7
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*ASKING_TO_END}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*ENDING}

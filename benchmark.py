@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmarking.settings import BenchmarkSettings, ExitBenchmark, SamplingBenchmark, TrainingBenchmark
-from common.cli import Parser
+from common.cli import Parser, silence
 from common.config import Config
 from common.errors import InputError, command
 from common.settings import add_options, flat, from_flags, given_of
@@ -63,6 +63,7 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[str, BenchmarkSettings]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     name, settings = parse_settings(argv)
+    silence(settings.machine.quiet)
 
     from benchmarking.measure import describe_machine
     from benchmarking.report import draw

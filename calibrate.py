@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.settings import CalibrateSettings, Measurement
-from common.cli import Parser
+from common.cli import Parser, silence
 from common.errors import InputError, command
 from common.options import SpeedSettings
 
@@ -37,6 +37,7 @@ def parse_settings(argv: Sequence[str] | None) -> CalibrateSettings:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
+    silence(settings.machine.quiet)
 
     from calibration.report import as_table, in_words, save
     from calibration.run import calibrate

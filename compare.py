@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import Parser
+from common.cli import Parser, silence
 from common.errors import InputError, command
 from common.files import writable_folder, write_json
 from common.options import MachineSettings
@@ -76,6 +76,7 @@ def parse_settings(argv: Sequence[str] | CompareSettings | None) -> CompareSetti
 @command
 def main(argv: Sequence[str] | CompareSettings | None = None) -> None:
     settings = parse_settings(argv)
+    silence(settings.machine.quiet)
     metric, pairs = settings.metric, settings.pairs
     runs = [read_run(label, folder, metric) for label, folder in settings.runs]
     check_comparable(runs)

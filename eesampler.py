@@ -10,7 +10,7 @@ if __name__ == "__main__":
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.cli import Parser
+from common.cli import Parser, silence
 from common.errors import command
 from generation.settings import EarlyExitSettings
 from generation.stages import Plan, one_stage
@@ -30,6 +30,7 @@ def parse_settings(argv: Sequence[str] | EarlyExitSettings | None) -> EarlyExitS
 @command
 def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
     settings = parse_settings(argv)
+    silence(settings.machine.quiet)
     plan = one_stage(settings)
 
     from common.devices import DTYPES

@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 
-from common.cli import Parser
+from common.cli import Parser, silence
 from common.errors import command
 from evaluation.settings import ScoringSettings
 
@@ -21,6 +21,7 @@ def parse_settings(argv: Sequence[str] | ScoringSettings | None) -> ScoringSetti
 @command
 def main(argv: Sequence[str] | ScoringSettings | None = None) -> None:
     settings = parse_settings(argv)
+    silence(settings.machine.quiet)
 
     from common.distributed import is_main, joined_processes
     from common.files import writable_folder

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import Parser
+from common.cli import Parser, silence
 from common.errors import command
 from data import crop_of, open_source
 from data.packing.settings import PackSettings
@@ -27,6 +27,7 @@ def parse_settings(argv: Sequence[str] | PackSettings | None) -> PackSettings:
 @command
 def main(argv: Sequence[str] | PackSettings | None = None) -> None:
     settings = parse_settings(argv)
+    silence(settings.machine.quiet)
     if settings.benchmark:
         from benchmarking.packing import run
 

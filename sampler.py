@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from common.cli import Parser
+from common.cli import Parser, silence
 from common.errors import command
 from generation.settings import SamplerSettings
 from generation.stages import Plan, plan_of
@@ -36,6 +36,7 @@ def parse_settings(argv: Sequence[str] | SamplerSettings | None) -> SamplerSetti
 @command
 def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
     settings = parse_settings(argv)
+    silence(settings.machine.quiet)
     plan = plan_of(settings)
 
     from common.devices import DTYPES

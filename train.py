@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 
-from common.cli import Parser
+from common.cli import Parser, silence
 from common.distributed import joined_processes
 from common.errors import command
 from training.settings import BackboneSettings, typed_words
@@ -23,6 +23,7 @@ def parse_settings(argv: Sequence[str] | None) -> BackboneSettings:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv)
+    silence(settings.machine.quiet)
 
     from training.loop import ending_in_order, train
     from training.setup import prepare

@@ -5,14 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, NoReturn, TypeVar
 
 from common import __version__
 from common.config import Config
-from common.errors import InputError, fail
+from common.errors import InputError, at_end_of_command, fail
 from common.settings import add_options, from_flags, given_of
+from common.streams import no_output
 
 T = TypeVar("T")
+
+
+def silence(quiet: bool) -> None:
+    """For --quiet: drop standard output until the end of the running command. Warnings and errors stay."""
+    if quiet:
+        silent = ExitStack()
+        silent.enter_context(no_output())
+        at_end_of_command(silent.close)
 
 
 class Parser(argparse.ArgumentParser):

@@ -88,7 +88,10 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        with lasting_streams(), on_signals(ENDING, interrupting()):  # to the last word of the `except` below
+        with (
+            lasting_streams(),
+            on_signals(ENDING, interrupting(ends_process)),
+        ):  # to the last word of the `except` below
             try:
                 with ExitStack() as stack:
                     token = _running.set(stack)

@@ -75,4 +75,9 @@ class MachineSettings(Checked):
         decides=(),
         why="recorded as the kind of device",
     )
-    quiet: bool = option(False, "show no progress bar", decides=(), why="it is about the terminal")
+    quiet: bool = option(
+        False,
+        "print warnings and errors only: no progress bar, and no results, which are in the files too",
+        decides=(),
+        why="it is about the terminal",
+    )

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 
@@ -80,6 +80,13 @@ def _lead_nowhere(descriptor: int) -> None:
         return
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
+
+
+@contextmanager
+def no_output() -> Iterator[None]:
+    """A context in which everything that goes to standard output is dropped."""
+    with _lasting(None) as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def say_in_handler(text: str) -> None:

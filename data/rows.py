@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,8 @@ class RowsFile:
     """An array in a file, of which only the requested rows are read into memory.
 
     Reading is better than mapping the file here: touched pages of a map count as resident memory, and releasing them
-    costs more than the copy. Each process opens the file itself; threads must not share it.
+    costs more than the copy. Each read opens the file and closes it, which takes microseconds: so processes and threads
+    share no position, and nothing is open when they end.
 
     path: the file. offset: the start of the first row, in bytes. shape: (N, ...), the shape of the array.
     """
@@ -34,8 +34,6 @@ class RowsFile:
     def __init__(self, path: Path, offset: int, shape: Sequence[int], dtype: np.dtype[Any] | type = np.uint8):
         self.path, self.offset, self.shape, self.dtype = path, offset, tuple(shape), np.dtype(dtype)
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        self._file: FileIO | None = None
-        self._process: int | None = None
 
     @classmethod
     def of_npy(cls, path: Path) -> RowsFile:
@@ -52,15 +50,6 @@ class RowsFile:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def close(self) -> None:
-        """Close the file; the next read opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}
-
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The rows (B, ...). indices: B numbers in 0..N-1 in any order; negative ones count from the end."""
         indices = np.asarray(indices, dtype=np.int64)
@@ -70,18 +59,17 @@ class RowsFile:
         if indices.min() < 0 or indices.max() >= len(self):
             raise IndexError(f"rows 0..{len(self) - 1}, asked for {indices.min()}..{indices.max()}")
         rows = np.empty((len(indices), self.row_bytes), np.uint8)
-        if (np.diff(indices) == 1).all():
-            self._read_into(rows.reshape(-1), int(indices[0]))
-        else:
-            for row, index in zip(rows, indices.tolist(), strict=True):
-                self._read_into(row, index)
+        with FileIO(self.path) as file:
+            if (np.diff(indices) == 1).all():
+                self._read_into(rows.reshape(-1), file, int(indices[0]))
+            else:
+                for row, index in zip(rows, indices.tolist(), strict=True):
+                    self._read_into(row, file, index)
         return rows.view(self.dtype).reshape(len(indices), *self.shape[1:])
 
-    def _read_into(self, buffer: np.ndarray, index: int) -> None:
-        if self._file is None or self._process != os.getpid():  # processes must not share a position
-            self._file, self._process = FileIO(self.path), os.getpid()
-        self._file.seek(self.offset + index * self.row_bytes)
-        if self._file.readinto(buffer.data) != len(buffer):
+    def _read_into(self, buffer: np.ndarray, file: FileIO, index: int) -> None:
+        file.seek(self.offset + index * self.row_bytes)
+        if file.readinto(buffer.data) != len(buffer):
             raise InputError(f"{self.path}: the file ends before row {index}; was it changed?")
 
 

@@ -21,7 +21,7 @@ TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "num_hea
 TINY_FLAGS = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
 TRAINING_FLAGS = [
     *("--dataset", "digits", "--batch_size", "8", "--num_timesteps", "20", "--num_warmup_steps", "2"),
-    *("--log_every_n_steps", "4", "--preview_steps", "0", "--device", "cpu", "--quiet"),
+    *("--log_every_n_steps", "4", "--preview_steps", "0", "--device", "cpu"),
 ]
 CLEAR_REFS = Path("/proc/self/clear_refs")
 

@@ -97,11 +97,8 @@ def _go_on(
         work.decode(dataset, num_workers, quiet)
         work.complete(dataset, source, quiet)
     except Useless:
-        work.rows.close()
         shutil.rmtree(partial)
         raise
-    finally:
-        work.rows.close()  # Windows renames no folder in which a file is open
     return _settle(partial, output)
 
 

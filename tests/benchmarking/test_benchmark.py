@@ -16,7 +16,7 @@ from models.flops import backbone_flops
 from models.loading import load_network
 from tests.conftest import TINY
 
-QUICK = ["--device", "cpu", "--quiet", "--rounds", "2", "--batch_size", "6"]
+QUICK = ["--device", "cpu", "--rounds", "2", "--batch_size", "6"]
 
 
 @pytest.fixture(autouse=True)

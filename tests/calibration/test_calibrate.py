@@ -15,7 +15,7 @@ from generation.folder import BatchUnderWay, SampleFolder
 from generation.stages import read_stages
 from tests.conftest import TINY_FLAGS, TRAINING_FLAGS
 
-QUICK = ["--dataset", "digits", "--n_images", 12, "--batch_size", 4, "--device", "cpu", "--quiet"]
+QUICK = ["--dataset", "digits", "--n_images", 12, "--batch_size", 4, "--device", "cpu"]
 EXTRACTOR = ["--feature_extractor", "experiments/digits_classifier.pt"]
 
 
@@ -98,7 +98,7 @@ def test_the_stages_sample(pair, shallow, full, tmp_path, run_quietly):
     out = tmp_path / "c.yaml"
     run_quietly(calibrate.main, [*pair, "--steps", 5, "--budget", 1e9, "--output", out])
     t_switch = read_stages(out).t_switch
-    sampling = ["--steps", 5, "--n_samples", 2, "--device", "cpu", "--quiet"]
+    sampling = ["--steps", 5, "--n_samples", 2, "--device", "cpu"]
     run_quietly(sampler.main, ["--stages", out, *sampling, "--output_folder", tmp_path / "a"])
     two = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", t_switch]
     run_quietly(sampler.main, [*two, *sampling, "--output_folder", tmp_path / "b"])
@@ -133,7 +133,7 @@ def test_three_networks(free, few, middle, full, tmp_path, run_quietly):
     (alone, chosen) = [option for option in found["options"] if "scores" in option]
     assert alone["steps_of_each"] == [0, 0, 20] and chosen["steps_of_each"] == [5, 5, 10]
     assert {key: chosen[key] for key in found["chosen"]} == found["chosen"]
-    sampling = ["--n_samples", 4, "--batch_size", 4, "--device", "cpu", "--quiet"]
+    sampling = ["--n_samples", 4, "--batch_size", 4, "--device", "cpu"]
     run_quietly(sampler.main, ["--stages", out, *sampling, "--output_folder", tmp_path / "s"])
     of_chosen = [images_of(path) for path in (tmp_path / "c_verify").glob("*_seed-0")]
     assert images_of(tmp_path / "s") in of_chosen and len(of_chosen) == 2
@@ -235,7 +235,7 @@ def test_auto(shallow, full, tmp_path, run_quietly, monkeypatch):
     """It samples with the switch it found, keeps what it found, and does not choose anew when it goes on."""
     auto = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", "auto"]
     auto += ["--dataset", "digits", "--n_images", 12, "--budget", 1e9, "--steps", 5, "--batch_size", 1]
-    flags = ["--device", "cpu", "--quiet", "--output_folder", tmp_path / "a"]
+    flags = ["--device", "cpu", "--output_folder", tmp_path / "a"]
     said = run_quietly(sampler.main, [*auto, "--n_samples", 2, *flags])
     assert "chosen: t_switch" in said
     report = tmp_path / "a" / "report"
@@ -260,7 +260,7 @@ def test_auto(shallow, full, tmp_path, run_quietly, monkeypatch):
 def test_auto_that_was_stopped_before_its_first_batch(shallow, full, tmp_path, run_quietly, fails, monkeypatch):
     """With images there the switch stays and so does what was measured; without any it is chosen anew."""
     auto = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", "auto", "--dataset", "digits"]
-    auto += ["--n_images", 12, "--steps", 5, "--n_samples", 2, "--device", "cpu", "--quiet"]
+    auto += ["--n_images", 12, "--steps", 5, "--n_samples", 2, "--device", "cpu"]
     auto += ["--output_folder", tmp_path / "s"]
     report = tmp_path / "s" / "report"
 
@@ -305,7 +305,7 @@ def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fail
 def test_auto_of_several_processes(shallow, full, tmp_path, torchrun, run_quietly):
     auto = ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--t_switch", "auto", "--steps", 5]
     auto += ["--dataset", "digits", "--n_images", 12, "--budget", 1e9, "--n_samples", 4, "--batch_size", 2]
-    auto += ["--device", "cpu", "--quiet"]
+    auto += ["--device", "cpu"]
     ended = torchrun("sampler.py", [*auto, "--output_folder", tmp_path / "two"], 2)
     assert ended.returncode == 0, ended.stderr
     run_quietly(sampler.main, [*auto, "--output_folder", tmp_path / "one"])

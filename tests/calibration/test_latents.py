@@ -17,7 +17,7 @@ from tests.latents import scaled_autoencoder, tiny_imagenet
 
 SIZE = 32  # of the images; 4 x 4 latents
 SHAPE = {"img_size": 4, "patch_size": 2, "in_chans": 4, "embed_dim": 32, "num_heads": 4, "num_classes": 1001}
-QUICK = ["--steps", 4, "--batch_size", 4, "--n_images", 6, "--speedup", 1, "--device", "cpu", "--quiet"]
+QUICK = ["--steps", 4, "--batch_size", 4, "--n_images", 6, "--speedup", 1, "--device", "cpu"]
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def with_scale(place, scale):
 def test_images_are_encoded_as_if_they_had_been_packed(place, run_quietly, fails):
     scale = yaml.safe_load((place / "large.yaml").read_text())["autoencoder"]["scale_factor"]
     run_quietly(calibrate.main, argv_of(place, "--output", place / "a.yaml", "--guidance_scale", 0.4))
-    packing = ["--dataset", "imagenet256", "--data_path", place, "--img_size", SIZE, "--quiet", "--device", "cpu"]
+    packing = ["--dataset", "imagenet256", "--data_path", place, "--img_size", SIZE, "--device", "cpu"]
     packing += ["--autoencoder_checkpoint_path", place / "vae", "--scale_factor", scale]
     run_quietly(pack.main, packing)
     (place / "vae").rename(place / "gone")

@@ -12,8 +12,8 @@ import sampler
 from generation.stages import read_stages
 from tests.folders import equal, samples, statistics
 
-QUICK = ["--dataset", "digits", "--n_images", 12, "--batch_size", 4, "--device", "cpu", "--quiet"]
-FLAGS = ["--device", "cpu", "--quiet", "--batch_size", 4]
+QUICK = ["--dataset", "digits", "--n_images", 12, "--batch_size", 4, "--device", "cpu"]
+FLAGS = ["--device", "cpu", "--batch_size", 4]
 
 
 @pytest.fixture

@@ -79,6 +79,24 @@ def test_an_ignored_one_is_left_alone_while_modules_are_imported(start, tmp_path
     assert run.communicate() == ("", "") and run.returncode == 7
 
 
+@pytest.mark.parametrize("number", LINES, ids=lambda number: number.name)
+def test_main_may_import_modules_that_swallow_exceptions(number, script, start, tmp_path):
+    """As numpy does: what is interrupted while it is imported is then missing, or imported twice."""
+    lines = ["import os, time", "try:", f"    os.kill(os.getpid(), {number})", "    time.sleep(60)"]
+    (tmp_path / "careless.py").write_text("\n".join([*lines, "except BaseException:", "    pass", ""]))
+    run = start(script("print('begun')", "import careless", "print('went on')"))
+    assert run.communicate() == ("begun\n", LINES[number]) and run.returncode == 128 + number
+
+
+def test_a_caller_in_the_same_process_is_not_ended(script, start, tmp_path):
+    """As of a notebook: there the exception is the caller's."""
+    (tmp_path / "interrupted.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    script("import interrupted")
+    lines = ["import script", "try:", "    script.main()", "except SystemExit as ended:", "    print(ended.code)"]
+    run = start([sys.executable, "-c", "\n".join(lines)])
+    assert run.communicate() == ("130\n", LINES[signal.SIGINT]) and run.returncode == 0
+
+
 def test_importing_a_script_sets_no_handler(start):
     """As notebooks do."""
     names = ", ".join(SCRIPTS)

@@ -83,7 +83,7 @@ def test_all_the_way(name, packed, tmp_path, request, extractor, capsys):
     wanted = {"img_size": size, "in_chans": in_chans, "num_classes": num_classes}
     as_it_is = open_source(name, tmp_path / "datasets", **wanted)
     if packed:
-        pack.main([*where, "--img_size", str(size), "--in_chans", str(in_chans), "--quiet", "--num_workers", "0"])
+        pack.main([*where, "--img_size", str(size), "--in_chans", str(in_chans), "--num_workers", "0"])
         taken = open_dataset(name, tmp_path / "datasets", **wanted)
         assert type(taken).__name__ == "PackedDataset"
         for got, want in zip(taken.__getitems__([3, 0]), as_it_is.__getitems__([3, 0]), strict=True):
@@ -107,12 +107,12 @@ def test_all_the_way(name, packed, tmp_path, request, extractor, capsys):
     train_script.main([str(arg) for arg in [*where, *network, *flags]])
 
     checkpoint, samples = tmp_path / f"{name}_uvit_1" / f"{name}_uvit_last.pth", tmp_path / "samples"
-    argv = ["--checkpoint_path", checkpoint, "--output_folder", samples, "--n_samples", 3, "--quiet", "--device", "cpu"]
+    argv = ["--checkpoint_path", checkpoint, "--output_folder", samples, "--n_samples", 3, "--device", "cpu"]
     if name in ("cifar10", "fashion_mnist", "imagenet64"):
         argv += ["--guidance_scale", 0.5]
     sampler.main([str(arg) for arg in argv])
 
-    argv = ["--samples_path", samples, "--feature_extractor", extractor, "--cache_dir", tmp_path / "cache", "--quiet"]
+    argv = ["--samples_path", samples, "--feature_extractor", extractor, "--cache_dir", tmp_path / "cache"]
     fid.main([str(arg) for arg in [*argv, *where, "--device", "cpu"]])
     about = json.loads((samples / "report" / "metrics.json").read_text())
     assert about["fid"] > 0 and about["reference"]["n_reference"] == len(as_it_is)

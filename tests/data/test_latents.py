@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 
 def pack_flags(root, scale):
     return [
-        *("--dataset", "imagenet256", "--data_path", str(root), "--img_size", str(SIZE), "--quiet", "--device", "cpu"),
+        *("--dataset", "imagenet256", "--data_path", str(root), "--img_size", str(SIZE), "--device", "cpu"),
         *("--autoencoder_checkpoint_path", str(root / "vae"), "--scale_factor", str(scale)),
     ]
 
@@ -109,7 +109,7 @@ def test_train_and_sample(packed, place, tmp_path, capsys, fails):
     settings = {"model_params": params | {"num_classes": 1001}, "dataset": "imagenet256"}
     config = tmp_path / "net.yaml"
     config.write_text(yaml.safe_dump(settings | {"diffusion_params": {"num_timesteps": 10}}))
-    argv = ["--config_path", config, "--dataset", "imagenet256", "--data_path", root, "--n_steps", 2, "--quiet"]
+    argv = ["--config_path", config, "--dataset", "imagenet256", "--data_path", root, "--n_steps", 2]
     argv += ["--batch_size", 4, "--log_path", tmp_path, "--n_samples", 2, "--preview_steps", 2, "--device", "cpu"]
     argv += ["--label_dropout", 0.5, "--autoencoder_checkpoint_path", root / "vae"]
     train_script.main([str(arg) for arg in argv])
@@ -119,7 +119,7 @@ def test_train_and_sample(packed, place, tmp_path, capsys, fails):
     assert carried["autoencoder"] == {"scale_factor": pytest.approx(scale)}
     assert carried["real_classes"] == 1000
 
-    argv = ["--checkpoint_path", run / "imagenet256_uvit_last.pth", "--n_samples", 3, "--quiet", "--device", "cpu"]
+    argv = ["--checkpoint_path", run / "imagenet256_uvit_last.pth", "--n_samples", 3, "--device", "cpu"]
     argv += ["--guidance_scale", 0.4, "--output_folder", tmp_path / "s"]
     fails(sampler.main, argv, "--autoencoder_checkpoint_path")
     sampler.main([str(arg) for arg in [*argv, "--autoencoder_checkpoint_path", root / "vae"]])
@@ -161,7 +161,7 @@ def test_unscaled_latents_are_refused(packed, place, tmp_path, fails):
     config = tmp_path / "net.yaml"
     params = {"img_size": 4, "patch_size": 2, "in_chans": 4, "embed_dim": 32, "num_heads": 4, "depth": 1}
     config.write_text(yaml.safe_dump({"model_params": params}))
-    argv = ["--config_path", config, "--dataset", "imagenet256", "--n_steps", 2, "--batch_size", 4, "--quiet"]
+    argv = ["--config_path", config, "--dataset", "imagenet256", "--n_steps", 2, "--batch_size", 4]
     argv += ["--log_path", tmp_path, "--data_path", tmp_path / "wrong"]
     fails(train_script.main, argv, "standard deviation", "--scale_factor")
 
@@ -171,7 +171,7 @@ def test_another_scale_than_the_network_says_is_refused(packed, place, tmp_path,
     params = {"img_size": 4, "patch_size": 2, "in_chans": 4, "embed_dim": 32, "num_heads": 4, "depth": 1}
     config = tmp_path / "net.yaml"
     config.write_text(yaml.safe_dump({"model_params": params, "autoencoder": {"scale_factor": 0.18215}}))
-    argv = ["--config_path", config, "--dataset", "imagenet256", "--data_path", root, "--n_steps", 2, "--quiet"]
+    argv = ["--config_path", config, "--dataset", "imagenet256", "--data_path", root, "--n_steps", 2]
     fails(train_script.main, [*argv, "--batch_size", 4, "--log_path", tmp_path], "scale_factor", "0.18215")
 
 
@@ -188,5 +188,5 @@ def test_without_packing_latents_are_not_there(place, tmp_path, fails):
     params = {"img_size": 4, "patch_size": 2, "in_chans": 4, "embed_dim": 32, "num_heads": 4, "depth": 1}
     config = tmp_path / "net.yaml"
     config.write_text(yaml.safe_dump({"model_params": params}))
-    argv = ["--config_path", config, "--dataset", "imagenet256", "--data_path", tmp_path, "--n_steps", 2, "--quiet"]
+    argv = ["--config_path", config, "--dataset", "imagenet256", "--data_path", tmp_path, "--n_steps", 2]
     fails(train_script.main, [*argv, "--batch_size", 4, "--log_path", tmp_path / "l"], "in_chans=4", "pack.py")

@@ -61,7 +61,7 @@ def check_packed(name, path, **shape):
     unpacked = open_dataset(name, path, **shape)
     assert not isinstance(unpacked, PackedDataset)
     flags = [f"--{key}={value}" for key, value in shape.items() if value is not None]
-    main([f"--dataset={name}", f"--data_path={path}", *flags, "--num_workers=0", "--quiet"])
+    main([f"--dataset={name}", f"--data_path={path}", *flags, "--num_workers=0"])
     dataset = open_dataset(name, path, **shape)
     assert isinstance(dataset, PackedDataset)
     assert torch.equal(all_of(dataset)[0], all_of(unpacked)[0]) and all_of(dataset)[1] == all_of(unpacked)[1]
@@ -150,6 +150,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert resident_bytes() - before < 2**26
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not tell")
+def test_reading_leaves_no_file_open(packed):
+    """Nobody would close it where a process is interrupted."""
+    dataset = open_dataset("folder", packed, img_size=16, in_chans=3, num_classes=2)
+    assert len(dataset[0][0])
+    assert (packed / "images.npy").resolve() not in {path.resolve() for path in Path("/proc/self/fd").iterdir()}
+
+
 def test_one_file_serves_processes_at_once(pictures, packed):
     """Forked workers share what was opened before; a position they shared would mix up their images."""
     from data.dataset import training_batches
@@ -184,7 +192,7 @@ def test_of_many_broken_images_the_first_few_are_named(pictures, tmp_path, capsy
         (pictures / name).write_text("<html>")  # seen when the folder is opened
     for name in names[60:100]:
         (pictures / name).write_bytes((pictures / name).read_bytes()[:300])  # seen when the pixels are needed
-    argv = ["--dataset=folder", f"--data_path={pictures}", "--img_size=16", f"--output={tmp_path / 'p'}", "--quiet"]
+    argv = ["--dataset=folder", f"--data_path={pictures}", "--img_size=16", f"--output={tmp_path / 'p'}"]
     main([*argv, "--num_workers=2"])
     said = capsys.readouterr()
     first = f"60 files left out: {names[0]} (not readable as an image), {names[1]} ("
@@ -227,7 +235,7 @@ def test_names_that_are_not_utf8(odd_names, packed, tmp_path, caplog, capsys):
     for name, size in ((names[3], 300), (names[5], 5)):  # the pixels, and the header
         (odd_names / name).write_bytes((odd_names / name).read_bytes()[:size])
     argv = ["--dataset=folder", f"--data_path={odd_names}", "--img_size=16", "--num_classes=2", "--num_workers=2"]
-    main([*argv, "--quiet", f"--output={tmp_path / 'p'}"])
+    main([*argv, f"--output={tmp_path / 'p'}"])
     assert r"\udce9a/\udcfe003.png (the image is broken" in capsys.readouterr().out
     content = (tmp_path / "p" / "manifest.json").read_bytes().decode("ascii")
     manifest = json.loads(content)
@@ -489,7 +497,7 @@ def test_bytes_are_told_in_a_fitting_unit(count, text):
 def test_a_full_disk(function, calls, pictures, packed, tmp_path, monkeypatch, fails):
     """One line says what is kept; with room the same command goes on."""
     working, argv = getattr(packing, function), ["--dataset=folder", f"--data_path={pictures}", "--img_size=16"]
-    argv += ["--num_classes=2", f"--output={tmp_path / 'p'}", "--num_workers=0", "--quiet"]
+    argv += ["--num_classes=2", f"--output={tmp_path / 'p'}", "--num_workers=0"]
 
     def filling(*args):
         nonlocal calls
@@ -551,7 +559,7 @@ def test_used_only_where_it_fits(pictures, caplog):
     """At its default place another one is passed over; given by name it is refused."""
     caplog.set_level(logging.INFO)
     shape = {"img_size": 16, "in_chans": 3}
-    main(["--dataset=folder", f"--data_path={pictures}", "--img_size=16", "--quiet"])
+    main(["--dataset=folder", f"--data_path={pictures}", "--img_size=16"])
     place = pictures / "packed" / "folder_16_fit"
     assert isinstance(open_dataset("folder", pictures, **shape), PackedDataset)
     assert isinstance(open_dataset("folder", place, **shape), PackedDataset)
@@ -570,7 +578,7 @@ def test_used_only_where_it_fits(pictures, caplog):
 
 
 def test_a_run_says_that_it_takes_a_packed_copy(pictures, monkeypatch, capsys):
-    main(["--dataset=folder", f"--data_path={pictures}", "--img_size=16", "--quiet"])
+    main(["--dataset=folder", f"--data_path={pictures}", "--img_size=16"])
     capsys.readouterr()
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a script: nothing but Python itself shows notes
     open_dataset("folder", pictures, img_size=16, in_chans=3)
@@ -579,7 +587,7 @@ def test_a_run_says_that_it_takes_a_packed_copy(pictures, monkeypatch, capsys):
 
 def test_a_source_that_changed_is_read_again(celeba_folder, picture_of, caplog):
     root = celeba_folder.parent
-    main(["--dataset=celeba", f"--data_path={root}", "--img_size=16", "--quiet"])
+    main(["--dataset=celeba", f"--data_path={root}", "--img_size=16"])
     shape = {"img_size": 16, "in_chans": 3}
     picture_of((178, 218)).save(celeba_folder / "000003.jpg")
     dataset = open_dataset("celeba", root, **shape)
@@ -590,7 +598,7 @@ def test_a_source_that_changed_is_read_again(celeba_folder, picture_of, caplog):
 
 def test_grey_and_colour_lie_side_by_side(pictures):
     for in_chans in (1, 3):
-        flags = ["--img_size=16", f"--in_chans={in_chans}", "--quiet"]
+        flags = ["--img_size=16", f"--in_chans={in_chans}"]
         main(["--dataset=folder", f"--data_path={pictures}", *flags])
     for in_chans in (1, 3):
         dataset = open_dataset("folder", pictures, img_size=16, in_chans=in_chans)

@@ -104,7 +104,7 @@ def test_seeds_of_unlike_conditions_have_no_mean_time(which, scored, compared):
 
 
 def test_a_report_records_all_that_times_depend_on(full, tmp_path, run_quietly):
-    argv = ["--checkpoint_path", full, "--n_samples", 2, "--steps", 2, "--output_folder", tmp_path / "s", "--quiet"]
+    argv = ["--checkpoint_path", full, "--n_samples", 2, "--steps", 2, "--output_folder", tmp_path / "s"]
     run_quietly(sampler.main, [*argv, "--device", "cpu"])
     sampled_and_scored(tmp_path / "scored", 10.0, 0.01, 0)
     (tmp_path / "scored" / "report" / "metrics.json").rename(tmp_path / "s" / "report" / "metrics.json")

@@ -86,7 +86,7 @@ def test_scores(extractor, tmp_path, capsys):
         for i, image in enumerate(smooth(6, 1, 28, seed)):
             Image.fromarray(image[0].numpy()).save(tmp_path / folder / f"{i}.png")
     argv = ["--samples_path", tmp_path / "samples", "--reference", tmp_path / "real", "--metrics", "fid,kid"]
-    fid.main([str(word) for word in [*argv, "--feature_extractor", NAME, "--device", "cpu", "--quiet"]])
+    fid.main([str(word) for word in [*argv, "--feature_extractor", NAME, "--device", "cpu"]])
     about = json.loads((tmp_path / "samples" / "report" / "metrics.json").read_text())
     assert about["fid"] > 0 and "kid" in about and "96 x 96" in about["feature_extractor"]["extractor"]
 

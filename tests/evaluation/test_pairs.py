@@ -57,7 +57,7 @@ def compared(tmp_path, run_quietly):
     """Calls compare.py. Returns the lines that it prints, and the pairs in its numbers by label."""
 
     def call(*argv: object) -> tuple[list[str], dict[str, dict]]:
-        out = ["--output", tmp_path / "x.png", "--json", tmp_path / "x.json", "--quiet", "--device", "cpu"]
+        out = ["--output", tmp_path / "x.png", "--json", tmp_path / "x.json", "--device", "cpu"]
         lines = run_quietly(compare.main, [*argv, *out]).splitlines()
         return lines, {of["label"]: of["pairs"] for of in json.loads((tmp_path / "x.json").read_text())["labels"]}
 

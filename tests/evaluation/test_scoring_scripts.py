@@ -43,14 +43,14 @@ def scored(full, tmp_path, run_quietly):
     """Two scored runs."""
     for name, steps in (("slow", 20), ("quick", 5)):
         folder = tmp_path / name
-        argv = ["--checkpoint_path", full, "--n_samples", 80, "--steps", steps, "--output_folder", folder, "--quiet"]
+        argv = ["--checkpoint_path", full, "--n_samples", 80, "--steps", steps, "--output_folder", folder]
         run_quietly(sampler.main, argv)
         run_quietly(fid.main, [*flags(tmp_path), "--samples_path", folder, "--dataset", "digits"])
     return tmp_path
 
 
 def flags(tmp_path):
-    return ["--feature_extractor", CLASSIFIER, "--cache_dir", tmp_path / "cache", "--device", "cpu", "--quiet"]
+    return ["--feature_extractor", CLASSIFIER, "--cache_dir", tmp_path / "cache", "--device", "cpu"]
 
 
 def metrics(folder):
@@ -121,7 +121,7 @@ def test_inception_takes_its_own_path(real, tmp_path, run_quietly, fails, monkey
     """Its weights are not here: random ones, behind a check that is told to accept them."""
     weights = tmp_path / "weights.pth"
     torch.save({}, weights)
-    argv = ["--samples_path", real, "--device", "cpu", "--quiet", "--feature_extractor_weights", weights]
+    argv = ["--samples_path", real, "--device", "cpu", "--feature_extractor_weights", weights]
     fails(fid.main, [*argv, "--reference", real], "SHA-256")
     network = "torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3.load_state_dict"
     monkeypatch.setattr(network, lambda self, state_dict: None)
@@ -130,7 +130,7 @@ def test_inception_takes_its_own_path(real, tmp_path, run_quietly, fails, monkey
     few.mkdir()
     for n in range(6):
         shutil.copy(real / f"{n:06d}.png", few)
-    argv = ["--samples_path", few, "--device", "cpu", "--quiet", "--feature_extractor_weights", weights]
+    argv = ["--samples_path", few, "--device", "cpu", "--feature_extractor_weights", weights]
     run_quietly(fid.main, [*argv, "--reference", few, "--metrics", "fid,is"])
     about = metrics(few)
     assert about["fid"] == pytest.approx(0, abs=1e-3) and about["is"] >= 1
@@ -206,7 +206,7 @@ class TestWithoutAHome:
         with pytest.raises(SystemExit) as ended:
             fid.main(["--help"])
         assert ended.value.code == 0 and "~/.cache/duodiff" in capsys.readouterr().out
-        argv = ["--samples_path", real, "--feature_extractor", CLASSIFIER, "--device", "cpu", "--quiet"]
+        argv = ["--samples_path", real, "--feature_extractor", CLASSIFIER, "--device", "cpu"]
         run_quietly(fid.main, [*argv, "--reference", real])
         run_quietly(fid.main, [*argv, "--dataset", "digits", "--cache_dir", tmp_path / "cache"])
         assert list((tmp_path / "cache").iterdir())
@@ -251,7 +251,7 @@ class TestBadInput:
 
     def test_extractors(self, real, tmp_path, fails):
         (tmp_path / "none.pt").write_bytes(b"no network")
-        argv = ["--samples_path", real, "--reference", real, "--device", "cpu", "--quiet", "--feature_extractor"]
+        argv = ["--samples_path", real, "--reference", real, "--device", "cpu", "--feature_extractor"]
         fails(fid.main, [*argv, tmp_path / "none.pt"], "none.pt")
 
 

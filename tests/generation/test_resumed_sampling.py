@@ -36,7 +36,7 @@ def result(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(params=["sampler", "eesampler"])
 def command(request, full, shallow, early_exit):
     """A script's main, and its arguments but for the folder: 9 samples in batches of 2."""
-    common = ["--n_samples", "9", "--batch_size", "2", "--device", "cpu", "--quiet"]
+    common = ["--n_samples", "9", "--batch_size", "2", "--device", "cpu"]
     if request.param == "eesampler":
         return eesampler.main, ["--checkpoint_path", str(early_exit), "--threshold", "0.5", *common]
     pair = ["--checkpoint_path", str(shallow), "--checkpoint_path_late", str(full), "--t_switch", "9"]
@@ -145,7 +145,7 @@ def test_another_batch_size_keeps_what_is_there(command, unbroken, tmp_path):
 
 
 def test_other_settings_are_refused(full, early_exit, runs, tmp_path, fails, run_quietly):
-    one = ["--output_folder", tmp_path / "s", "--n_samples", 2, "--device", "cpu", "--quiet"]
+    one = ["--output_folder", tmp_path / "s", "--n_samples", 2, "--device", "cpu"]
     run_quietly(sampler.main, ["--checkpoint_path", full, *one])
     before = result(tmp_path / "s")
     other = ["--seed", 1, "--solver", "ddim", "--steps", 5]
@@ -239,7 +239,7 @@ def test_outside_of_the_main_thread(command, unbroken, tmp_path):
 def test_sigterm_says_how_to_go_on(full, tmp_path):
     argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--n_samples", 5000, "--batch_size", 1]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, ROOT / "sampler.py", *argv, "--device", "cpu", "--quiet"]
+    argv = [sys.executable, ROOT / "sampler.py", *argv, "--device", "cpu"]
     with subprocess.Popen(list(map(str, argv)), stderr=subprocess.PIPE, text=True, env=environment) as run:
         while not list((tmp_path / "s" / "report" / "batches").glob("*.npz")):
             assert run.poll() is None
@@ -277,7 +277,7 @@ def test_what_one_process_meets_ends_all(full, tmp_path, torchrun):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not tell a process's children")
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_another_number_goes_on(full, tmp_path):
-    argv = ["--checkpoint_path", full, "--n_samples", 400, "--batch_size", 4, "--device", "cpu", "--quiet"]
+    argv = ["--checkpoint_path", full, "--n_samples", 400, "--batch_size", 4, "--device", "cpu"]
     argv = [str(arg) for arg in [*argv, "--solver", "ddim", "--steps", 4]]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sampler.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

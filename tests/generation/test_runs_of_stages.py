@@ -17,7 +17,7 @@ from models.offload import StoredWeights
 from tests.conftest import TINY, perturbed
 from tests.folders import samples, statistics, timesteps_told
 
-FLAGS = ["--device", "cpu", "--quiet", "--n_samples", 3, "--batch_size", 2]
+FLAGS = ["--device", "cpu", "--n_samples", 3, "--batch_size", 2]
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ DESCRIPTION = [*TINY_FLAGS, "--num_timesteps", 20]
 
 @pytest.fixture
 def duo(full, shallow):
-    return ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--device", "cpu", "--quiet"]
+    return ["--checkpoint_path", shallow, "--checkpoint_path_late", full, "--device", "cpu"]
 
 
 @pytest.fixture
 def ee(early_exit):
-    return ["--checkpoint_path", early_exit, "--threshold", "0.45", "--device", "cpu", "--quiet"]
+    return ["--checkpoint_path", early_exit, "--threshold", "0.45", "--device", "cpu"]
 
 
 def test_two_backbones(duo, tmp_path, run_quietly):
@@ -65,7 +65,7 @@ def test_sample_i_is_the_same_whatever_the_batch_size(script, solver, duo, ee, t
 def test_a_switch_at_the_ends_is_one_backbone_alone(duo, full, shallow, tmp_path, run_quietly):
     for name, t_switch, alone in (("late", 19, full), ("early", -1, shallow)):
         run_quietly(sampler.main, [*duo, "--t_switch", t_switch, "--output_folder", tmp_path / name, "--n_samples", 2])
-        argv = ["--checkpoint_path", alone, "--output_folder", tmp_path / f"{name}_alone", "--n_samples", 2, "--quiet"]
+        argv = ["--checkpoint_path", alone, "--output_folder", tmp_path / f"{name}_alone", "--n_samples", 2]
         run_quietly(sampler.main, argv)
         both = samples(tmp_path / name), samples(tmp_path / f"{name}_alone")
         assert all(np.array_equal(both[0][key], both[1][key]) for key in both[0])
@@ -75,7 +75,7 @@ def test_seeds_and_weights_matter(full, tmp_path, run_quietly):
     for name, flags in (("a", []), ("b", ["--seed", 1]), ("c", ["--weights", "raw"]), ("d", [])):
         run_quietly(
             sampler.main,
-            ["--checkpoint_path", full, "--output_folder", tmp_path / name, "--n_samples", 1, "--quiet", *flags],
+            ["--checkpoint_path", full, "--output_folder", tmp_path / name, "--n_samples", 1, *flags],
         )
     images = {name: samples(tmp_path / name)["000000.png"] for name in "abcd"}
     assert np.array_equal(images["a"], images["d"])
@@ -105,17 +105,7 @@ def test_a_threshold_of_0_is_the_backbone_itself(full, early_exit, tmp_path, run
 
 
 def test_intermediate_frames(full, tmp_path, run_quietly):
-    argv = [
-        "--checkpoint_path",
-        full,
-        "--output_folder",
-        tmp_path / "s",
-        "--n_samples",
-        3,
-        "--batch_size",
-        2,
-        "--quiet",
-    ]
+    argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--n_samples", 3, "--batch_size", 2]
     run_quietly(sampler.main, [*argv, "--timesteps_save", 19, 10, 0])
     frames = tmp_path / "s" / "report" / "frames"
     assert sorted(p.name for p in frames.iterdir()) == ["t0000", "t0010", "t0019"]
@@ -136,7 +126,7 @@ def test_bare_weights_need_a_config(full, tmp_path, run_quietly, fails):
     (tmp_path / "net.yaml").write_text(
         yaml.safe_dump({"model_params": TINY | {"depth": 5}, "diffusion_params": diffusion})
     )
-    argv = ["--checkpoint_path", tmp_path / "bare.pth", "--n_samples", 2, "--quiet"]
+    argv = ["--checkpoint_path", tmp_path / "bare.pth", "--n_samples", 2]
     fails(sampler.main, [*argv, "--output_folder", tmp_path / "x"], "bare.pth", "--config_path")
     run_quietly(sampler.main, [*argv, "--config_path", tmp_path / "net.yaml", "--output_folder", tmp_path / "bare"])
     run_quietly(sampler.main, ["--checkpoint_path", full, "--n_samples", 2, "--output_folder", tmp_path / "own"])
@@ -184,7 +174,7 @@ class TestFlagsThatDescribe:
 
         def check(main, *lines):
             for number, argv in enumerate(lines):
-                flags = ["--n_samples", 2, "--output_folder", tmp_path / f"{number}", "--device", "cpu", "--quiet"]
+                flags = ["--n_samples", 2, "--output_folder", tmp_path / f"{number}", "--device", "cpu"]
                 run_quietly(main, [*argv, *flags])
             one, other = (samples(tmp_path / f"{number}") for number in range(2))
             assert all(np.array_equal(one[name], other[name]) for name in ("000000.png", "000001.png"))
@@ -236,7 +226,7 @@ class TestFlagsThatDescribe:
 
 def test_classes(runs, tmp_path, run_quietly, fails, full):
     network = runs / "classes" / "digits_uvit_last.pth"
-    argv = ["--checkpoint_path", network, "--n_samples", 3, "--quiet"]
+    argv = ["--checkpoint_path", network, "--n_samples", 3]
     run_quietly(sampler.main, [*argv, "--output_folder", tmp_path / "random"])
     run_quietly(sampler.main, [*argv, "--output_folder", tmp_path / "seven", "--class_id", 7])
     assert len(samples(tmp_path / "seven")) == 3
@@ -251,7 +241,7 @@ def test_classes(runs, tmp_path, run_quietly, fails, full):
 
 def test_guidance(runs, duo, early_exit, tmp_path, run_quietly, fails):
     network = runs / "no_class" / "digits_uvit_last.pth"
-    argv = ["--checkpoint_path", network, "--n_samples", 4, "--quiet", "--class_id", 3, 5]
+    argv = ["--checkpoint_path", network, "--n_samples", 4, "--class_id", 3, 5]
     for scale in (0, 2):
         run_quietly(sampler.main, [*argv, "--guidance_scale", scale, "--output_folder", tmp_path / f"s{scale}"])
     plain, guided = samples(tmp_path / "s0"), samples(tmp_path / "s2")
@@ -271,7 +261,7 @@ def test_guidance(runs, duo, early_exit, tmp_path, run_quietly, fails):
 
 def test_guidance_with_early_exit(runs, tmp_path, run_quietly):
     argv = ["--checkpoint_path", runs / "ee_no_class" / "digits_deediff_uvit_last.pth", "--threshold", 0.45]
-    argv += ["--n_samples", 5, "--batch_size", 2, "--guidance_scale", 1, "--output_folder", tmp_path / "s", "--quiet"]
+    argv += ["--n_samples", 5, "--batch_size", 2, "--guidance_scale", 1, "--output_folder", tmp_path / "s"]
     run_quietly(eesampler.main, argv)
     exits = np.load(tmp_path / "s" / "report" / "exits.npz")
     assert exits["exit_layer"].shape == exits["exit_layer_uncond"].shape == (20, 5)
@@ -279,7 +269,7 @@ def test_guidance_with_early_exit(runs, tmp_path, run_quietly):
 
 class TestBadInput:
     def test_samples_are_not_overwritten(self, full, tmp_path, run_quietly, fails):
-        argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--quiet"]
+        argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s"]
         run_quietly(sampler.main, [*argv, "--n_samples", 3])
         before = samples(tmp_path / "s")
         fails(sampler.main, [*argv, "--n_samples", 2, "--seed", 5], "3 samples", "--overwrite")
@@ -317,7 +307,7 @@ class TestBadInput:
         monkeypatch.setattr(generation.folder, "save_png", stop_after_four)
         argv = ["--checkpoint_path", full, "--output_folder", tmp_path / "s", "--n_samples", 9, "--batch_size", 2]
         with pytest.raises(SystemExit) as ended:
-            sampler.main([str(arg) for arg in [*argv, "--quiet"]])
+            sampler.main([str(arg) for arg in [*argv]])
         assert ended.value.code == 130 and len(samples(tmp_path / "s")) == 4
         fails(fid.main, ["--samples_path", tmp_path / "s", "--dataset", "digits"], "4 images", "counts 9")
 
@@ -345,7 +335,7 @@ class TestBadInput:
         fails(sampler.main, ["--checkpoint_path", full, "--output_folder", tmp_path / "s"], "out of memory")
 
     def test_a_failure_to_load_keeps_the_samples(self, full, tmp_path, run_quietly, fails):
-        argv = ["--output_folder", tmp_path / "s", "--quiet", "--n_samples", 1]
+        argv = ["--output_folder", tmp_path / "s", "--n_samples", 1]
         run_quietly(sampler.main, ["--checkpoint_path", full, *argv])
         (tmp_path / "cut.pth").write_bytes(full.read_bytes()[:5000])
         fails(sampler.main, ["--checkpoint_path", tmp_path / "cut.pth", *argv, "--overwrite"], "cut.pth", "cut short")

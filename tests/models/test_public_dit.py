@@ -152,7 +152,7 @@ def argv_of(files, early, late, out, *flags):
     argv = [
         *("--checkpoint_path", files / f"{early}.pt", "--config_path", files / f"{early}.yaml"),
         *("--checkpoint_path_late", files / f"{late}.pt", "--config_path_late", files / f"{late}.yaml"),
-        *("--n_samples", 2, "--output_folder", out, "--solver", "ddim", "--steps", 6, "--device", "cpu", "--quiet"),
+        *("--n_samples", 2, "--output_folder", out, "--solver", "ddim", "--steps", 6, "--device", "cpu"),
     ]
     if "256" in early + late:
         argv += ["--autoencoder_checkpoint_path", files / "vae"]
@@ -218,7 +218,7 @@ def test_what_cannot_be_calibrated_is_named(early, late, flags, words, files, tm
     Image.new("RGB", (70, 70)).save(tmp_path / "imagenet" / "n01440764" / "b.png")
     dataset = "imagenet256" if "256" in early + late else "imagenet64"
     argv = ["--checkpoint_path", *(files / f"{name}.pt" for name in (early, late))]
-    argv += ["--config_path", *(files / f"{name}.yaml" for name in (early, late)), "--device", "cpu", "--quiet"]
+    argv += ["--config_path", *(files / f"{name}.yaml" for name in (early, late)), "--device", "cpu"]
     argv += ["--dataset", dataset, "--data_path", tmp_path, "--n_images", 2, "--output", tmp_path / "c.yaml", *flags]
     if dataset == "imagenet256":
         argv += ["--autoencoder_checkpoint_path", files / "vae"]

@@ -28,7 +28,7 @@ SHAPE = {"input_size": 8, "in_channels": 1, "patch_size": 4, "hidden_size": 32, 
 DIT = [text for name, value in SHAPE.items() for text in (f"--{name}", str(value))]
 TRAINING = [
     *("--dataset", "digits", "--batch_size", "8", "--num_timesteps", "20", "--num_warmup_steps", "2", "--n_steps", "4"),
-    *("--log_every_n_steps", "4", "--preview_steps", "0", "--device", "cpu", "--quiet"),
+    *("--log_every_n_steps", "4", "--preview_steps", "0", "--device", "cpu"),
 ]
 
 
@@ -47,7 +47,7 @@ def pair(dits, tmp_path):
     shallow, full = dits
     return [
         *("--checkpoint_path", shallow, "--checkpoint_path_late", full, "--n_samples", 3),
-        *("--output_folder", tmp_path / "out", "--device", "cpu", "--quiet"),
+        *("--output_folder", tmp_path / "out", "--device", "cpu"),
     ]
 
 
@@ -100,10 +100,10 @@ def test_no_blocks_of_another_dit_to_begin_with(dits, tmp_path, fails):
 def test_cached_calibrated_and_timed(dits, tmp_path, run_quietly):
     run_quietly(sampler_script.main, [*pair(dits, tmp_path), "--t_switch", 9, "--reuse_every", 2])
     files = ["--checkpoint_path", *dits, "--dataset", "digits", "--n_images", 8, "--batch_size", 8]
-    said = run_quietly(calibrate_script.main, [*files, "--output", tmp_path / "c.yaml", "--device", "cpu", "--quiet"])
+    said = run_quietly(calibrate_script.main, [*files, "--output", tmp_path / "c.yaml", "--device", "cpu"])
     assert "chosen: t_switch" in said
     few = ["--rounds", 1, "--batch_size", 2, "--solver", "ddim", "--steps", 2, "--t_switch", 9]
-    few += ["--full", dits[1], "--shallow", dits[0], "--output_folder", tmp_path / "b", "--device", "cpu", "--quiet"]
+    few += ["--full", dits[1], "--shallow", dits[0], "--output_folder", tmp_path / "b", "--device", "cpu"]
     assert "ddim" in run_quietly(benchmark_script.main, ["sample", *few])
 
 
@@ -122,7 +122,7 @@ def test_from_bare_weights_and_a_yaml_file(tmp_path, run_quietly):
     described = {"model": "dit", "model_params": {**SHAPE, "depth": 1}, "diffusion_params": {"num_timesteps": 20}}
     (tmp_path / "dit.yaml").write_text(yaml.safe_dump(described))
     argv = ["--checkpoint_path", tmp_path / "dit.safetensors", "--config_path", tmp_path / "dit.yaml"]
-    argv += ["--n_samples", 2, "--output_folder", tmp_path / "out", "--device", "cpu", "--quiet"]
+    argv += ["--n_samples", 2, "--output_folder", tmp_path / "out", "--device", "cpu"]
     run_quietly(sampler_script.main, argv)
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     # Training takes the kind of network from there too.

@@ -16,7 +16,7 @@ from models import UViT, load_weights
 from tests.conftest import TINY, TINY_FLAGS, TRAINING_FLAGS
 from training.export import main as export_main
 
-SAMPLING = ["--solver", "ddim", "--steps", "2", "--batch_size", "2", "--device", "cpu", "--quiet"]
+SAMPLING = ["--solver", "ddim", "--steps", "2", "--batch_size", "2", "--device", "cpu"]
 
 
 def sampled(run_quietly, script, path, out, *flags):

@@ -341,7 +341,7 @@ class TestExport:
         said = run_quietly(export.main, [full, out])
         assert "ema weights of step 4" in said
         for name, path in (("pth", full), ("safetensors", out)):
-            flags = ["--solver", "ddim", "--steps", 2, "--batch_size", 2, "--device", "cpu", "--quiet"]
+            flags = ["--solver", "ddim", "--steps", 2, "--batch_size", 2, "--device", "cpu"]
             run_quietly(sampler_script.main, ["--checkpoint_path", path, *flags, "--output_folder", tmp_path / name])
         for image in ("000000.png", "000001.png"):
             assert (tmp_path / "pth" / image).read_bytes() == (tmp_path / "safetensors" / image).read_bytes()

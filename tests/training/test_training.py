@@ -106,7 +106,7 @@ def test_classes_of_a_folder_leave_one_for_none(packed, tmp_path):
             Image.new("L", (8, 8), 10 * i).save(images / name / f"{i}.png")
     where = ["--dataset", "folder", "--data_path", images, "--num_classes", 3]
     if packed:
-        pack.main([str(arg) for arg in [*where, "--img_size", 8, "--in_chans", 1, "--quiet", "--num_workers", 0]])
+        pack.main([str(arg) for arg in [*where, "--img_size", 8, "--in_chans", 1, "--num_workers", 0]])
     run = train(tmp_path, *where, "--batch_size", 2, "--label_dropout", 0.5, steps=2)
     assert checkpoint(run, "folder_uvit_last.pth")["config"]["real_classes"] == 2
 
@@ -209,7 +209,7 @@ def test_a_folder_of_images_trains_with_classes_and_flips(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.jpg")
     flags = ["--img_size", "8", "--patch_size", "4", "--embed_dim", "32", "--num_heads", "4", "--depth", "1"]
     flags += ["--dataset", "folder", "--data_path", str(tmp_path / "images"), "--num_classes", "2"]
-    flags += ["--batch_size", "4", "--n_steps", "6", "--quiet", "--log_path", str(tmp_path), "--n_samples", "2"]
+    flags += ["--batch_size", "4", "--n_steps", "6", "--log_path", str(tmp_path), "--n_samples", "2"]
     flags += ["--preview_steps", "2", "--grad_checkpointing"]
     train_script.main(flags)
     assert (tmp_path / "folder_uvit_1" / "folder_uvit_last.pth").exists()

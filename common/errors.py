@@ -37,13 +37,18 @@ class WriteError(InputError):
     """
 
     def __init__(self, path: Path, number: int):
-        super().__init__(f"{path}: could not be written ({os.strerror(number)}; the disk at {mount_point(path)})")
+        super().__init__(f"{path}: could not be written ({os.strerror(number)}; {disk_of(path)})")
         self.remedy = "make room" if number in NO_ROOM else "see to that"
 
 
+def disk_of(path: Path) -> str:
+    return f"the disk at {mount_point(path)}"
+
+
 def mount_point(path: Path) -> Path:
-    """The mount point of the disk of a file."""
-    return next(folder for folder in path.absolute().parents if os.path.ismount(folder) or folder == folder.parent)
+    """The mount point of the disk of a file or folder."""
+    places = (path.absolute(), *path.absolute().parents)
+    return next(place for place in places if os.path.ismount(place) or place == place.parent)
 
 
 @contextmanager
@@ -97,16 +102,13 @@ def command(main: Callable[P, None]) -> Callable[P, None]:
                     token = _running.set(stack)
                     stack.callback(_running.reset, token)
                     _guarded(functools.partial(main, *args, **kwargs), script)
-            except SystemExit:
-                if ends_process:
-                    ignore(ENDING)
-                raise
             except KeyboardInterrupt as interrupt:
-                if ends_process:
-                    ignore(ENDING)
                 number = number_of(interrupt)
                 print(last_line(script, number), end="", file=sys.stderr, flush=True)
                 raise SystemExit(128 + number) from None
+            finally:
+                if ends_process:  # everything is done, and libraries take a while to end
+                    ignore(ENDING)
 
     return run
 
@@ -126,8 +128,11 @@ def _guarded(main: Callable[[], None], script: str) -> None:
             raise
         fail(script, f"{package} is not installed, and this needs it: pip install -e '.[{EXTRAS[package]}]'")
     except OSError as error:  # no permission, or a file was removed
-        advice = "; make room, then give the same command again" if error.errno in NO_ROOM else ""
-        fail(script, (f"{error.filename}: {error.strerror}" if error.filename else str(error)) + advice)
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if error.errno in NO_ROOM:
+            where = f" ({disk_of(Path(os.fsdecode(error.filename)))})" if error.filename else ""
+            said += f"{where}; make room, then give the same command again"
+        fail(script, said)
     except (MemoryError, RuntimeError) as error:
         # On accelerators torch raises a type of its own; on the CPU only the text identifies the error.
         texts = ("can't allocate memory", "not enough memory", "DataLoader worker (pid")

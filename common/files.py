@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import InputError, at_end_of_command, writing
+from common.errors import NO_ROOM, InputError, WriteError, at_end_of_command, disk_of, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,9 +37,11 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     durable: flush the file to disk first, so that it survives a power cut; slow for many small files. Raises WriteError
     if the disk is full or fails; the old file stays.
     """
-    with writing(path):
+    try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
+    except OSError as error:  # names the temporary file, which nobody knows
+        raise WriteError(path, error.errno or errno.EIO) from None
+    os.close(handle)
     temporary = Path(name)
     try:
         with writing(path, temporary):
@@ -198,5 +200,6 @@ def writable_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror})") from None
+        where = f"; {disk_of(path)}: make room" if error.errno in NO_ROOM else ""
+        raise InputError(f"{path}: cannot write there ({error.strerror}{where})") from None
     return path

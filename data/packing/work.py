@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.errors import InputError, WriteError
+from common.errors import NO_ROOM, InputError, WriteError, disk_of
 from common.files import check_regular, lock, read_json, remove_leftovers, replacing, writable_folder, write_json
 from common.progress import Progress
 from common.settings import differences
@@ -107,11 +107,13 @@ def _explaining_a_full_disk(partial: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, WriteError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        why = str(error) if isinstance(error, WriteError) else f"{partial}: {error.strerror}"
+        if isinstance(error, OSError):
+            if error.errno not in NO_ROOM:
+                raise
+            error = WriteError(partial / IMAGES, error.errno or errno.ENOSPC)
         raise InputError(
-            f"{why}; the images packed so far are kept in {partial}: make room, and the same command goes on from them"
+            f"{error}; the images packed so far are kept in {partial}: make room, and the same command goes on from "
+            "them"
         ) from None
 
 
@@ -272,7 +274,8 @@ def _refuse_another(folder: Path, there: dict[str, Any], wanted: dict[str, Any])
 def _check_space(folder: Path, wanted: int) -> None:
     if (free := shutil.disk_usage(folder).free) < wanted:
         raise InputError(
-            f"{folder}: {in_bytes(wanted)} are needed, {in_bytes(free)} are free, {in_bytes(wanted - free)} too few; "
+            f"{folder}: {in_bytes(wanted)} are needed, {in_bytes(free)} are free on {disk_of(folder)}, "
+            f"{in_bytes(wanted - free)} too few; "
             "make room, or give --output"
         )
 

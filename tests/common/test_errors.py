@@ -8,7 +8,7 @@ import os
 import pytest
 
 from common.errors import InputError, WriteError, command, mount_point, writing
-from common.files import replacing
+from common.files import replacing, writable_folder
 
 
 class Hidden(Exception):
@@ -64,7 +64,7 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
 
 def test_mount_points(tmp_path):
     where = mount_point(tmp_path / "file")
-    assert where.is_mount() and where in tmp_path.parents and mount_point(where / "file") == where
+    assert where.is_mount() and where in tmp_path.parents and mount_point(where / "file") == mount_point(where) == where
 
 
 @pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "make room"), (errno.EROFS, "see to that")])
@@ -79,9 +79,28 @@ def test_a_script_says_what_to_do(number, remedy, tmp_path, fails):
     )
 
 
-def test_a_full_disk_met_elsewhere(tmp_path, fails):
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_met_elsewhere(named, tmp_path, fails):
     @command
     def main(argv=None):
-        raise full()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(tmp_path / "file")] if named else []))
 
-    fails(main, [], "No space left on device", "make room, then give the same command again")
+    words = [str(tmp_path / "file"), f"the disk at {mount_point(tmp_path)}"] if named else []
+    fails(main, [], "No space left on device", "make room, then give the same command again", *words)
+
+
+def test_a_disk_without_room_for_a_name(tmp_path, monkeypatch):
+    """As where all inodes are taken: nobody knows the temporary file, which cannot be made."""
+
+    def no_inode(*args, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / ".file.abcdefgh"))
+
+    monkeypatch.setattr("tempfile.mkstemp", no_inode)
+    monkeypatch.setattr("tempfile.TemporaryFile", no_inode)
+    where = f"the disk at {mount_point(tmp_path)}"
+    with pytest.raises(WriteError) as caught, replacing(tmp_path / "file"):
+        pass
+    assert f"{tmp_path / 'file'}: could not be written" in str(caught.value) and where in str(caught.value)
+    with pytest.raises(InputError) as refused:
+        writable_folder(tmp_path / "folder")
+    assert f"{tmp_path / 'folder'}: cannot write there" in str(refused.value) and f"{where}: make" in str(refused.value)

@@ -105,6 +105,16 @@ def test_importing_a_script_sets_no_handler(start):
     assert run.communicate() == ("", "") and run.returncode == 0
 
 
+def test_what_is_done_is_not_interrupted(script, start):
+    """Libraries take half a second to end, at whose end Python itself has put the handlers back."""
+    run = start(script("import atexit", "atexit.register(time.sleep, 0.3)", "print('begun')"), stdout=-1)
+    begun(run)
+    for _ in range(10):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    assert run.communicate() == ("", "") and run.returncode == 0
+
+
 def test_an_ignored_one_is_left_alone(script, start):
     """As under nohup."""
     words = script("print('begun', flush=True)", "sys.stdin.readline()", "print('finished')")

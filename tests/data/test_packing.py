@@ -477,7 +477,7 @@ def test_no_file_of_a_folder_that_is_renamed_is_open(num_workers, pictures, tmp_
 def test_too_little_room(pictures, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(InputError, match=r"115 kB are needed, 100 kB are free, 15\.2 kB too few"):
+    with pytest.raises(InputError, match=r"115 kB are needed, 100 kB are free on the disk at .+, 15\.2 kB too few"):
         pack(folder(pictures), tmp_path / "p")
     assert not list(tmp_path.glob("p.*"))
 
@@ -507,7 +507,14 @@ def test_a_full_disk(function, calls, pictures, packed, tmp_path, monkeypatch, f
         return working(*args)
 
     monkeypatch.setattr(packing, function, filling)
-    fails(main, argv, f"{tmp_path / 'p'}.partial: No space left", "are kept", "the same command goes on")
+    fails(
+        main,
+        argv,
+        f"{tmp_path / 'p'}.partial/images.npy: could not",
+        "the disk at",
+        "are kept",
+        "the same command goes on",
+    )
     monkeypatch.setattr(packing, function, working)
     main(argv)
     for name in ("images.npy", "labels.npy", "manifest.json"):

@@ -37,8 +37,9 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     durable: flush the file to disk first, so that it survives a power cut; slow for many small files. Raises WriteError
     if the disk is full or fails; the old file stays.
     """
+    known = Path(path.name.encode(errors="replace").decode())  # a name that every library takes, see `encodable`
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{known}.", suffix=known.suffix, dir=path.parent)
     except OSError as error:  # names the temporary file, which nobody knows
         raise WriteError(path, error.errno or errno.EIO) from None
     os.close(handle)
@@ -53,6 +54,24 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def encodable(path: Path) -> Iterator[Path]:
+    """A context that yields a path in UTF-8 to the same file or folder: the path, or else a link to it.
+
+    Libraries such as torch and safetensors take no other paths. Those that write by renaming replace a link to a file:
+    give them a folder.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / f"link{path.suffix.encode(errors='replace').decode()}"
+            link.symlink_to(path.absolute(), target_is_directory=path.is_dir())
+            yield link
+    else:
+        yield path
 
 
 def remove_leftovers(folder: Path) -> None:

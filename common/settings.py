@@ -423,8 +423,9 @@ def _from_text(f: Field, text: str) -> Any:
 def _check_exists(path: Path, exists: str) -> None:
     there = {"file": path.is_file, "folder": path.is_dir, "path": path.exists}[exists]
     if not there():
-        fault = {"file": "is a folder" if path.is_dir() else "no such file", "folder": "no such folder"}
-        raise argparse.ArgumentTypeError(f"{path}: {fault.get(exists, 'no such file or folder')}")
+        missing = {"file": "no such file", "folder": "no such folder"}.get(exists, "no such file or folder")
+        found = "is a folder" if path.is_dir() else "is a pipe or device" if not path.is_file() else "is a file"
+        raise argparse.ArgumentTypeError(f"{path}: {f'{found}, wanted a {exists}' if path.exists() else missing}")
 
 
 def from_flags(cls: type[T], given: Mapping[str, Any], **more: Any) -> T:

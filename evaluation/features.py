@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from common.distributed import gather, on_main
 from common.errors import InputError
-from common.files import sha256_of
+from common.files import encodable, sha256_of
 from evaluation.settings import EFFICIENTNET, EXTRACTORS, INCEPTION
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -121,7 +121,8 @@ class TorchScript(FeatureExtractor):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, but needs no pickle
-                self.network = torch.jit.load(str(path), map_location=device).eval()
+                with encodable(path) as file:
+                    self.network = torch.jit.load(str(file), map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"{path}: not readable as TorchScript ({str(error).splitlines()[0]:.120})") from None
 

@@ -10,6 +10,7 @@ with the same --batch_size the images are bit for bit those of a run without a s
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from common.devices import Stopwatch, device_name
 from common.distributed import barrier, is_main, on_main, share, world_size
 from common.errors import InputError, WriteError
 from common.files import (
+    check_regular,
     lock,
     read_arrays,
     read_json,
@@ -209,8 +211,10 @@ class SampleFolder:
         """The checksums of the present files, (1 + K, B); None if a file is missing."""
         paths = [self.paths(indices, frame) for frame in (None, *self.frames)]
         try:
+            for path in itertools.chain(*paths):
+                check_regular(path)
             return np.array([[zlib.crc32(path.read_bytes()) for path in row] for row in paths], np.uint32)
-        except OSError:
+        except (OSError, InputError):
             return None
 
     def paths(self, indices: Sequence[int], frame: int | None = None) -> list[Path]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.config import PUBLIC_SCALE_FACTOR, DiffusersConfig
 from common.errors import InputError
-from common.files import check_regular, read_json
+from common.files import check_regular, encodable, read_json
 from common.settings import shown
 from models.backbone import Backbone
 from models.weights import check_numbers
@@ -127,9 +127,10 @@ def pretrained(cls: type[M], path: Path, what: str) -> M:
             )
         if numbers > sum(part.stat().st_size for part in weights):
             raise ValueError(f"config.json describes {numbers:,} numbers, more than the weights' files have bytes")
-        network, report = of_diffusers.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
-        )
+        with encodable(path) as folder:
+            network, report = of_diffusers.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
+            )
     except (MemoryError, InputError):
         raise
     except Exception as error:  # diffusers meets any settings there are, and fails in any way there is

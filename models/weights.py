@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
-from common.files import check_regular, read_json
+from common.files import check_regular, encodable, read_json
 from common.settings import check_types, differences, plain
 from models.dit import DiT, without_variance
 from models.early_exit import EarlyExitUViT, MlpProbes
@@ -170,22 +170,22 @@ def _whole(content: Mapping[str, Any]) -> bool:
 
 
 def _load_pth(path: Path, mapped: bool) -> Any:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), encodable(path) as file:
         warnings.simplefilter("ignore", UserWarning)  # torch warns about bytes that are not a pickle
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             if "argparse.Namespace" not in str(error):
                 raise
         # The original authors' checkpoints include their options as a Namespace, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _read_safetensors(path: Path) -> Weights:
     check_regular(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with encodable(path) as plain_path, safe_open(plain_path, framework="pt") as file:
             about = file.metadata() or {}
             names = list(file.keys())
         state_dict = _read_tensors(path, names)
@@ -213,7 +213,7 @@ def _read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     remaining = iter(names)
     while len(found) < len(names):
-        with safe_open(path, framework="pt") as file:
+        with encodable(path) as plain_path, safe_open(plain_path, framework="pt") as file:
             size = 0
             while size < MAPPED_AT_ONCE and (name := next(remaining, None)) is not None:
                 found[name] = file.get_tensor(name).clone()

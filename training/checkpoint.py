@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.config import Config
 from common.errors import InputError
-from common.files import lock, replacing
+from common.files import encodable, lock, replacing
 from common.settings import check_types, shown
 from models.pickles import check_pickles
 from models.weights import FORMAT, check_numbers, read_pth
@@ -106,7 +106,8 @@ def step_of(path: Path) -> int | None:
     """The step of a checkpoint, without reading its tensors; None if the file has none."""
     try:
         check_pickles(path)
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        with encodable(path) as file:
+            step = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["step"]
     except Exception:  # damaged bytes make the unpickler raise any error
         return None
     return step if type(step) is int else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import Parser
 from common.config import PRECISIONS, build_config, contradictions
 from common.errors import InputError, command
-from common.files import read_json, replacing, write_json
+from common.files import encodable, read_json, replacing, write_json
 from common.settings import Checked, in_words, option
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def _write_file(read: Weights, file: Path) -> None:
     from safetensors.torch import save_file
 
     about = {"format": "pt", "config": json.dumps(read.settings), "weights": read.kind, "step": str(read.step)}
-    with replacing(file) as temporary:
-        save_file({name: value.contiguous() for name, value in read.state_dict.items()}, temporary, about)
+    with replacing(file) as temporary, encodable(temporary.parent) as folder:
+        save_file({name: value.contiguous() for name, value in read.state_dict.items()}, folder / temporary.name, about)
 
 
 def _write_folder(read: Weights, folder: Path, card: str) -> None:
@@ -117,7 +117,7 @@ def _write_folder(read: Weights, folder: Path, card: str) -> None:
     )
     _write_file(read, folder / IN_FOLDER)
     with replacing(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+        temporary.write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
 
 
 def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scores: Path | None) -> str:

@@ -71,6 +71,18 @@ def stop_after(monkeypatch):
     return stop
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_in_place_of_a_sample_is_replaced(command, unbroken, tmp_path):
+    """Reading it would wait for ever."""
+    main, argv = command
+    argv = [*argv, "--output_folder", str(tmp_path / "s")]
+    main(argv)
+    (tmp_path / "s" / "000003.png").unlink()
+    os.mkfifo(tmp_path / "s" / "000003.png")
+    main(argv)
+    assert result(tmp_path / "s") == unbroken
+
+
 @pytest.mark.parametrize("n", [0, 3, 4, 8])
 def test_a_stopped_run_goes_on(n, command, unbroken, stop_after, tmp_path, capsys):
     main, argv = command

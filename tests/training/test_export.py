@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import sampler as sampler_script
 import train as train_script
 from models import UViT, load_weights
 from tests.conftest import TINY, TINY_FLAGS, TRAINING_FLAGS
+from training.checkpoint import step_of
 from training.export import main as export_main
 
 SAMPLING = ["--solver", "ddim", "--steps", "2", "--batch_size", "2", "--device", "cpu"]
@@ -22,6 +25,26 @@ SAMPLING = ["--solver", "ddim", "--steps", "2", "--batch_size", "2", "--device",
 def sampled(run_quietly, script, path, out, *flags):
     run_quietly(script.main, ["--checkpoint_path", path, *SAMPLING, *flags, "--output_folder", out])
     return [(out / name).read_bytes() for name in ("000000.png", "000001.png")]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the system has no such names")
+def test_names_that_are_not_utf8(full, tmp_path, run_quietly):
+    """Libraries in other languages take no such paths; what they write for us must arrive there."""
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    original = UViT(**TINY, depth=5)
+    load_weights(original, full)
+    copy = folder / os.fsdecode(b"\xe9.pth")
+    copy.write_bytes(full.read_bytes())
+    for target in (folder / os.fsdecode(b"\xe9"), folder / os.fsdecode(b"\xe9.safetensors")):
+        run_quietly(export_main, [copy, target])
+        for path in (copy, target):
+            network = UViT(**TINY, depth=5)
+            load_weights(network, path)
+            values = zip(network.parameters(), original.parameters(), strict=True)
+            assert all(torch.equal(value, wanted) for value, wanted in values)
+    assert step_of(copy) == 4
+    assert not list(folder.rglob(".*"))
 
 
 def test_samples_are_the_same(full, tmp_path, run_quietly):

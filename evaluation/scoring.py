@@ -6,6 +6,7 @@ FID is computed here, streamed in float64; KID, Inception score and precision/re
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def score(
             scores |= kernel_distance(features, real_features)
         if "prc" in metrics:
             scores |= precision_recall(features, real_features)
+    if wrong := [name for name, value in scores.items() if not math.isfinite(value)]:
+        raise InputError(f"{wrong[0]} is not finite: the feature extractor gives numbers that are too large for it")
     return scores
 
 

@@ -212,7 +212,7 @@ def _equal(pixels: np.ndarray, colour: int | tuple[int, ...]) -> np.ndarray:
 
 
 def _pixels_of_16_bits(image: ImageFile.ImageFile) -> np.ndarray | None:
-    """Pixels (H, W) or (H, W, C) in 0..65535 of an image with more than 8 bits, or multiplied by alpha; None for others.
+    """Pixels (H, W) or (H, W, C) in 0..65535, if they have more than 8 bits or are multiplied by alpha; else None.
 
     Pillow keeps 16 bits only for grey. For colours it keeps the high bytes; a second reading with swapped byte order
     gives the low bytes.

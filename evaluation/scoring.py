@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from common.distributed import is_main
@@ -101,9 +102,10 @@ def kernel_distance(samples: Tensor, real: Tensor) -> dict[str, float]:
     check_enough("kid", len(samples), len(real))
     size = min(KID_SUBSET_SIZE, len(samples), len(real))
     # A small difference of large sums: in float32 its fifth digit depends on the number of threads.
-    found = kid_features_to_metric(
-        samples.double(), real.double(), kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
-    )
+    with np.errstate(over="ignore"):  # `score` refuses what is not finite
+        found = kid_features_to_metric(
+            samples.double(), real.double(), kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+        )
     return {
         "kid": float(found["kernel_inception_distance_mean"]),
         "kid_std": float(found["kernel_inception_distance_std"]),

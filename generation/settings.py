@@ -16,9 +16,8 @@ from data import CROPS, DATASETS
 MOST_SAMPLES = 10_000_000
 of_network, of_samples, of_work = (partial(option, group=name) for name in ("networks", "samples", "less work"))
 as_networks = partial(of_network, decides=(), why="recorded with the networks, by their SHA-256")
-AS_STAGES: dict[str, Any] = {"decides": (), "why": "recorded as the stages that follow from it"}
-of_stages, of_guidance = (partial(option, group=name, **AS_STAGES) for name in ("stages", "samples"))
-of_saving = partial(option, **AS_STAGES)
+as_stages = partial(option, decides=(), why="recorded as the stages that follow from it")
+of_stages, of_guidance = (partial(as_stages, group=name) for name in ("stages", "samples"))
 
 
 def with_autoencoder(described: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
@@ -198,43 +197,43 @@ class SavingSettings(Checked):
     The order of a forecast is 0 to hold the last value, 1 to follow the line through the last two.
     """
 
-    correct_every: int = of_saving(
+    correct_every: int = as_stages(
         1,
         "run the full backbone at every n-th step, and between them the shallow one, corrected by a forecast of their "
         "difference; 1 turns this off",
         least=1,
         most=100_000,
     )
-    correct_order: int | None = of_saving(
+    correct_order: int | None = as_stages(
         None, "order of the forecast of --correct_every, 0 or 1 (default: 1)", least=0, most=1
     )
-    reuse_every: int = of_saving(
+    reuse_every: int = as_stages(
         1,
         "run the middle blocks at every n-th step of a stage, and between them reuse what they add; 1 turns this off",
         aliases=("--cache_interval",),
         least=1,
         most=100_000,
     )
-    reuse_order: int | None = of_saving(
+    reuse_order: int | None = as_stages(
         None, "order of the forecast of --reuse_every, 0 or 1 (default: 0)", least=0, most=1
     )
-    reuse_outer: int | None = of_saving(
+    reuse_outer: int | None = as_stages(
         None,
         "number of blocks at either end that run at every step (default: 1)",
         aliases=("--cache_outer",),
         least=1,
         most=999,
     )
-    hold_every: int = of_saving(
+    hold_every: int = as_stages(
         1,
         "run the network at every n-th step, and between them forecast the noise that it predicts; 1 turns this off",
         least=1,
         most=100_000,
     )
-    hold_order: int | None = of_saving(
+    hold_order: int | None = as_stages(
         None, "order of the forecast of --hold_every, 0 or 1 (default: 1)", least=0, most=1
     )
-    exit_layer: int | None = of_saving(
+    exit_layer: int | None = as_stages(
         None,
         "number of blocks after which all images leave an early-exit model; no probe runs then",
         least=0,

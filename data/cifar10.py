@@ -18,7 +18,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.files import writable_folder
 from data import DEFAULT_PATH, missing
-from data.dataset import InMemoryDataset, check_labels
+from data.dataset import InMemoryDataset, check_labels, check_shape
 from data.files import FolderSource, ImageFiles
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -44,11 +44,7 @@ def open_cifar10(
 
     Also searches in cifar10/ and, for PNGs, in train/.
     """
-    if (img_size, in_chans) != (32, 3):
-        raise InputError(
-            f"the images of CIFAR-10 are 32 x 32 in colour: wanted img_size 32 and in_chans 3, got {img_size} and "
-            f"{in_chans}"
-        )
+    check_shape("the images of CIFAR-10", (32, 3), (img_size, in_chans))
     root = data_path or DEFAULT_PATH
     if root.is_file():
         return CIFAR10(root, num_classes)
@@ -76,17 +72,7 @@ class CIFAR10(InMemoryDataset):
         check_labels(int(self.labels.max()), num_classes, path)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.images.numpy().data)
-        digest.update(self.labels.numpy().data)
-        return {
-            "dataset": "cifar10",
-            "source": str(self.path.resolve()),
-            "files_sha256": digest.hexdigest(),
-            "images": len(self),
-            "img_size": 32,
-            "in_chans": 3,
-            "crop": "none",
-        }
+        return self.described("cifar10", self.path)
 
 
 class CIFAR10Pictures(ImageFiles):

@@ -116,7 +116,6 @@ def _read_archive(path: Path) -> Iterator[bytes]:
     """The training batches in the tar archive, read without extraction."""
     with path.open("rb") as file:
         _check(path, ARCHIVE, file)
-        file.seek(0)
         with tarfile.open(fileobj=file) as archive:
             for name in BATCHES:
                 member = archive.extractfile(f"{FOLDER}/{name}")
@@ -130,12 +129,11 @@ def _read_folder(path: Path) -> Iterator[bytes]:
     for name in BATCHES:
         with (path / name).open("rb") as file:
             _check(path / name, name, file)
-            file.seek(0)
             yield file.read()
 
 
 def _check(path: Path, name: str, file: BinaryIO) -> None:
-    """Raises InputError unless the file equals the distributed file of this name, by its MD5."""
+    """Raises InputError unless the file equals the distributed one of this name, by its MD5. Goes back to its start."""
     digest = hashlib.md5(usedforsecurity=False)
     while block := file.read(2**20):
         digest.update(block)
@@ -144,6 +142,7 @@ def _check(path: Path, name: str, file: BinaryIO) -> None:
             f"{path}: its MD5 is {digest.hexdigest()}, that of the official {name} is {MD5[name]}; cut short, or "
             f"another file? Get {URL} anew, or remove what is there and give --download"
         )
+    file.seek(0)
 
 
 def _parse(content: bytes) -> tuple[Tensor, Tensor]:

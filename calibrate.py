@@ -124,7 +124,7 @@ def check_output(settings: CalibrateSettings) -> None:
 
 def check_verifying(settings: CalibrateSettings, full: Network[Runnable], device: torch.device) -> None:
     """Raises InputError, before sampling, if the samples could not be scored."""
-    from data import open_source
+    from data import open_dataset
     from data.packing.packed import MANIFEST
     from evaluation.features import load_extractor
 
@@ -133,7 +133,7 @@ def check_verifying(settings: CalibrateSettings, full: Network[Runnable], device
         assert dataset is not None, "CalibrateSettings asks for it"
         if data_path and (data_path / MANIFEST).is_file():
             raise InputError(f"--verify: {data_path} holds latents; give --reference, images to score against")
-        open_source(dataset, data_path, img_size=64, in_chans=3)  # the images beside their latents
+        open_dataset(dataset, data_path, img_size=64, in_chans=3, packed=False)  # the images beside their latents
     load_extractor(verifying.feature_extractor, verifying.feature_extractor_weights, device)
 
 

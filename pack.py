@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.errors import command
-from data import crop_of, open_source
+from data import crop_of, open_dataset
 from data.packing.settings import PackSettings
 
 if TYPE_CHECKING:
@@ -29,8 +29,13 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
     assert settings.dataset is not None, "PackSettings asks for it"
     crop = crop_of(settings.dataset, settings.crop)
     shape: dict[str, Any] = {"img_size": settings.img_size, "in_chans": settings.in_chans, "crop": crop}
-    dataset = open_source(
-        settings.dataset, settings.data_path, **shape, num_classes=settings.num_classes, download=settings.download
+    dataset = open_dataset(
+        settings.dataset,
+        settings.data_path,
+        **shape,
+        num_classes=settings.num_classes,
+        download=settings.download,
+        packed=False,
     )
 
     from data.dataset import some_of

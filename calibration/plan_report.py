@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from calibration.choice import KNEE_RATIO
 from calibration.plan import PlanCalibration, planned_stages
 from calibration.planning import PlanOption, best_plan
-from calibration.report import about, with_error
+from calibration.report import about, divergence_cells, with_error
 from common import plots
 from common.errors import InputError
 from common.files import write_json
@@ -83,8 +83,8 @@ def mechanism_table(calibration: PlanCalibration) -> str:
             most = max(o.speed_up for o in calibration.alone[name])
             rows.append([MECHANISMS[name], f"at most {most:.2f}x", "", ""])
         else:
-            rows.append([MECHANISMS[name], *_numbers(option, d)])
-    rows.append(["plan of all", *_numbers(calibration.chosen, d)])
+            rows.append([MECHANISMS[name], *divergence_cells(option, d)])
+    rows.append(["plan of all", *divergence_cells(calibration.chosen, d)])
     note = (
         f"{unit}: the divergence of the sampler's path from the full network's"
         if calibration.random
@@ -92,22 +92,6 @@ def mechanism_table(calibration: PlanCalibration) -> str:
     )
     head = table(["alone, at this speed", "speed-up", unit, f"{unit}/dim"], rows)
     return f"{head}\n{note}, per image and per dimension"
-
-
-def _numbers(option: PlanOption, dimensions: int) -> list[object]:
-    return [
-        f"{option.speed_up:.2f}x",
-        with_error(dimensions * option.divergence, dimensions * option.divergence_se),
-        f"{option.divergence:.2g}",
-    ]
-
-
-def stages_of(
-    calibration: PlanCalibration, option: PlanOption, files: Sequence[tuple[Path, Path | None]]
-) -> tuple[StageEntry, ...]:
-    """The stages of a plan for a file of stages. files: weights and YAML file of each network."""
-    planned = planned_stages(calibration.prices, option, calibration.settings.guidance_scale)
-    return entries_of(planned, files, calibration.prices.timesteps[0])
 
 
 def entries_of(
@@ -163,7 +147,8 @@ def save(path: Path, calibration: PlanCalibration, files: Sequence[tuple[Path, P
     files: weights and YAML file of each network.
     """
     content, d = about_plan(calibration), calibration.dimensions
-    stages = stages_of(calibration, calibration.chosen, files)
+    planned = planned_stages(calibration.prices, calibration.chosen, calibration.settings.guidance_scale)
+    stages = entries_of(planned, files, calibration.prices.timesteps[0])
     write_stages(path, StageFile(stages=stages, calibration=content))
 
     def curve(options: Sequence[PlanOption]) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from calibration.measure import choose_images
 from calibration.settings import Measurement
 from common.config import Config
 from common.errors import InputError
-from data import crop_of, open_source
+from data import crop_of, open_dataset
 from data.dataset import ImageDataset
 from data.packing.latents import LatentSource, PackedLatents
 from data.packing.packed import find_packed
@@ -90,7 +90,7 @@ def open_images(choice: CalibrationSettings, config: Config, device: torch.devic
     if packed is not None:
         return packed
     if autoencoder is None:
-        return open_source(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
+        return open_dataset(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted, packed=False)
     if autoencoder.checkpoint_path is None:
         raise InputError(
             "the networks make latents: give --autoencoder_checkpoint_path, which encodes the images, or pack their "
@@ -99,5 +99,5 @@ def open_images(choice: CalibrationSettings, config: Config, device: torch.devic
     path = Path(autoencoder.checkpoint_path)
     encoder = load_autoencoder(path, autoencoder.scale_factor, device)
     pixels = side * encoder.downsampling
-    images = open_source(choice.dataset, choice.data_path, img_size=pixels, in_chans=3, **wanted)
+    images = open_dataset(choice.dataset, choice.data_path, img_size=pixels, in_chans=3, **wanted, packed=False)
     return LatentSource(images, encoder, path, device)

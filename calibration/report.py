@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from calibration.choice import KNEE_RATIO, Option, mean_and_se
+from calibration.planning import PlanOption
 from calibration.run import KNEE, KNEE_OF_DDPM, Calibration
 from calibration.settings import Measurement
 from common import plots
@@ -92,26 +93,15 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
     shown |= set(scores or ())
     names = [blocks_of(network) for network in calibration.networks]
     unit = "nats" if calibration.random else "shift^2"
-    head = [
-        "",
-        *(["t_switch"] if calibration.of_switches else []),
-        *names,
-        "speed-up",
-        unit,
-        f"{unit}/dim",
-        "excess",
-        *(["score"] * bool(scores)),
-    ]
+    head = ["", *["t_switch"] * calibration.of_switches, *names, "speed-up", unit, f"{unit}/dim", "excess"]
+    head += ["score"] * bool(scores)
     rows = []
     for i in sorted(shown):
         option = options[i]
         row: list[object] = ["->" if i == number else ""]
         row += [option.t_switch(calibration.steps.timesteps)] if calibration.of_switches else []
-        row += [*counts(calibration, option), f"{option.speed_up:.2f}x"]
-        row += [
-            with_error(dimensions * option.divergence, dimensions * option.divergence_se),
-            f"{option.divergence:.2g}",
-        ]
+        row += counts(calibration, option)
+        row += divergence_cells(option, dimensions)
         row += [with_error(dimensions * option.excess, dimensions * option.excess_se)]
         if scores:
             row += [with_error(*mean_and_se_of(scores[i])) if i in scores else ""]
@@ -129,6 +119,12 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
         what = f"; another would shift the image there, squared and per dimension, by {shifts}" if shifts else ""
         notes.append(f"the last step adds no noise and is the full network's{what}")
     return "\n".join([table(head, rows), *notes])
+
+
+def divergence_cells(option: Option | PlanOption, dimensions: int) -> list[str]:
+    """The speed-up, and the divergence per image and per dimension."""
+    divergence = with_error(dimensions * option.divergence, dimensions * option.divergence_se)
+    return [f"{option.speed_up:.2f}x", divergence, f"{option.divergence:.2g}"]
 
 
 def with_error(mean: float, error: float) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -40,8 +40,25 @@ CLASSIFIER_TYPES = (
 )
 
 
+class BackboneConfig(Checked):
+    """What the configurations of all backbones have, beside num_blocks and image_shape (C, H, W)."""
+
+    num_classes: int
+    normalize_timesteps = False
+
+    @property
+    def no_class(self) -> int | None:
+        """The index of the class that always means "no class"; None if there is none, but see `Config.no_class`."""
+        return None
+
+    @property
+    def num_labels(self) -> int:
+        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
+        return max(0, self.num_classes) + (self.no_class is not None)
+
+
 @dataclass(frozen=True, kw_only=True)
-class UViTConfig(Checked):
+class UViTConfig(BackboneConfig):
     """One U-ViT backbone. The fields are the keys of `model_params` in the YAML files and the arguments of UViT."""
 
     img_size: int = option(
@@ -75,19 +92,9 @@ class UViTConfig(Checked):
     def image_shape(self) -> tuple[int, int, int]:
         return self.in_chans, self.img_size, self.img_size
 
-    @property
-    def no_class(self) -> int | None:
-        """None: any of the classes may be kept for that, see `Config.no_class`."""
-        return None
-
-    @property
-    def num_labels(self) -> int:
-        """The classes that y may be; 0 for an unconditional network."""
-        return max(0, self.num_classes)
-
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig(Checked):
+class DiTConfig(BackboneConfig):
     """One DiT or SiT backbone. The fields are the arguments of DiT; the defaults are those of DiT-XL/2 at 256."""
 
     input_size: int = option(
@@ -104,7 +111,6 @@ class DiTConfig(Checked):
     num_classes: int = option(
         1000, 'number of classes without "no class"; -1 means that the network knows none', least=-1, most=1_000_000
     )
-    normalize_timesteps: ClassVar[bool] = False
     # False takes weights of either kind.
     learn_sigma: bool = option(False, "the weights also predict a variance, which is ignored")
 
@@ -124,17 +130,11 @@ class DiTConfig(Checked):
 
     @property
     def no_class(self) -> int | None:
-        """The index of "no class"; None if the network has no such class."""
         return self.num_classes if self.num_classes > 0 and self.class_dropout_prob else None
-
-    @property
-    def num_labels(self) -> int:
-        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
-        return max(0, self.num_classes) + (self.no_class is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusersConfig(Checked):
+class DiffusersConfig(BackboneConfig):
     """A network in a folder of diffusers, without its architecture, which the folder has."""
 
     network: str = option(flag=False, help="its class in diffusers", choices=("UNet2DModel", "DiTTransformer2DModel"))
@@ -143,7 +143,6 @@ class DiffusersConfig(Checked):
     num_blocks: int = option(flag=False, help="transformer blocks, or levels of a U-Net", least=1, most=999)
     num_classes: int = option(-1, 'without "no class"; -1: unconditional', flag=False, least=-1, most=1_000_000)
     has_no_class: bool = option(False, 'one more class, num_classes, means "no class"', flag=False)
-    normalize_timesteps: ClassVar[bool] = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -151,13 +150,7 @@ class DiffusersConfig(Checked):
 
     @property
     def no_class(self) -> int | None:
-        """The index of "no class"; None if the network is not known to have such a class."""
         return self.num_classes if self.has_no_class else None
-
-    @property
-    def num_labels(self) -> int:
-        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
-        return max(0, self.num_classes) + self.has_no_class
 
 
 def check_multiple(name: str, value: int, **divisors: int) -> None:

@@ -101,11 +101,6 @@ class Field:
         return next(iter(self._dataclasses), None)
 
     @property
-    def section(self) -> type[Any] | None:
-        """The dataclass of nested settings, if the field is a section; the first of several."""
-        return next(iter(self.sections), None)
-
-    @property
     def sections(self) -> tuple[type[Any], ...]:
         """The dataclasses of nested settings, if the field is a section."""
         return () if self.many else self._dataclasses
@@ -436,8 +431,8 @@ def from_flags(cls: type[T], given: Mapping[str, Any], **more: Any) -> T:
     """
     values = dict(more)
     for f in fields_of(cls):
-        if f.section:
-            values[f.name] = from_flags(f.section, given)
+        if f.sections:
+            values[f.name] = from_flags(f.sections[0], given)
         elif f.name in given:
             values[f.name] = tuple(given[f.name]) if f.many else given[f.name]
     return cls(**values)
@@ -447,7 +442,7 @@ def given_of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags on the command line that belong to a dataclass, nested as in a YAML file."""
     found: dict[str, Any] = {}
     for f in fields_of(cls):
-        if f.section and f.about.flag:
+        if f.sections and f.about.flag:
             nested = {name: value for cls in f.sections for name, value in given_of(cls, given).items()}
             found |= {f.name: nested} if nested else {}
         elif f.about.flag and f.name in given:
@@ -463,9 +458,9 @@ def record(settings: Any, decides: str = RESULT) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields_of(type(settings)):
         value = getattr(settings, f.name)
-        if f.section and value is not None:
+        if f.sections and value is not None:
             found |= record(value, decides)
-        elif decides in f.about.decides and not f.section:
+        elif decides in f.about.decides and not f.sections:
             found[f.name] = plain(value)
     return found
 
@@ -486,7 +481,7 @@ def flat(settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields_of(type(settings)):
         value = getattr(settings, f.name)
-        found |= flat(value) if f.section and value is not None else {f.name: plain(value)}
+        found |= flat(value) if f.sections and value is not None else {f.name: plain(value)}
     return found
 
 

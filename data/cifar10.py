@@ -18,7 +18,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.files import writable_folder
 from data import DEFAULT_PATH, missing
-from data.dataset import InMemoryDataset, check_labels
+from data.dataset import InMemoryDataset, check_labels, check_shape
 from data.files import FolderSource, ImageFiles
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -44,11 +44,7 @@ def open_cifar10(
 
     Also searches in cifar10/ and, for PNGs, in train/.
     """
-    if (img_size, in_chans) != (32, 3):
-        raise InputError(
-            f"the images of CIFAR-10 are 32 x 32 in colour: wanted img_size 32 and in_chans 3, got {img_size} and "
-            f"{in_chans}"
-        )
+    check_shape("the images of CIFAR-10", (32, 3), (img_size, in_chans))
     root = data_path or DEFAULT_PATH
     if root.is_file():
         return CIFAR10(root, num_classes)
@@ -76,17 +72,7 @@ class CIFAR10(InMemoryDataset):
         check_labels(int(self.labels.max()), num_classes, path)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.images.numpy().data)
-        digest.update(self.labels.numpy().data)
-        return {
-            "dataset": "cifar10",
-            "source": str(self.path.resolve()),
-            "files_sha256": digest.hexdigest(),
-            "images": len(self),
-            "img_size": 32,
-            "in_chans": 3,
-            "crop": "none",
-        }
+        return self.described("cifar10", self.path)
 
 
 class CIFAR10Pictures(ImageFiles):
@@ -130,7 +116,6 @@ def _read_archive(path: Path) -> Iterator[bytes]:
     """The training batches in the tar archive, read without extraction."""
     with path.open("rb") as file:
         _check(path, ARCHIVE, file)
-        file.seek(0)
         with tarfile.open(fileobj=file) as archive:
             for name in BATCHES:
                 member = archive.extractfile(f"{FOLDER}/{name}")
@@ -144,12 +129,11 @@ def _read_folder(path: Path) -> Iterator[bytes]:
     for name in BATCHES:
         with (path / name).open("rb") as file:
             _check(path / name, name, file)
-            file.seek(0)
             yield file.read()
 
 
 def _check(path: Path, name: str, file: BinaryIO) -> None:
-    """Raises InputError unless the file equals the distributed file of this name, by its MD5."""
+    """Raises InputError unless the file equals the distributed one of this name, by its MD5. Goes back to its start."""
     digest = hashlib.md5(usedforsecurity=False)
     while block := file.read(2**20):
         digest.update(block)
@@ -158,6 +142,7 @@ def _check(path: Path, name: str, file: BinaryIO) -> None:
             f"{path}: its MD5 is {digest.hexdigest()}, that of the official {name} is {MD5[name]}; cut short, or "
             f"another file? Get {URL} anew, or remove what is there and give --download"
         )
+    file.seek(0)
 
 
 def _parse(content: bytes) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from data import DEFAULT_PATH
-from data.dataset import ImageDataset, check_labels
+from data.dataset import ImageDataset, check_labels, check_shape
 from data.imagenet import SYNSETS, ImageNet, find_classes
 from data.rows import RowsFile, content_offset, read_header
 
@@ -38,11 +38,7 @@ def open_imagenet64(
     root = data_path or DEFAULT_PATH
     for folder in (root, root / "imagenet64"):
         if any((folder / name).is_file() for name in BATCHES):
-            if (img_size, in_chans) != (64, 3):
-                raise InputError(
-                    f"{folder}: the downsampled images are 64 x 64 in colour: wanted img_size 64 and in_chans 3, got "
-                    f"{img_size} and {in_chans}"
-                )
+            check_shape(f"{folder}: the downsampled images", (64, 3), (img_size, in_chans))
             return Downsampled(folder, num_classes, crop)
     folder = find_classes("imagenet64", root)
     return ImageNet("imagenet64", folder, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import tempfile
 import zlib
@@ -16,7 +15,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.files import writable_folder
 from data import DEFAULT_PATH, missing
-from data.dataset import InMemoryDataset, check_labels
+from data.dataset import InMemoryDataset, check_labels, check_shape
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"  # or these with .gz
 SIDE = 28
@@ -37,20 +36,14 @@ class MNIST(InMemoryDataset):
     random_flip = False  # a mirrored 3 is not a digit
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
-        if (img_size, in_chans) != (SIDE, 1):
-            raise InputError(
-                f"the images of {self.name} are {SIDE} x {SIDE} and grey: wanted img_size {SIDE} and in_chans 1, got "
-                f"{img_size} and {in_chans}"
-            )
+        check_shape(f"the images of {self.name}", (SIDE, 1), (img_size, in_chans))
         root = data_path or DEFAULT_PATH
         folder = self.find(root)
         if folder is None:
             raise missing(self.name, root)
         self.folder = folder
-        self.images, self.labels = (
-            _read_idx(folder, IMAGES, (SIDE, SIDE))[:, None],
-            _read_idx(folder, LABELS, ()).long(),
-        )
+        self.images = _read_idx(folder, IMAGES, (SIDE, SIDE))[:, None]
+        self.labels = _read_idx(folder, LABELS, ()).long()
         if len(self.images) != len(self.labels):
             raise InputError(f"{folder}: {len(self.images):,} images, but {len(self.labels):,} labels")
         if self.labels.max() > 9:
@@ -89,17 +82,7 @@ class MNIST(InMemoryDataset):
                 (raw / name).replace(folder / name)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.images.numpy().data)
-        digest.update(self.labels.numpy().data)
-        return {
-            "dataset": self.name,
-            "source": str(self.folder.resolve()),
-            "files_sha256": digest.hexdigest(),
-            "images": len(self),
-            "img_size": SIDE,
-            "in_chans": 1,
-            "crop": "none",
-        }
+        return self.described(self.name, self.folder)
 
 
 download = MNIST.download

@@ -38,7 +38,7 @@ def solver_of(settings: SolverSettings, configs: Sequence[Config], as_noise: boo
 
     configs: of the networks. The noise schedule is that of the last network, unless the settings name another. Networks
     with one schedule and output keep their own, unless as_noise is set; any others become predictors of noise, see
-    `denoiser_of`.
+    `readable`.
     """
     if settings.clip_x0 and any(config.autoencoder for config in configs):
         raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
@@ -61,22 +61,6 @@ def shared_config(configs: Sequence[Config]) -> Config:
     """The description of the last network; if it does not name an autoencoder, with that of the nearest before it."""
     named = [each.autoencoder for each in configs if each.autoencoder and each.autoencoder.checkpoint_path]
     return replace(configs[-1], autoencoder=named[-1]) if named else configs[-1]
-
-
-def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
-    """The denoiser with the output that the solver reads. Raises InputError for one that cannot be read so.
-
-    config: of its network.
-    """
-    if config.parametrization == solver.parametrization:
-        return denoiser
-    if config.parametrization == "predict_previous":
-        raise InputError(
-            "a network that predicts x_{t-1} (predict_previous) knows the steps of its own noise schedule alone, and "
-            "cannot be held or corrected; leave --sampling_schedule, hold_every and correct_every out"
-        )
-    toward_data = config.diffusion_params.toward_data
-    return predicting_noise(denoiser, solver.schedule, config.parametrization, toward_data)
 
 
 def settled_steps(settings: Settings, timesteps: Sequence[int]) -> Settings:
@@ -121,27 +105,6 @@ def noise_of(seed: int, indices: Sequence[int], device: torch.device) -> SeededN
     return SeededNoise([nth_seed(seed, "samples", i) for i in indices], device)
 
 
-def guide(
-    config: Config,
-    denoiser: Denoiser,
-    scale: float,
-    option: str = "--guidance_scale",
-    guides: Callable[[int], bool] = lambda t: True,
-) -> Denoiser:
-    """The denoiser with classifier-free guidance at each t for which `guides` is true; unchanged for a scale of 0.
-
-    option: the flag to name in the InputError for a network without a "no class".
-    """
-    if scale == 0:
-        return denoiser
-    if config.no_class is None:
-        raise InputError(
-            f'{option} {scale:g}: the network has no class that stands for "no class" '
-            f"(num_classes={config.model_params.num_classes}, {len(config.classes)} of them real); leave it out"
-        )
-    return guided(denoiser, scale, config.no_class, guides)
-
-
 def readable(
     denoiser: Denoiser,
     config: Config,
@@ -150,8 +113,27 @@ def readable(
     option: str = "--guidance_scale",
     guides: Callable[[int], bool] = lambda t: True,
 ) -> Denoiser:
-    """The denoiser of a network with the output that the solver reads, guided. See `denoiser_of` and `guide`."""
-    return guide(config, denoiser_of(denoiser, config, solver), scale, option, guides)
+    """The denoiser of a network with the output that the solver reads, and with classifier-free guidance.
+
+    config: of the network. scale: 0 is no guidance. guides: whether there is guidance at t. Raises InputError for an
+    output that cannot be read so, and for guidance of a network without a "no class", where it names the flag `option`.
+    """
+    if config.parametrization != solver.parametrization:
+        if config.parametrization == "predict_previous":
+            raise InputError(
+                "a network that predicts x_{t-1} (predict_previous) knows the steps of its own noise schedule alone, "
+                "and cannot be held or corrected; leave --sampling_schedule, hold_every and correct_every out"
+            )
+        toward_data = config.diffusion_params.toward_data
+        denoiser = predicting_noise(denoiser, solver.schedule, config.parametrization, toward_data)
+    if scale == 0:
+        return denoiser
+    if config.no_class is None:
+        raise InputError(
+            f'{option} {scale:g}: the network has no class that stands for "no class" '
+            f"(num_classes={config.model_params.num_classes}, {len(config.classes)} of them real); leave it out"
+        )
+    return guided(denoiser, scale, config.no_class, guides)
 
 
 @torch.inference_mode()

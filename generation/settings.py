@@ -14,11 +14,10 @@ from common.settings import CONDITIONS, Checked, fields_of, option, section
 from data import CROPS, DATASETS
 
 MOST_SAMPLES = 10_000_000
-of_network, of_samples, of_stages, of_work = (
-    partial(option, group=name) for name in ("networks", "samples", "stages", "less work")
-)
-AS_STAGES = "recorded as the stages that follow from it"
-AS_NETWORKS = "recorded with the networks, by their SHA-256"
+of_network, of_samples, of_work = (partial(option, group=name) for name in ("networks", "samples", "less work"))
+as_networks = partial(of_network, decides=(), why="recorded with the networks, by their SHA-256")
+as_stages = partial(option, decides=(), why="recorded as the stages that follow from it")
+of_stages, of_guidance = (partial(as_stages, group=name) for name in ("stages", "samples"))
 
 
 def with_autoencoder(described: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
@@ -36,25 +35,14 @@ def check_there(name: str, path: Path | None) -> None:
 class RunSettings(Checked):
     """Settings of both sampling scripts."""
 
-    checkpoint_path: Path | None = of_network(
-        None,
-        "weights of the network: a .pth or .safetensors file, or a folder of export.py or of diffusers",
-        decides=(),
-        why=AS_NETWORKS,
+    checkpoint_path: Path | None = as_networks(
+        None, "weights of the network: a .pth or .safetensors file, or a folder of export.py or of diffusers"
     )
-    config_path: Path | None = of_network(
-        None,
-        "YAML file that describes the network, for weights without a description",
-        exists="file",
-        decides=(),
-        why=AS_NETWORKS,
+    config_path: Path | None = as_networks(
+        None, "YAML file that describes the network, for weights without a description", exists="file"
     )
-    weights: str = of_network(
-        "ema",
-        "ema for averaged weights, raw for those of the last step",
-        choices=("ema", "raw"),
-        decides=(),
-        why=AS_NETWORKS,
+    weights: str = as_networks(
+        "ema", "ema for averaged weights, raw for those of the last step", choices=("ema", "raw")
     )
     autoencoder_checkpoint_path: Path | None = of_network(
         None,
@@ -63,7 +51,7 @@ class RunSettings(Checked):
         decides=(),
         why="recorded by its SHA-256",
     )
-    described: Mapping[str, Any] = option({}, flag=False, decides=(), why=AS_NETWORKS)  # the network's flags, nested
+    described: Mapping[str, Any] = as_networks({}, flag=False)  # the network's flags, nested
     output_folder: Path = of_samples(
         help="folder for the images; all other files go to the report/ in it",
         decides=(),
@@ -100,14 +88,12 @@ class RunSettings(Checked):
         decides=(),
         why="recorded as the numbers of --class_id",
     )
-    guidance_scale: float = of_samples(
+    guidance_scale: float = of_guidance(
         0.0,
         'scale s of classifier-free guidance, cond + s (cond - uncond); needs a network with a "no class"; 0 turns '
         "guidance off; what DiT and SiT publish as their scale is s + 1",
         least=0,
         most=1000,
-        decides=(),
-        why=AS_STAGES,
     )
     timesteps_save: tuple[int, ...] = of_samples(
         (), "save x_t at these timesteps too, in report/frames", least=0, most=99_999
@@ -202,7 +188,6 @@ class CalibrationSettings(Checked):
 
 
 INTERVALS = ("correct_every", "reuse_every", "hold_every")
-of_saving = partial(option, decides=(), why=AS_STAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,43 +197,43 @@ class SavingSettings(Checked):
     The order of a forecast is 0 to hold the last value, 1 to follow the line through the last two.
     """
 
-    correct_every: int = of_saving(
+    correct_every: int = as_stages(
         1,
         "run the full backbone at every n-th step, and between them the shallow one, corrected by a forecast of their "
         "difference; 1 turns this off",
         least=1,
         most=100_000,
     )
-    correct_order: int | None = of_saving(
+    correct_order: int | None = as_stages(
         None, "order of the forecast of --correct_every, 0 or 1 (default: 1)", least=0, most=1
     )
-    reuse_every: int = of_saving(
+    reuse_every: int = as_stages(
         1,
         "run the middle blocks at every n-th step of a stage, and between them reuse what they add; 1 turns this off",
         aliases=("--cache_interval",),
         least=1,
         most=100_000,
     )
-    reuse_order: int | None = of_saving(
+    reuse_order: int | None = as_stages(
         None, "order of the forecast of --reuse_every, 0 or 1 (default: 0)", least=0, most=1
     )
-    reuse_outer: int | None = of_saving(
+    reuse_outer: int | None = as_stages(
         None,
         "number of blocks at either end that run at every step (default: 1)",
         aliases=("--cache_outer",),
         least=1,
         most=999,
     )
-    hold_every: int = of_saving(
+    hold_every: int = as_stages(
         1,
         "run the network at every n-th step, and between them forecast the noise that it predicts; 1 turns this off",
         least=1,
         most=100_000,
     )
-    hold_order: int | None = of_saving(
+    hold_order: int | None = as_stages(
         None, "order of the forecast of --hold_every, 0 or 1 (default: 1)", least=0, most=1
     )
-    exit_layer: int | None = of_saving(
+    exit_layer: int | None = as_stages(
         None,
         "number of blocks after which all images leave an early-exit model; no probe runs then",
         least=0,
@@ -281,29 +266,18 @@ class SavingSettings(Checked):
 class SamplerSettings(RunSettings):
     """Settings of sampler.py."""
 
-    checkpoint_path_late: Path | None = of_network(
-        None,
-        "weights of the full backbone; --checkpoint_path then names the shallow one",
-        decides=(),
-        why=AS_NETWORKS,
+    checkpoint_path_late: Path | None = as_networks(
+        None, "weights of the full backbone; --checkpoint_path then names the shallow one"
     )
-    config_path_late: Path | None = of_network(
-        None, "YAML file that describes the full backbone", exists="file", decides=(), why=AS_NETWORKS
-    )
-    download: str | None = of_network(
+    config_path_late: Path | None = as_networks(None, "YAML file that describes the full backbone", exists="file")
+    download: str | None = as_networks(
         None,
         "repository of the Hugging Face hub, OWNER/NAME, to fetch --checkpoint_path from if it does not exist; a "
         "folder of diffusers, of which descriptions and safetensors are taken",
         metavar="REPO",
-        decides=(),
-        why=AS_NETWORKS,
     )
-    download_late: str | None = of_network(
-        None,
-        "repository to fetch --checkpoint_path_late from, as --download",
-        metavar="REPO",
-        decides=(),
-        why=AS_NETWORKS,
+    download_late: str | None = as_networks(
+        None, "repository to fetch --checkpoint_path_late from, as --download", metavar="REPO"
     )
     t_switch: int | Literal["auto"] | None = of_stages(
         None,
@@ -311,15 +285,11 @@ class SamplerSettings(RunSettings):
         "measures which is best",
         least=-1,
         most=99_999,
-        decides=(),
-        why=AS_STAGES,
     )
     plan: str | None = of_stages(
         None,
         "auto measures all that the networks can do, and runs the best plan for --speedup, --seconds or --budget",
         choices=("auto",),
-        decides=(),
-        why=AS_STAGES,
     )
     logsnr_switch: float | None = of_stages(
         None,
@@ -327,35 +297,22 @@ class SamplerSettings(RunSettings):
         "noise schedule",
         least=-100,
         most=100,
-        decides=(),
-        why=AS_STAGES,
     )
-    guidance_scale_late: float | None = of_samples(
-        None,
-        "guidance scale of the full backbone (default: --guidance_scale)",
-        least=0,
-        most=1000,
-        decides=(),
-        why=AS_STAGES,
+    guidance_scale_late: float | None = of_guidance(
+        None, "guidance scale of the full backbone (default: --guidance_scale)", least=0, most=1000
     )
-    guidance_t_min: int | None = of_samples(
+    guidance_t_min: int | None = of_guidance(
         None,
         "lowest t with guidance; elsewhere the network runs once per step, not twice (default: 0)",
         least=0,
         most=99_999,
-        decides=(),
-        why=AS_STAGES,
     )
-    guidance_t_max: int | None = of_samples(
-        None, "highest t with guidance (default: T - 1)", least=0, most=99_999, decides=(), why=AS_STAGES
-    )
+    guidance_t_max: int | None = of_guidance(None, "highest t with guidance (default: T - 1)", least=0, most=99_999)
     stages: Path | None = of_stages(
         None,
         "YAML file that names any number of networks and their timesteps, in place of --checkpoint_path",
         aliases=("--schedule",),
         exists="file",
-        decides=(),
-        why=AS_STAGES,
     )
     offload: bool = of_network(
         False,
@@ -379,16 +336,8 @@ class SamplerSettings(RunSettings):
         """Raises InputError if the flags name no network, or name one twice."""
         of_two = ("config_path_late", "guidance_scale_late", "download_late")
         if self.stages:
-            others = (
-                "checkpoint_path",
-                "config_path",
-                "checkpoint_path_late",
-                "t_switch",
-                "logsnr_switch",
-                "plan",
-                "download",
-            )
-            for name in (*others, *of_two):
+            networks = ("checkpoint_path", "config_path", "checkpoint_path_late", "download", *of_two)
+            for name in (*networks, "t_switch", "logsnr_switch", "plan"):
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
             for name in self.saving.described:

@@ -211,17 +211,14 @@ def one_stage(settings: RunSettings, guidance_t_min: int | None = None, guidance
 
 def stages_described(described: Sequence[Any], folder: Path) -> list[PlannedStage]:
     """The stages that `Plan.described` describes. Raises InputError, which names the folder, for anything else."""
-    stages = []
+    where, stages = f"{folder}: report/run.json", []
     for about in described:
-        known = build(_Described, about, f"{folder}: report/run.json: stages") if isinstance(about, dict) else None
-        if known is None:
-            raise InputError(f"{folder}: report/run.json does not describe stages")
-        interval = known.guidance_t_min, known.guidance_t_max
+        if not isinstance(about, dict):
+            raise InputError(f"{where} does not describe stages")
+        known = build(_Described, about, f"{where}: stages")
+        guidance = known.guidance_scale, "--guidance_scale", known.guidance_t_min, known.guidance_t_max
         saving = SavingSettings(**known.described)
-        scale = known.guidance_scale
-        stages.append(
-            PlannedStage(known.network, known.t_min, scale, "--guidance_scale", *interval, saving, known.correct_with)
-        )
+        stages.append(PlannedStage(known.network, known.t_min, *guidance, saving, known.correct_with))
     return stages
 
 

@@ -140,7 +140,7 @@ def read_pth(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         check_pickles(path)
         check_sums(path)
         content = _load_pth(path, mapped and is_zip(path))
-        for tensor in _tensors_in(content):
+        for tensor in tensors_in(content):
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise ValueError(f"a tensor of {tuple(tensor.shape)} claims more numbers than it holds")
     except FileNotFoundError:
@@ -364,7 +364,7 @@ def _from_original_names(given: Mapping[str, Tensor], model: EarlyExitUViT) -> d
     return renamed | {f"matrix.{key}": value for key, value in probes.items()}
 
 
-def _tensors_in(content: Any) -> Iterator[Tensor]:
+def tensors_in(content: Any) -> Iterator[Tensor]:
     """All tensors in nested containers. Each container is visited once, because containers may contain themselves."""
     seen, waiting = set(), [content]
     while waiting:

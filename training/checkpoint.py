@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # python -m training.checkpoint export IN OUT is python export.py IN OUT
+    from training.export import main
+
+    main(sys.argv[1 + (sys.argv[1:2] == ["export"]) :])
+    sys.exit()
+
 import itertools
 import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.config import Config
 from common.errors import InputError
 from common.files import lock, replacing
 from common.settings import check_types, shown
 from models.pickles import check_pickles
-from models.weights import FORMAT, check_numbers, read_pth
+from models.weights import FORMAT, check_numbers, read_pth, tensors_in
 
 log = logging.getLogger(__name__)
-
 
 # The entries of the state of a run, and their types.
 TRAINING_STATE: dict[str, type | UnionType] = {
@@ -143,28 +148,10 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises InputError if a number is not finite, WriteError if the disk is full or fails; the old file stays.
     """
-    if not all_finite(content):
+    if not all(tensor.isfinite().all() for tensor in tensors_in(content) if tensor.is_floating_point()):
         raise InputError(
             f"step {content['step']}: the weights are not finite, so {path.name} was not written; the training "
             "diverged. Go on from an earlier checkpoint, with a lower --lr or without fp16"
         )
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
-
-
-def all_finite(content: Any) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors_in(content) if tensor.is_floating_point())
-
-
-def tensors_in(content: Any) -> Iterator[Tensor]:
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, Mapping | list | tuple):
-        for value in content.values() if isinstance(content, Mapping) else content:
-            yield from tensors_in(value)
-
-
-if __name__ == "__main__":  # python -m training.checkpoint export IN OUT
-    from training.export import main
-
-    main(sys.argv[2:])

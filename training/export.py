@@ -153,13 +153,11 @@ def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scor
     parts = [
         f"# {folder.resolve().name}\n\nA diffusion model of DuoDiff.",
         _markdown(("", ""), rows),
-        *(
-            [f"## Scores\n\n{_scores({**description, 'step': read.step, 'weights': read.kind}, scores)}"]
-            if scores
-            else []
-        ),
-        f"## Sampling\n\n```\n{shlex.join(words)}\n```",
     ]
+    if scores:
+        own = {**description, "step": read.step, "weights": read.kind}
+        parts.append(f"## Scores\n\n{_scores(own, scores)}")
+    parts.append(f"## Sampling\n\n```\n{shlex.join(words)}\n```")
     return "\n\n".join(parts) + "\n"
 
 

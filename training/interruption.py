@@ -23,7 +23,7 @@ REASONS = (
     *(Reason(signal.Signals(number).name, 128 + number) for number in ASKING_TO_END),
     *(Reason("Ctrl-C", 130), Reason("--max_hours", 0)),
 )
-SIGTERM, CTRL_C, MAX_HOURS = SIGNALS.index(signal.SIGTERM), SIGNALS.index(signal.SIGINT), len(SIGNALS)
+SIGTERM, MAX_HOURS = SIGNALS.index(signal.SIGTERM), len(SIGNALS)
 
 
 class StopRequests:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.files import check_regular, read_json
+from common.files import read_json
 from common.settings import check_types, differences
 from data import DEFAULT_PATH
 from data.dataset import ImageDataset, check_labels, say_left_out
 from data.files import image_names
-from data.rows import RowsFile
+from data.rows import RowsFile, load_npy
 
 log = logging.getLogger(__name__)
 
@@ -175,11 +175,7 @@ def block_checksums(path: Path) -> tuple[int, ...]:
 
 
 def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
-    check_regular(path)
-    try:
-        labels: np.ndarray = np.load(path, allow_pickle=False)
-    except Exception as error:  # damaged bytes make numpy raise any error
-        raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
+    labels = load_npy(path)
     if labels.shape != manifest.shape[:1] or labels.dtype != np.int64:
         raise _disagree(path, f"it holds {labels.shape} {labels.dtype}, not a label for each image")
     if hashlib.sha256(labels.data).hexdigest() != manifest.labels_sha256:

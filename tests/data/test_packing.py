@@ -19,7 +19,7 @@ import torch
 
 from benchmarking.packing import resident_bytes
 from common.errors import InputError
-from data import open_dataset, open_source
+from data import open_dataset
 from data.files import ImageFiles
 from data.packing import work as packing
 from data.packing.packed import PackedDataset
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def folder(path, num_classes=-1, img_size=16, **kwargs):
-    return open_source("folder", path, img_size=img_size, in_chans=3, num_classes=num_classes, **kwargs)
+    return open_dataset("folder", path, img_size=img_size, in_chans=3, num_classes=num_classes, **kwargs, packed=False)
 
 
 def all_of(dataset):

@@ -30,7 +30,7 @@ from diffusion import NoiseSchedule
 from diffusion.matching import own_timesteps
 from diffusion.sampling import Stage, sample
 from diffusion.schedulers import named_schedule, process_of
-from generation.run import denoiser_of, guide, solver_of
+from generation.run import readable, solver_of
 from models.backbone import Backbone
 from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
@@ -74,8 +74,8 @@ def sampled(path, settings: SolverSettings, batch: int, y=None, scale: float = 0
     network = opened(path)
     solver, timesteps = solver_of(settings, [network.config])
     times = own_timesteps(network.config.diffusion_params, solver.schedule, timesteps)
-    denoiser = denoiser_of(BackboneDenoiser(network.module, times, torch.float32, CPU), network.config, solver)
-    stages = [Stage(guide(network.config, denoiser, scale), timesteps)]
+    denoiser = BackboneDenoiser(network.module, times, torch.float32, CPU)
+    stages = [Stage(readable(denoiser, network.config, solver, scale), timesteps)]
     return sample(stages, solver, Queue(batch), network.config.model_params.image_shape, y)
 
 

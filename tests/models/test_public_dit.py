@@ -21,7 +21,7 @@ from common.options import SolverSettings
 from diffusion import NoiseSchedule, time_input
 from diffusion.matching import own_timesteps
 from diffusion.sampling import SeededNoise, Stage, sample
-from generation.run import denoiser_of, guide, solver_of
+from generation.run import readable, solver_of
 from models.inference import BackboneDenoiser
 from models.loading import build_network
 from tests.conftest import perturbed
@@ -82,8 +82,8 @@ def sampled(config, network, steps: int, scale: float, y: torch.Tensor) -> torch
     """As sampler.py does it, by DDIM."""
     solver, timesteps = solver_of(SolverSettings(solver="ddim", steps=steps), [config])
     times = own_timesteps(config.diffusion_params, solver.schedule, timesteps)
-    denoiser = denoiser_of(BackboneDenoiser(network, times, torch.float32, torch.device("cpu")), config, solver)
-    stages = [Stage(guide(config, denoiser, scale), timesteps)]
+    denoiser = BackboneDenoiser(network, times, torch.float32, torch.device("cpu"))
+    stages = [Stage(readable(denoiser, config, solver, scale), timesteps)]
     return sample(stages, solver, SeededNoise([1, 2]), (4, 4, 4), y)
 
 

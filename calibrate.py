@@ -118,7 +118,7 @@ def check_output(settings: CalibrateSettings) -> None:
     there = [path for path in (output, *map(output.with_suffix, BESIDE)) if path.exists()]
     if there and not settings.overwrite and not is_calibration(output):
         raise InputError(
-            f"{there[0]} is there already, and of no calibration; name another --output or give --overwrite"
+            f"{there[0]} exists already and is not from calibrate.py; name another --output or give --overwrite"
         )
 
 
@@ -130,7 +130,7 @@ def check_verifying(settings: CalibrateSettings, full: Network[Runnable], device
 
     verifying, data_path, dataset = settings.verifying, settings.choice.data_path, settings.choice.dataset
     if full.config.autoencoder and not verifying.reference:
-        assert dataset is not None, "CalibrateSettings asks for it"
+        assert dataset is not None, "CalibrateSettings requires it"
         if data_path and (data_path / MANIFEST).is_file():
             raise InputError(f"--verify: {data_path} holds latents; give --reference, images to score against")
         open_source(dataset, data_path, img_size=64, in_chans=3)  # the images beside their latents

@@ -159,7 +159,7 @@ def choose(options: Sequence[Option], speed_up: float | None = None, budget: flo
 def check_reachable(options: Sequence[Option], speed_up: float) -> None:
     """Raises InputError where none of the options is so fast."""
     if (most := max(option.speed_up for option in options)) < speed_up:
-        raise InputError(f"--speedup {speed_up:g}: {most:.2f} is the most these networks can do")
+        raise InputError(f"--speedup {speed_up:g}: the largest speed-up of these networks is {most:.2f}")
 
 
 class Priced(Protocol):

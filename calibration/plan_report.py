@@ -46,14 +46,14 @@ def in_words(calibration: PlanCalibration) -> str:
     return "\n".join(
         [
             f"chosen: {count} stage{'s' * (count > 1)}, predicted {chosen.speed_up:.2f}x ({rule})",
-            f"predicted {predicted} {unit} per image; the whole plan along fresh paths: {found} {unit}, "
+            f"predicted {predicted} {unit} per image; the whole plan on other paths: {found} {unit}, "
             f"{measured.speed_up:.2f}x",
         ]
     )
 
 
 def stage_table(calibration: PlanCalibration) -> str:
-    """What runs at which timesteps."""
+    """The denoisers and their timesteps, as a table."""
     timesteps, stages = calibration.prices.timesteps, calibration.stages
     ends = [*(start for _, start in stages[1:]), len(timesteps)]
     rows = [

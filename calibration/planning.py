@@ -206,7 +206,7 @@ def best_plan(prices: Prices, *, seconds: float | None = None, budget: float | N
         least_seconds = float(of.to_go(possible)[0][of.starts].min())
         if least_seconds > seconds * (1 + SLACK):
             raise InputError(
-                f"no plan takes {seconds:.3g} s; the quickest takes {least_seconds:.3g} s, "
+                f"no plan is as fast as {seconds:.3g} s; the fastest takes {least_seconds:.3g} s, "
                 f"{prices.seconds_full / least_seconds:.2f} times as fast as the full network"
             )
         return option_of(prices, least(of, of.divergence, possible, seconds))

@@ -54,7 +54,7 @@ def prepare(
     times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
     known: list[Collection[int]] = [timesteps] * len(networks)
     if not settings.allow_outside_range:
-        advice = "the network that the others are held against must know them all"
+        advice = "the full network, to which the others are compared, must be trained on all timesteps"
         check_range(networks[-1], list(times[-1].values()), advice)
         known = [
             {t for t, own in of_network.items() if knows(network, own)}
@@ -84,7 +84,7 @@ def open_images(choice: CalibrationSettings, config: Config, device: torch.devic
     packed = find_packed(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
     if isinstance(packed, PackedLatents) and autoencoder and packed.scale_factor != autoencoder.scale_factor:
         raise InputError(
-            f"{packed.folder} was packed with scale_factor {packed.scale_factor}, the networks have "
+            f"{packed.folder} was packed with scale_factor {packed.scale_factor}, but the networks have "
             f"{autoencoder.scale_factor}"
         )
     if packed is not None:
@@ -93,8 +93,8 @@ def open_images(choice: CalibrationSettings, config: Config, device: torch.devic
         return open_source(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
     if autoencoder.checkpoint_path is None:
         raise InputError(
-            "the networks make latents: give --autoencoder_checkpoint_path, which encodes the images, or pack their "
-            "latents with pack.py"
+            "the networks make latents: give --autoencoder_checkpoint_path to encode the images, or pack their latents "
+            "with pack.py"
         )
     path = Path(autoencoder.checkpoint_path)
     encoder = load_autoencoder(path, autoencoder.scale_factor, device)

@@ -137,7 +137,9 @@ class DiTConfig(Checked):
 class DiffusersConfig(Checked):
     """A network in a folder of diffusers, without its architecture, which the folder has."""
 
-    network: str = option(flag=False, help="its class in diffusers", choices=("UNet2DModel", "DiTTransformer2DModel"))
+    network: str = option(
+        flag=False, help="class of the network in diffusers", choices=("UNet2DModel", "DiTTransformer2DModel")
+    )
     sample_size: int = option(flag=False, help="side of the images or latents", least=1, most=4096)
     in_channels: int = option(flag=False, help="channels", least=1, most=256)
     num_blocks: int = option(flag=False, help="transformer blocks, or levels of a U-Net", least=1, most=999)
@@ -223,7 +225,7 @@ class AutoencoderConfig(Checked):
     """The autoencoder between the network's latents and images: the keys of `autoencoder`."""
 
     scale_factor: float = option(  # makes the standard deviation of latents about 1
-        PUBLIC_SCALE_FACTOR, "latents are multiplied by it", least=0, most=1000, above=True
+        PUBLIC_SCALE_FACTOR, "factor by which latents are multiplied", least=0, most=1000, above=True
     )
     checkpoint_path: str | None = None  # not stored in checkpoints: the path differs between machines
 
@@ -331,7 +333,7 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no type
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases (*) are not taken", self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, "aliases (*) are not allowed", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
@@ -392,7 +394,7 @@ def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
     check_regular(path)
     try:
         if (size := path.stat().st_size) > MOST_YAML_BYTES:
-            raise InputError(f"{path}: {size:,} bytes, at most {MOST_YAML_BYTES:,} are taken")
+            raise InputError(f"{path}: {size:,} bytes; a YAML file may have at most {MOST_YAML_BYTES:,}")
         given = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except InputError:
         raise

@@ -55,7 +55,7 @@ class SpeedSettings(Checked):
         False,
         "compile the networks first (torch.compile), which takes about a minute",
         decides=(CONDITIONS,),
-        why="compiled networks differ in rounding alone",
+        why="compilation changes only the rounding",
     )
 
     @property
@@ -75,4 +75,4 @@ class MachineSettings(Checked):
         decides=(),
         why="recorded as the kind of device",
     )
-    quiet: bool = option(False, "show no progress bar", decides=(), why="it is about the terminal")
+    quiet: bool = option(False, "show no progress bar", decides=(), why="it changes only the terminal")

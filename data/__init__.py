@@ -126,4 +126,4 @@ def open_source(
 
 def missing(name: str, root: Path) -> InputError:
     """The error for a dataset that is not under `root`, with the files to download and their place."""
-    return InputError(f"{name} is not under {root}: get {DATASETS[name].fetch} and put it there, or give --data_path")
+    return InputError(f"{name} is not in {root}: get {DATASETS[name].fetch} and put it there, or give --data_path")

@@ -19,7 +19,7 @@ class Digits(InMemoryDataset):
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
         if data_path is not None:
-            raise InputError(f"--data_path {data_path}: the digits ship with the project; leave it out")
+            raise InputError(f"--data_path {data_path}: the digits are part of the project; leave it out")
         if (img_size, in_chans) != (8, 1):
             raise InputError(
                 f"the digits are 8 x 8 and grey: wanted img_size 8 and in_chans 1, got {img_size} and {in_chans}"

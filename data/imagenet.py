@@ -78,7 +78,7 @@ def label_of_name(name: str) -> int:
     nearest = dict.fromkeys([*difflib.get_close_matches(wanted, known, n=3), *containing[:3]])
     raise InputError(
         f"--class_name {name!r:.60}: no class of ImageNet"
-        + (f"; did you mean {', '.join(nearest)}?" if nearest else ", nor like one")
+        + (f"; did you mean {', '.join(nearest)}?" if nearest else ", nor similar to one")
     )
 
 

@@ -61,10 +61,10 @@ class Downsampled(ImageDataset):
     def __init__(self, folder: Path, num_classes: int, crop: str):
         self.folder, self.crop = folder, crop
         if lacking := [name for name in BATCHES if not (folder / name).is_file()]:
-            raise InputError(f"{folder}: {', '.join(lacking)} not there; all of {BATCHES[0]} to _10.npz are needed")
+            raise InputError(f"{folder}: {', '.join(lacking)} missing; all of {BATCHES[0]} to _10.npz are needed")
         self.batches = [_Batch(folder / name) for name in BATCHES]
         if any(batch.stored is None for batch in self.batches):
-            log.warning("%s: compressed batches are held in memory; python pack.py avoids that", folder)
+            log.warning("%s: compressed batches stay in memory; pack the dataset with pack.py to avoid this", folder)
         self.starts = np.cumsum([0, *map(len, self.batches)])  # the number of each batch's first image, and the end
         self.labels = torch.from_numpy(label_of_number()[np.concatenate([batch.numbers for batch in self.batches])])
         check_labels(int(self.labels.max()), num_classes, folder)

@@ -136,5 +136,7 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
         raise InputError(f"{path}: not readable, or cut short ({error})") from None
     if len(values) != length:
         found = "more" if len(values) > length else f"{len(values):,}"
-        raise InputError(f"{path}: its header announces {length:,} bytes of values, there are {found}; get it anew")
+        raise InputError(
+            f"{path}: its header announces {length:,} bytes of values, but there are {found}; download the file again"
+        )
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(count, *shape)

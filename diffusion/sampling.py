@@ -88,8 +88,8 @@ class FiniteWatch:
         spoiled = torch.stack([mark for _, mark in self.marks]).isnan().tolist() if self.marks else []
         if True in spoiled:
             raise NotFinite(
-                f"not finite from t = {self.marks[spoiled.index(True)][0]} on; try --precision fp32, or a --solver "
-                "and --steps that are known to do"
+                f"not finite from t = {self.marks[spoiled.index(True)][0]} on; try --precision fp32, or another "
+                "--solver or --steps"
             )
         self.marks.clear()
 

@@ -103,7 +103,7 @@ class MultistepSolver(Solver):
     def __post_init__(self) -> None:
         if self.parametrization == "predict_previous":
             raise InputError(
-                f"--solver {self.name} skips timesteps, predict_previous knows but the next one; take ddpm or ddim"
+                f"--solver {self.name} skips timesteps, but predict_previous gives only the next one; use ddpm or ddim"
             )
         # Slow to import. By their own modules: what diffusers itself names may be placeholders, which have no methods.
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler

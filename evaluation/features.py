@@ -181,9 +181,7 @@ def _download_inception() -> Path:
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     if path.parts[0] == "~":  # HOME is not set, and the user has no entry that names one
-        raise InputError(
-            "there is no home folder to keep the Inception weights in; give --feature_extractor_weights FILE"
-        )
+        raise InputError("there is no home folder for the Inception weights; give --feature_extractor_weights FILE")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

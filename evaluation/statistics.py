@@ -114,9 +114,9 @@ def load_left_out(path: Path) -> dict[str, str]:
     try:
         left_out: dict[str, str] = json.loads(str(read_arrays(path, ["left_out"])["left_out"]))
         if not all(isinstance(why, str) for why in left_out.values()):
-            raise ValueError("reasons that are no text")
+            raise ValueError("a reason is not a text")
     except (KeyError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: it does not say what was left out ({error!s:.120})") from None
+        raise InputError(f"{path}: it does not list the images that were left out ({error!s:.120})") from None
     return left_out
 
 
@@ -129,18 +129,20 @@ def load_statistics(path: Path) -> Statistics:
     arrays = read_arrays(path, ("mu", "sigma", "n"))
     try:
         if any(arrays[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
-            raise ValueError("they are no real numbers")
+            raise ValueError("they are not real numbers")
         mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
         n = int(arrays["n"]) or None if "n" in arrays else None
     except (KeyError, ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"{path}: no statistics with mu and sigma ({error!s:.120})") from None
+        raise InputError(f"{path}: no usable mu and sigma ({error!s:.120})") from None
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics, wanted (D,), (D, D)")
+        raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit, wanted (D,), (D, D)")
     if not (len(mu) and np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path}: mu and sigma are empty or not finite")
     if np.abs(sigma - sigma.T).max() > ROUNDING * np.abs(sigma).max():
-        raise InputError(f"{path}: sigma is not symmetric, so it is no covariance")
+        raise InputError(f"{path}: sigma is not symmetric, so it is not a covariance")
     values = scipy.linalg.eigvalsh(sigma)
     if values[0] < -ROUNDING * np.abs(values).max():
-        raise InputError(f"{path}: sigma has the eigenvalue {values[0]:.3g}, so it is no covariance: none is below 0")
+        raise InputError(
+            f"{path}: sigma has the eigenvalue {values[0]:.3g}, but no eigenvalue of a covariance is below 0"
+        )
     return Statistics(mu, sigma, n)

@@ -46,7 +46,7 @@ def read_strip(run: Run) -> Strip:
         stages = _stages(statistics)
         about = _about(statistics)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: not as sampler.py writes it ({error})") from None
+        raise InputError(f"{path}: not in the format of sampler.py ({error})") from None
     return Strip(stages, about, *(_exits(exits) if exits.exists() else (None, None)))
 
 
@@ -90,7 +90,7 @@ def _exits(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
             raise ValueError(f"{timesteps.shape}, {layers.shape} and {steps} timesteps")
         return timesteps, layers / depth
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: not as eesampler.py writes it ({error})") from None
+        raise InputError(f"{path}: not in the format of eesampler.py ({error})") from None
 
 
 def colour(number: int) -> str:

@@ -72,8 +72,8 @@ def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
         return denoiser
     if config.parametrization == "predict_previous":
         raise InputError(
-            "a network that predicts x_{t-1} (predict_previous) knows the steps of its own noise schedule alone, and "
-            "cannot be held or corrected; leave --sampling_schedule, hold_every and correct_every out"
+            "a network that predicts x_{t-1} (predict_previous) works only with the steps of its own noise schedule, "
+            "and cannot be held or corrected; leave out --sampling_schedule, hold_every and correct_every"
         )
     toward_data = config.diffusion_params.toward_data
     return predicting_noise(denoiser, solver.schedule, config.parametrization, toward_data)
@@ -82,7 +82,7 @@ def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
 def settled_steps(settings: Settings, timesteps: Sequence[int]) -> Settings:
     """The settings with the number of steps filled in. Raises InputError for frames at timesteps outside the run."""
     if unmet := sorted(set(settings.timesteps_save) - set(timesteps)):
-        raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(timesteps)}")
+        raise InputError(f"--timesteps_save {unmet[0]}: not one of the {len(timesteps)} timesteps of this run")
     return replace(settings, solver=replace(settings.solver, steps=len(timesteps)))
 
 
@@ -95,7 +95,7 @@ def with_named_classes(settings: Settings, config: Config) -> Settings:
         return settings
     if len(config.classes) != IMAGENET_CLASSES or not (config.dataset or "imagenet").startswith("imagenet"):
         raise InputError(
-            f"--class_name {settings.class_name[0]}: names the {IMAGENET_CLASSES} classes of ImageNet, and the network "
+            f"--class_name {settings.class_name[0]}: a class of the {IMAGENET_CLASSES} of ImageNet, but the network "
             f"has {len(config.classes)}{f' of {config.dataset}' if config.dataset else ''}; give --class_id"
         )
     return replace(settings, class_id=tuple(map(label_of_name, settings.class_name)), class_name=())
@@ -112,7 +112,7 @@ def labels_of(settings: RunSettings, config: Config, device: torch.device) -> La
     if not classes:
         raise InputError(f"--class_id {asked[0]}: the network is unconditional; leave it out")
     if wrong := [class_id for class_id in asked if class_id not in classes]:
-        raise InputError(f"--class_id {wrong[0]}: the network knows classes 0..{classes[-1]}")
+        raise InputError(f"--class_id {wrong[0]}: the network has the classes 0..{classes[-1]}")
     return lambda indices: torch.tensor([asked[i % len(asked)] for i in indices], device=device)
 
 
@@ -136,7 +136,7 @@ def guide(
         return denoiser
     if config.no_class is None:
         raise InputError(
-            f'{option} {scale:g}: the network has no class that stands for "no class" '
+            f'{option} {scale:g}: the network has no "no class" '
             f"(num_classes={config.model_params.num_classes}, {len(config.classes)} of them real); leave it out"
         )
     return guided(denoiser, scale, config.no_class, guides)

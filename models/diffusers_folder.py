@@ -68,9 +68,7 @@ class DiffusersBackbone(Backbone):
         return output[:, : config.in_channels]
 
     def middle(self, outer: int) -> range:
-        raise InputError(
-            f"--reuse_every: a {self.config.network} of diffusers does not run around its middle; leave it out"
-        )
+        raise InputError(f"--reuse_every: a {self.config.network} of diffusers does not support it; leave it out")
 
 
 @dataclass(frozen=True)
@@ -111,12 +109,12 @@ def pretrained(cls: type[M], path: Path, what: str) -> M:
     pickles alone, or weights that do not fit or are not finite.
     """
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json in it, so it is not {what} as diffusers saves it")
+        raise InputError(f"{path}: not {what} in the format of diffusers: config.json is missing")
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         pickles = [part.name for part in sorted(path.iterdir()) if part.suffix in PICKLES]
-        found = f"holds pickles alone ({pickles[0]})" if pickles else "holds no weights"
-        raise InputError(f"{path}: {found}; wanted .safetensors, as save_pretrained writes them")
+        found = f"has only pickles ({pickles[0]})" if pickles else "has no weights"
+        raise InputError(f"{path}: {found}; wanted .safetensors, the default of save_pretrained")
     for part in weights:
         check_regular(part)
     of_diffusers: Any = cls  # with the methods of its mixins
@@ -151,10 +149,10 @@ def _find_network(path: Path) -> tuple[Path, str]:
         }
         known = [part for part, name in parts.items() if name in NETWORKS and Path(part).name == part != ".."]
         if len(known) != 1:
-            raise InputError(f"{index}: holds {_names(parts.values())}; wanted one {_wanted()}")
+            raise InputError(f"{index}: names {_names(parts.values())}; wanted one {_wanted()}")
         return path / known[0], NETWORKS[parts[known[0]]]
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: is a folder, and of no network: there is no config.json or model_index.json in it")
+        raise InputError(f"{path}: a folder without a network: config.json and model_index.json are missing")
     name = _mapping(path / "config.json").get("_class_name")
     if not isinstance(name, str) or name not in NETWORKS:
         raise InputError(f"{path / 'config.json'}: describes {shown(name)}; wanted a {_wanted()}")
@@ -177,7 +175,7 @@ def _params(about: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
         "norm_type": about.get("norm_type", "ada_norm_zero") != "ada_norm_zero",
     }
     if wrong := [key for key, is_refused in refused.items() if is_refused]:
-        raise InputError(f"{where}: a {name} with {wrong[0]} {shown(about.get(wrong[0]))} is not known here")
+        raise InputError(f"{where}: a {name} with {wrong[0]} {shown(about.get(wrong[0]))} is not supported")
     params = {"network": name, "sample_size": side, "in_channels": channels}
     if name == "UNet2DModel":
         return params | {

@@ -60,9 +60,7 @@ def name_of(kind: type[nn.Module]) -> str:
 def build_network(config: Config) -> UViT | DiT | EarlyExitUViT:
     """A network with fresh weights. Raises InputError for one that exists in its folder alone."""
     if isinstance(config.model_params, DiffusersConfig):
-        raise InputError(
-            "model diffusers: such a network lies in a folder with its weights; give --checkpoint_path DIR"
-        )
+        raise InputError("model diffusers: such a network is a folder with its weights; give --checkpoint_path DIR")
     backbone = (DiT if config.model == "dit" else UViT)(**plain(config.model_params))
     backbone.time_scale, backbone.time_shift = config.diffusion_params.time_line
     if config.classifier_type is None:
@@ -107,8 +105,8 @@ def load_network(
         stated = merge({"model": name_of(kind)}, stated)
         if not stated.get("model_params") or (stated["model"] != "dit" and not stated["model_params"].get("img_size")):
             raise InputError(
-                f"{path} does not say what network it belongs to; give its --config_path, or its --img_size, "
-                "--patch_size and whatever else differs from the defaults"
+                f"{path} has no description of its network; give --config_path, or --img_size, --patch_size and "
+                "all other options that differ from their defaults"
             )
         config = build_config(stated, described)
     else:
@@ -122,7 +120,7 @@ def _agreed(path: Path, carried: Mapping[str, Any], stated: Mapping[str, Any], d
     if different := contradictions(carried, stated):
         raise InputError(
             f"{path} differs from --config_path or the flags in {', '.join(different)}; "
-            "it carries its own settings, so those can be left out"
+            "the file has its own settings, so leave these out"
         )
     return build_config(merge(stated, carried), str(path))
 
@@ -333,6 +331,6 @@ def check_range(network: Network[nn.Module], timesteps: Sequence[float], advice:
     if outside := [t for t in timesteps if not knows(network, t)]:
         shown = ", ".join(f"{t:g}" for t in outside[:3]) + (", ..." if len(outside) > 3 else "")
         raise InputError(
-            f"{network.path} was trained on t = {trained[0]}..{trained[-1]} alone, and would run at t = {shown}; "
+            f"{network.path} was trained on t = {trained[0]}..{trained[-1]} only, but would run at t = {shown}; "
             f"{advice}"
         )

@@ -30,7 +30,9 @@ class StoredWeights:
 
     def __call__(self) -> dict[str, Tensor]:
         if _versions(self.path) != self.versions:
-            raise InputError(f"{self.path} was changed or removed while --offload needs it; leave it, and start again")
+            raise InputError(
+                f"{self.path} was changed or removed, but --offload needs it during the run; restore it and start again"
+            )
         return {name: _as_allocated(weight.float()) for name, weight in self.read().items()}
 
 

@@ -34,7 +34,7 @@ def check_pickles(path: Path) -> None:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
                 if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                    raise ValueError("it is compressed, which torch does not do")
+                    raise ValueError("it is compressed, but torch writes no compressed files")
                 if sum(member.file_size for member in members) > path.stat().st_size:
                     raise ValueError("its parts overlap")
                 for member in members:
@@ -57,10 +57,10 @@ def check_sums(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"damaged: {damaged} is not what was written")
+                raise ValueError(f"damaged: {damaged} has a wrong checksum")
 
 
 def _check(file: IO[bytes]) -> None:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST") and not ADMITTED.fullmatch(name := str(argument)):
-            raise ValueError(f"it asks for {name.replace(' ', '.')}")
+            raise ValueError(f"it imports {name.replace(' ', '.')}")

@@ -29,7 +29,7 @@ class ExportSettings(Checked):
 
     source: Path = option(help="checkpoint to read", exists="file", positional=True, metavar="IN")
     target: Path = option(
-        help="file to write, ending in .safetensors, or folder, which gets a model card too; it replaces an older one",
+        help="file to write, ending in .safetensors, or folder, which also gets a model card; replaces an older export",
         positional=True,
         metavar="OUT",
     )
@@ -40,7 +40,7 @@ class ExportSettings(Checked):
         choices=PRECISIONS,
     )
     scores: Path | None = option(
-        None, "report/metrics.json of samples of this network, whose scores the model card tells", exists="file"
+        None, "report/metrics.json of samples of this network, for the scores in the model card", exists="file"
     )
 
 
@@ -77,15 +77,15 @@ def export(source: Path, target: Path, weights: str, scores: Path | None = None,
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder")
     if file.exists() and file.samefile(source):
-        raise InputError(f"{file} is the file to read from; give another name to write to")
+        raise InputError(f"{file} is the file to read; give another name for the export")
     if in_folder and target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_exported(target))):
-        raise InputError(f"{target} is there already, and of no export; choose another name")
+        raise InputError(f"{target} exists already and is not from export.py; choose another name")
     read = read_weights(source, weights)
     description = read.settings
     if description is None:
         raise InputError(f"{source} has no description of its network; only checkpoints of this project have one")
     if read.kind != weights:
-        raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
+        raise InputError(f"{source} has only {read.kind} weights; give --weights {read.kind}")
     check_numbers(read.state_dict, source)
     if precision is not None:
         rounded = {name: value.to(DTYPES[precision]) for name, value in read.state_dict.items()}

@@ -53,7 +53,7 @@ class StopRequests:
             raise KeyboardInterrupt
         self.signalled.add(number)
         if is_main():
-            hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+            hint = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             say_in_handler(f"\nfinishing the step, then saving{hint}\n")
 
     def asked(self) -> list[float]:

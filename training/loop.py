@@ -203,4 +203,4 @@ def how_to_go_on(settings: TrainingSettings) -> str:
             del words[i : i + (1 if "=" in word else 2)]
             break
     start = "python" if world_size() == 1 else "torchrun ..."
-    return f"go on with: {start} {shlex.join([*words, '--resume'])}"
+    return f"continue with: {start} {shlex.join([*words, '--resume'])}"

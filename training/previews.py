@@ -37,7 +37,7 @@ def preview_maker(
     trained = config.trained_timesteps
     if not all(t in trained for t in timesteps):
         log.warning(
-            "no previews: the network learns t = %d..%d, and an image needs every t",
+            "no previews: the network is trained on t = %d..%d, but an image needs every t",
             trained[0],
             trained[-1],
         )

@@ -19,7 +19,7 @@ from data import CROPS, DATASETS
 MOST_STEPS = 10**9
 HOW = (CONDITIONS,)
 DESCRIBED = "the network's description has it"
-ONE_START = "it is of one start, and a run may go on without it"
+ONE_START = "it belongs to one start; the run may continue without it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class DataSettings(Checked):
         "path of the dataset (default: datasets/)",
         exists="path",
         decides=HOW,
-        why="the same images may lie elsewhere",
+        why="the same images may be in another place",
     )
     crop: str | None = option(
         None,
@@ -44,7 +44,7 @@ class DataSettings(Checked):
     random_flip: bool | None = option(None, "mirror half of the images at random (default: as the dataset has it)")
     label_dropout: float | None = option(
         None,
-        'probability of training with "no class" in place of the label, for guidance; needs a network with that class '
+        'probability of training with "no class" instead of the label, for guidance; needs a network with that class '
         "(default: --class_dropout_prob of a dit, else 0)",
         least=0,
         most=1,
@@ -81,7 +81,7 @@ class OptimisationSettings(Checked):
         False,
         "compile the network first (torch.compile), which takes about a minute",
         decides=HOW,
-        why="a compiled network differs in rounding alone",
+        why="compilation changes only the rounding",
     )
     grad_checkpointing: bool = option(
         False,
@@ -214,7 +214,7 @@ class TrainingSettings(Checked):
         least=1,
         most=MOST_STEPS,
         decides=(),
-        why="recorded by itself: a run may be made longer",
+        why="recorded separately, because a run may be extended",
     )
     batch_size: int = option(128, "number of images per optimiser step, over all processes", least=1, most=MOST_BATCH)
     grad_accum_steps: int = option(
@@ -224,13 +224,13 @@ class TrainingSettings(Checked):
         0, "seed of the weights, the order of the data, the noise and the timesteps", least=0, most=MOST_SEED
     )
     log_path: Path = option(
-        Path("logs"), "folder that contains the runs", decides=(), why="it is the place of the checkpoint"
+        Path("logs"), "folder that contains the runs", decides=(), why="it is only the place of the checkpoint"
     )
     exp_name: str | None = option(
         None,
         "name of the run's folder (default: <dataset>_<model>_<blocks>)",
         decides=(),
-        why="it is the place of the checkpoint",
+        why="it is only the place of the checkpoint",
     )
     resume: bool = option(False, "continue from the newest checkpoint in the run's folder", decides=(), why=ONE_START)
     load_checkpoint_path: Path | None = option(
@@ -261,7 +261,7 @@ class TrainingSettings(Checked):
         False,
         "under torchrun, shard parameters, optimiser state and averaged weights over the processes",
         decides=HOW,
-        why="pieces and copies differ in rounding alone",
+        why="sharding changes only the rounding",
     )
     config_path: Path | None = option(
         None, "YAML file that describes the network", exists="file", decides=(), why=DESCRIBED
@@ -294,10 +294,10 @@ class TrainingSettings(Checked):
         if self.fsdp and processes == 1:
             raise InputError("--fsdp needs several processes; start the script with torchrun --nproc_per_node=N")
         if self.resume and self.load_checkpoint_path:
-            raise InputError("--resume and --load_checkpoint_path both say where to go on from; give one")
+            raise InputError("--resume and --load_checkpoint_path both choose the start; give one of them")
         if self.teacher.init_from and (self.resume or self.load_checkpoint_path):
             raise InputError(
-                "--init_from begins a new run, --resume and --load_checkpoint_path go on with one; give one"
+                "--init_from starts a new run, --resume and --load_checkpoint_path continue one; give one of them"
             )
         if self.exp_name is not None and (Path(self.exp_name).name != self.exp_name or self.exp_name == ".."):
             raise InputError(f"--exp_name {self.exp_name}: wanted the name of a folder, not a path")
@@ -317,7 +317,7 @@ class TrainingSettings(Checked):
                 raise InputError("--distill_from belongs to --model uvit or dit")
             if self.exits.freeze_backbone and not self.exits.load_backbone:
                 raise InputError(
-                    "--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen"
+                    "--freeze_backbone needs --load_backbone: a backbone with fresh weights would learn nothing"
                 )
 
 

@@ -80,7 +80,7 @@ def _finished(output: Path, dataset: ImageDataset, source: dict[str, Any]) -> Ma
             raise InputError(f"{output} was packed without labels; remove it, or give another --output")
         return manifest
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is something else, not a packed dataset; give another --output")
+        raise InputError(f"{output} is not a packed dataset; give another --output")
     return None
 
 
@@ -114,7 +114,7 @@ def _explaining_a_full_disk(partial: Path) -> Iterator[None]:
             raise
         why = str(error) if isinstance(error, WriteError) else f"{partial}: {error.strerror}"
         raise InputError(
-            f"{why}; the images packed so far are kept in {partial}: make room, and the same command goes on from them"
+            f"{why}; the images packed so far are kept in {partial}: make room, then give the same command again"
         ) from None
 
 
@@ -142,7 +142,7 @@ class _Work:
             _refuse_another(partial, there, source)
             work = cls(partial, len(dataset), chunk_images)
             if work.rows.shape != (len(dataset), *dataset.row_shape):
-                raise InputError(f"{partial}: its images are not those of its plan; remove it and pack again")
+                raise InputError(f"{partial}: its images do not fit its plan; remove it and pack again")
             return work
         # The plan comes last: what lies here without one was begun a moment ago, and is begun anew.
         (partial / JOURNAL).write_bytes(b"")
@@ -248,7 +248,7 @@ def _read_plan(path: Path) -> tuple[dict[str, Any], int]:
         source, chunk_images = plan.get("source"), plan.get("chunk_images")
         if isinstance(source, dict) and type(chunk_images) is int and 1 <= chunk_images <= CHUNK_IMAGES:
             return source, chunk_images
-    raise InputError(f"{path}: not as pack.py writes it; remove the folder and pack again")
+    raise InputError(f"{path}: not in the format of pack.py; remove the folder and pack again")
 
 
 def _settle(partial: Path, output: Path) -> Manifest:
@@ -268,15 +268,16 @@ def _refuse_another(folder: Path, there: dict[str, Any], wanted: dict[str, Any])
     place = {"source": None}
     if different := differences(there | place, wanted | place):
         raise InputError(
-            f"{folder} is of another source or transform ({', '.join(different)}); remove it or give --output"
+            f"{folder} was packed from another source or with another transform ({', '.join(different)}); "
+            "remove it or give --output"
         )
 
 
 def _check_space(folder: Path, wanted: int) -> None:
     if (free := shutil.disk_usage(folder).free) < wanted:
         raise InputError(
-            f"{folder}: {in_bytes(wanted)} are needed, {in_bytes(free)} are free, {in_bytes(wanted - free)} too few; "
-            "make room, or give --output"
+            f"{folder}: {in_bytes(wanted)} are needed, but only {in_bytes(free)} are free, "
+            f"{in_bytes(wanted - free)} too few; make room, or give --output"
         )
 
 
@@ -322,8 +323,8 @@ def _run(dataset: ImageDataset, rows: RowsFile, to_do: list[tuple[int, range]], 
             yield future.result()
     except BrokenProcessPool:
         raise InputError(
-            "a decoding process was ended from outside, perhaps for want of memory; the same command with fewer "
-            "--num_workers goes on from here"
+            "the system ended a decoding process, perhaps for lack of memory; give the same command with fewer "
+            "--num_workers to continue"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -67,7 +67,7 @@ def test_a_folder_of_pngs(by_class, place, tmp_path, cifar10):
     assert np.array_equal(images, cifar10[1][order])
     assert labels.tolist() == ([cifar10[2][i] for i in order] if by_class else [0] * 20)
     if not by_class:
-        with pytest.raises(InputError, match="no folder of a class"):
+        with pytest.raises(InputError, match="not in the folder of a class"):
             load(tmp_path)
 
 
@@ -162,6 +162,6 @@ def test_a_download_that_fails_leaves_nothing(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(torchvision_utils, "download_url", fake)
-    with pytest.raises(InputError, match="get it by hand"):
+    with pytest.raises(InputError, match="download it by hand"):
         load(tmp_path, download=True)
     assert not list(tmp_path.iterdir())

@@ -78,7 +78,7 @@ def test_classes_may_be_links(synset_folders, tmp_path):
 
 
 def test_labels_must_fit_the_network(synset_folders):
-    with pytest.raises(InputError, match=r"labels 0\.\.999, the network takes num_classes=10"):
+    with pytest.raises(InputError, match=r"labels 0\.\.999, but the network has num_classes=10"):
         imagenet(synset_folders, num_classes=10)
 
 

@@ -129,8 +129,8 @@ def test_a_network_that_never_runs_is_no_obstacle(full, middling, stages, tmp_pa
     run_quietly(sampler.main, ["--stages", stages((full, 19, 19), (middling, 15, 18), (full, 0, 14)), *flags])
     assert [b["timesteps"] for b in statistics(tmp_path / "s")["backbones"]] == [4, 0]
     (message,) = (record.getMessage() for record in caplog.records)
-    assert f"leaves stage 2 (network 2, {middling}) nothing to do" in message
-    assert message.endswith("it has none of the 4 timesteps, t = 19..4")
+    assert f": stage 2 (network 2, {middling}) does not run" in message
+    assert message.endswith("it contains none of the 4 timesteps, t = 19..4")
 
 
 def test_what_decides_the_images_is_recorded(full, shallow, middling, stages, tmp_path, run_quietly, fails):
@@ -213,7 +213,7 @@ class TestRefusals:
 
     def test_stages_that_do_not_fit_the_networks(self, runs, full, shallow, middling, stages, tmp_path, fails):
         flags = ["--output_folder", tmp_path / "s", "--stages"]
-        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages from t = 18", "19..0")
+        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages begin at t = 18", "19..0")
         classes = runs / "classes" / "digits_uvit_last.pth"
         three = stages((shallow, 10, 19), (classes, 5, 9), (full, 0, 4))
         fails(sampler.main, [*flags, three], "cannot run on one image", "num_classes (10 and -1)")
@@ -238,4 +238,4 @@ class TestRefusals:
 
     def test_offloading_one_network(self, full, stages, tmp_path, fails):
         argv = ["--stages", stages((full, 0, 19)), "--offload", "--output_folder", tmp_path / "s"]
-        fails(sampler.main, argv, "--offload", "one alone")
+        fails(sampler.main, argv, "--offload", "names only one")

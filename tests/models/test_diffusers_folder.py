@@ -281,7 +281,7 @@ class TestBadInput:
 
     def test_no_weights(self, pair, refused):
         (pair[0] / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-        refused("holds no weights")
+        refused("has no weights")
 
     def test_cut_short(self, pair, refused):
         path = pair[0] / "unet" / "diffusion_pytorch_model.safetensors"
@@ -323,7 +323,7 @@ class TestBadInput:
                 "scheduler/scheduler_config.json",
                 "trained_betas",
                 [0.1, 0.3, 0.2],
-                ["trained_betas", "no noise schedule"],
+                ["trained_betas", "no supported noise schedule"],
             ),
             ("scheduler/scheduler_config.json", "trained_betas", "x", ["trained_betas", "numbers"]),
             ("scheduler/scheduler_config.json", "beta_start", "low", ["beta_start"]),
@@ -341,7 +341,7 @@ class TestBadInput:
         refused("depth belongs to model uvit", flags=["--depth", 3])
 
     def test_what_it_cannot_do(self, pair, refused, tmp_path, fails):
-        refused("--reuse_every", "does not run around its middle", flags=["--reuse_every", 2])
+        refused("--reuse_every", "does not support it", flags=["--reuse_every", 2])
         argv = ["--checkpoint_path", pair[0], "--output_folder", tmp_path / "out", "--threshold", 0.1]
         fails(eesampler_script.main, [*argv, "--device", "cpu"], "is a diffusers", "sampler.py samples from it")
 

@@ -135,7 +135,7 @@ def test_another_network_is_refused_before_its_weights(hub, repository, tmp_path
 
 def test_pickles_alone(hub, repository, tmp_path):
     (repository / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match="no weights in safetensors, and pickles are not fetched"):
+    with pytest.raises(InputError, match="no weights in safetensors, and pickles are not downloaded"):
         download("owner/name", tmp_path / "net")
     assert not (tmp_path / "net").exists()
 

@@ -159,7 +159,7 @@ class TestRange:
     def test_previews_are_made_where_the_network_knows_all_their_timesteps(self, tmp_path, caplog):
         previews = ["--preview_steps", 2, "--n_samples", 2]  # at t = 19 and 9
         part = train(tmp_path, *previews, "--t_min", 10, name="part")
-        assert "no previews: the network learns t = 10..19" in caplog.text
+        assert "no previews: the network is trained on t = 10..19" in caplog.text
         assert not list((part / "previews").glob("*"))
         assert list((train(tmp_path, *previews, "--t_min", 9, name="enough") / "previews").glob("*"))
 
@@ -223,15 +223,15 @@ class TestWarmStart:
     def test_how_to_go_on_leaves_it_out(self, full, tmp_path, capsys):
         train(tmp_path, "--init_from", full, "--max_hours", 1e-9)
         said = capsys.readouterr().err
-        assert "go on with: python" in said and "--resume" in said and "--init_from" not in said
+        assert "continue with: python" in said and "--resume" in said and "--init_from" not in said
         train(tmp_path, "--resume")
         assert checkpoint(tmp_path / "run")["step"] == 4
 
     def test_what_does_not_fit(self, full, early_exit, tmp_path, fails):
         argv = [*FLAGS, "--n_steps", 1, "--log_path", tmp_path, "--init_from", full]
         fails(train_script.main, [*argv, "--embed_dim", 64], "--init_from", "embed_dim (32 and 64)")
-        fails(train_script.main, [*argv, "--resume"], "--init_from begins a new run")
-        fails(train_script.main, [*argv, "--load_checkpoint_path", full], "--init_from begins a new run")
+        fails(train_script.main, [*argv, "--resume"], "--init_from starts a new run")
+        fails(train_script.main, [*argv, "--load_checkpoint_path", full], "--init_from starts a new run")
         fails(main_script.main, [*argv, "--model", "deediff_uvit"], "--init_from belongs to --model uvit")
         fails(train_script.main, [*FLAGS, "--n_steps", 1, "--init_from", early_exit], "is a deediff_uvit")
 

@@ -1,4 +1,4 @@
-"""Choose where to switch: measure the cost and divergence of two or more networks at every timestep.
+"""Choose the switch or the plan: measure the cost and divergence of the networks at every timestep.
 
 The result is a file of stages for sampler.py --stages.
 """
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_plan(
     settings: CalibrateSettings, networks: Sequence[Network[Runnable]], precision: str, device: torch.device
 ) -> None:
-    """Choose among everything that the networks can do (--plan)."""
+    """Choose the best plan (--plan)."""
     from calibration.plan import calibrate_plan
     from calibration.plan_report import in_words, mechanism_table, save, stage_table
     from common.devices import device_name
@@ -167,7 +167,7 @@ def verified_options(settings: CalibrateSettings, calibration: Calibration) -> l
     options, wanted = calibration.options, settings.verifying.verify or 0
     chosen = options.index(calibration.chosen)
     numbers = {0, chosen, *np.linspace(0, len(options) - 1, wanted).round().astype(int).tolist()}
-    while len(numbers) > max(wanted, len({0, chosen})):  # drop the nearest to the two that must stay
+    while len(numbers) > max(wanted, len({0, chosen})):  # drop the number nearest to the two that must stay
         numbers.remove(min(numbers - {0, chosen}, key=lambda number: min(number, abs(number - chosen))))
     return sorted(numbers)
 

@@ -59,7 +59,7 @@ class CompareSettings(Checked):
 
     @property
     def pair_with(self) -> str:
-        """The label to whose images those of the others are compared."""
+        """The label whose images the others are compared with."""
         first: str = self.runs[0][0]
         return self.pairs.pair_with or first
 

@@ -130,7 +130,7 @@ def settled_plan(
     schedule: NoiseSchedule,
     device: torch.device,
 ) -> tuple[Plan, Save | None]:
-    """The plan with a timestep in place of --logsnr_switch, or with what --t_switch auto or --plan auto chooses.
+    """The plan with the timestep of --logsnr_switch, or with the choice of --t_switch auto or --plan auto.
 
     Process 0 also returns a function that saves the measurement, if there was one.
     """

@@ -1,4 +1,4 @@
-"""What the calibrations of a switch and of a plan share: the solver, the images, and where each network may run."""
+"""The common part of the calibrations of a switch and of a plan: solver, images, allowed timesteps."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from models.loading import Network, Runnable, check_range, knows
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
-    """The ground of a measurement of K networks, the full one last.
+    """The inputs of a measurement of K networks, the full one last.
 
-    times: of each network its own timestep at each of the sampler's. known: the sampler's timesteps at which it may
-    run. dataset: None for sampled paths. indices: of the chosen images, or the numbers of the paths.
+    times: for each network, its own timestep at each timestep of the sampler. known: the timesteps of the sampler at
+    which it may run. dataset: None for sampled paths. indices: of the chosen images, or the numbers of the paths.
     """
 
     solver: Solver
@@ -71,10 +71,10 @@ def prepare(
 
 
 def open_images(choice: CalibrationSettings, config: Config, device: torch.device) -> ImageDataset:
-    """The real images, as a network with this description gets them.
+    """The real images in the form that a network with this description takes.
 
-    For a network of latents these are the packed latents of the dataset if there are some, else its images, which the
-    autoencoder of the description encodes when they are measured. Raises InputError if they do not fit the network.
+    For a network of latents these are the packed latents of the dataset if there are any, else its images, which the
+    autoencoder of the description encodes on demand. Raises InputError if they do not fit the network.
     """
     assert choice.dataset is not None, "a calibration without images"
     channels, side, _ = config.model_params.image_shape

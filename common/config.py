@@ -18,7 +18,7 @@ from common.errors import InputError
 from common.files import check_regular
 from common.settings import Checked, build, check_types, differences, option, plain, section, shown
 
-BACKBONES = ("uvit", "dit")  # that are built and trained here
+BACKBONES = ("uvit", "dit")  # the networks that this project can train
 TRAINABLE = (*BACKBONES, "deediff_uvit")
 MODELS = (*TRAINABLE, "diffusers")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous", "predict_v", "predict_velocity")
@@ -27,7 +27,7 @@ PUBLIC_SCALE_FACTOR = 0.18215  # scale of the latents of the public U-ViT weight
 MOST_YAML_BYTES = 2**20
 WITHOUT_NUMBERS = ("cosine", "rectified_flow")  # schedules without beta_start and beta_end
 BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp", *WITHOUT_NUMBERS)
-# Of samplers that do not use the network's schedule: latent diffusion's betas for scaled_linear, DDPM's for the others.
+# For --sampling_schedule: the betas of latent diffusion for scaled_linear, those of DDPM for the others.
 SAMPLING_SCHEDULES: dict[str, dict[str, Any]] = {
     name: {"beta_schedule": name, "beta_start": 1e-4, "beta_end": 0.02} for name in BETA_SCHEDULES
 } | {"scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}}
@@ -77,12 +77,12 @@ class UViTConfig(Checked):
 
     @property
     def no_class(self) -> int | None:
-        """None: any of the classes may be kept for that, see `Config.no_class`."""
+        """None: `Config.no_class` may declare one of the classes as "no class"."""
         return None
 
     @property
     def num_labels(self) -> int:
-        """The classes that y may be; 0 for an unconditional network."""
+        """The number of values of y; 0 for an unconditional network."""
         return max(0, self.num_classes)
 
 
@@ -105,7 +105,7 @@ class DiTConfig(Checked):
         1000, 'number of classes without "no class"; -1 means that the network knows none', least=-1, most=1_000_000
     )
     normalize_timesteps: ClassVar[bool] = False
-    # False takes weights of either kind.
+    # False accepts weights with and without a variance.
     learn_sigma: bool = option(False, "the weights also predict a variance, which is ignored")
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class DiTConfig(Checked):
 
     @property
     def num_labels(self) -> int:
-        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
+        """The number of values of y, including "no class"; 0 for an unconditional network."""
         return max(0, self.num_classes) + (self.no_class is not None)
 
 
@@ -158,7 +158,7 @@ class DiffusersConfig(Checked):
 
     @property
     def num_labels(self) -> int:
-        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
+        """The number of values of y, including "no class"; 0 for an unconditional network."""
         return max(0, self.num_classes) + self.has_no_class
 
 

@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """The model of the CPU; its architecture if the system does not tell."""
+    """The model of the CPU, or its architecture if the model is unknown."""
     with suppress(OSError, subprocess.SubprocessError):
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -122,7 +122,7 @@ def peak_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # of Linux, whose getrusage counts the parent's memory before exec too
+    status = Path("/proc/self/status")  # Linux, where getrusage also counts the memory of the parent before exec
     if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
         return int(found[1]) * 1024
     try:

@@ -102,7 +102,7 @@ def _signature(path: Path) -> str:
             file.seek(1)
             pid, host = file.read(300).decode().split()
         return f" (process {int(pid)} on {host})"
-    except (OSError, ValueError):  # of another program, or on a full disk
+    except (OSError, ValueError):  # written by another program, or on a full disk
         return ""
 
 
@@ -118,7 +118,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises InputError for a folder, FIFO, device or socket in place of a file: opening one may block for ever.
+    """Raises InputError for a folder, FIFO, device or socket instead of a file: opening one may block for ever.
 
     Missing paths pass. Links are followed.
     """

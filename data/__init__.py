@@ -1,4 +1,4 @@
-"""Datasets by name. To add one, write a module in this package and an entry in DATASETS.
+"""Datasets by name. To add a dataset, write a module in this package and an entry in DATASETS.
 
 No torch in here, so that reading options stays quick; a module is imported when its dataset is opened.
 """

@@ -62,9 +62,9 @@ class Pairs(NamedTuple):
     """
 
     to: str  # the other label
-    unshared: str | None  # one word for what differs, so that there are no pairs; then the rest is empty
+    unshared: str | None  # the difference in one word, if the images are not pairs; the other fields are then empty
     psnr: Estimate | None = None  # dB
-    feature_distance: Estimate | None = None  # None too without a feature extractor
+    feature_distance: Estimate | None = None  # None also without a feature extractor
     psnr_of_samples: Sequence[Sequence[float]] = ()  # of the first samples, for each run of the label
 
 
@@ -119,12 +119,12 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
 def noise_of(statistics: Mapping[str, Any]) -> dict[str, Any]:
     """The settings besides the seed that determine the noise and class of sample i. statistics: statistics.json."""
     settings, device = statistics["settings"], str(statistics.get("device"))
-    by_name = device if device in ("cpu", "mps") else "cuda"  # of reports without a device_type, which named a GPU
+    by_name = device if device in ("cpu", "mps") else "cuda"  # older reports have no device_type
     random = settings.get("solver", "ddpm") == "ddpm" or bool(settings.get("eta"))
     networks = statistics.get("backbones") or [{}]
     return {
         "class": [settings.get("class_id"), networks[0].get("real_classes")],
-        # Each step of a random solver but the last draws noise, so in other numbers of steps it is other noise.
+        # A random solver draws noise at each step except the last, so the noise depends on the number of steps.
         "noise": settings.get("steps") if random else 0,
         "device": statistics.get("device_type", by_name),
     }
@@ -184,7 +184,7 @@ def timed_alike(summary: Summary, standard: Summary) -> bool:
 def notes_on(runs: Sequence[Run]) -> list[str]:
     """Lines about the conditions that differ from the first run; no lines if all are equal."""
     labels = list(dict.fromkeys(run.label for run in runs))
-    unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by what differs
+    unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by the conditions that differ
     for run in sorted(runs, key=lambda run: (labels.index(run.label), run.seed)):
         if different := differences(run.conditions, runs[0].conditions):
             unlike.setdefault((run.label, ", ".join(different)), []).append(run.seed)
@@ -235,7 +235,7 @@ def columns(summaries: Sequence[Summary], metric: str) -> list[tuple[str, list[s
 
     The score, time and cost of each label, and its measured speed-up over the first label if comparable. For several
     seeds also their number, if it differs between labels, and the paired difference to the first label. For measured
-    pairs their distance, or in parentheses what they do not share.
+    pairs their distance, or in parentheses the difference that prevents pairs.
     """
     standard = summaries[0]
     unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))

@@ -39,7 +39,7 @@ def score(
     Raises InputError if there are too few images for a metric.
     """
     chosen = set(metrics)
-    features = logits = real_features = None  # on process 0, as far as the metrics need them
+    features = logits = real_features = None  # on process 0, if the metrics need them
     for metric in metrics:
         check_enough(metric, len(samples.images), reference.about.get("n_reference"))
     if chosen == {"fid"}:  # needs no features in memory

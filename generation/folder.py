@@ -153,9 +153,9 @@ class SampleFolder:
         self.folder, self.n_samples, self.quiet = settings.output_folder, settings.n_samples, settings.machine.quiet
         self.report, self.batches = self.folder / "report", self.folder / "report" / "batches"
         self.frames: Sequence[int] = settings.timesteps_save
-        self.num_timesteps = 1  # of the run, see `making`
+        self.num_timesteps = 1  # number of steps of the run, see `making`
         self.fingerprint, self.conditions = json.loads(json.dumps(fingerprint)), dict(conditions)
-        self.goes_on = False  # continues a run with existing samples
+        self.goes_on = False  # whether the run continues with existing samples
         self.kept: list[Batch] = []
         self.to_do: list[range] = []  # batches of all processes
 

@@ -63,7 +63,7 @@ def write_report(
 
 
 def table_of_work(work: Sequence[Mapping[str, Any]]) -> str:
-    """What each network did, as text. work: its name, timesteps, calls and FLOPs per image."""
+    """The work of each network as a table. work: its name, timesteps, calls and FLOPs per image."""
     whole = sum(network["flops_per_image"] for network in work)
     rows = [
         (

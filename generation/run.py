@@ -58,13 +58,13 @@ def solver_of(settings: SolverSettings, configs: Sequence[Config], as_noise: boo
 
 
 def shared_config(configs: Sequence[Config]) -> Config:
-    """The description of the last network; if it does not name an autoencoder, with that of the nearest before it."""
+    """The description of the last network, with the last autoencoder that one of the networks names."""
     named = [each.autoencoder for each in configs if each.autoencoder and each.autoencoder.checkpoint_path]
     return replace(configs[-1], autoencoder=named[-1]) if named else configs[-1]
 
 
 def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
-    """The denoiser with the output that the solver reads. Raises InputError for one that cannot be read so.
+    """The denoiser with the kind of output that the solver takes. Raises InputError if that is impossible.
 
     config: of its network.
     """
@@ -89,7 +89,7 @@ def settled_steps(settings: Settings, timesteps: Sequence[int]) -> Settings:
 def with_named_classes(settings: Settings, config: Config) -> Settings:
     """The settings with numbers for the names of --class_name.
 
-    config: of the network. Raises InputError for one that has no classes of ImageNet, and for names that are none.
+    config: of the network. Raises InputError for a network without the classes of ImageNet, and for unknown names.
     """
     if not settings.class_name:
         return settings
@@ -150,7 +150,7 @@ def readable(
     option: str = "--guidance_scale",
     guides: Callable[[int], bool] = lambda t: True,
 ) -> Denoiser:
-    """The denoiser of a network with the output that the solver reads, guided. See `denoiser_of` and `guide`."""
+    """The denoiser of a network with guidance and the kind of output that the solver takes."""
     return guide(config, denoiser_of(denoiser, config, solver), scale, option, guides)
 
 
@@ -168,7 +168,7 @@ def warm_up(
     """Run the network of each stage once, so that the timing does not include the first calls.
 
     batches: the batches of this process; the warm-up has the size of the first. image_shape: (C, H, W). saving: a
-    stage may have steps of two kinds, see `diffusion.forecast`.
+    stage may forecast some of its steps, see `diffusion.forecast`.
     """
     if not batches:
         return

@@ -207,7 +207,7 @@ of_saving = partial(option, decides=(), why=AS_STAGES)
 
 @dataclass(frozen=True, kw_only=True)
 class SavingSettings(Checked):
-    """How a stage saves work: what changes slowly is computed at every k-th step, and forecast at the steps between.
+    """How a stage saves work: it computes a slowly changing quantity at every k-th step and forecasts it between them.
 
     The order of a forecast is 0 to hold the last value, 1 to follow the line through the last two.
     """

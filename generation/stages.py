@@ -2,8 +2,8 @@
 
     stages:                            # from the noisiest timesteps to the cleanest
       - checkpoint_path: shallow.pth   # relative to the folder of this file, or absolute
-        config_path: shallow.yaml      # optional; for weights that came without a description
-        t_min: 400                     # the lowest and the highest timestep at which it runs
+        config_path: shallow.yaml      # optional; for weights without a description
+        t_min: 400                     # the lowest and the highest timestep of the stage
         t_max: 999
         guidance_scale: 0.4            # optional (default: the run's own)
         guidance_t_min: 500            # optional, with guidance_t_max: guidance is off at t outside of these
@@ -178,7 +178,7 @@ class Plan:
             about: dict[str, Any] = {"network": stage.network, "t_min": stage.t_min, "t_max": t_max}
             about["guidance_scale"] = stage.guidance_scale
             interval = {name: getattr(stage, name) for name in ("guidance_t_min", "guidance_t_max")}
-            if stage.guidance_scale:  # or else it decides nothing
+            if stage.guidance_scale:  # without guidance the interval has no effect
                 about |= {name: t for name, t in interval.items() if t is not None}
             about |= stage.saving.described
             if stage.cheap is not None:
@@ -240,7 +240,7 @@ class _Described(SavingSettings):
 
 
 def in_every_stage(saving: SavingSettings) -> SavingSettings:
-    """The part of the flags that holds for stages before the last too: the middle of any network can be reused."""
+    """The part of the flags that also applies to stages before the last: reuse, which works for any network."""
     return replace(saving, correct_every=1, correct_order=None, hold_every=1, hold_order=None, exit_layer=None)
 
 

@@ -45,7 +45,7 @@ class CheckpointFolder:
     def claim(self) -> None:
         """Lock the folder, if it exists, until this process ends.
 
-        Raises InputError if another training has it, because each would remove the temporary files of the other.
+        Raises InputError if another run has the lock, because each would remove the temporary files of the other.
         """
         if self._lock is None and self.folder.is_dir():
             self._lock = lock(self.folder / ".lock", f"{self.folder}: another training run uses this folder")

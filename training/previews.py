@@ -48,7 +48,7 @@ def preview_maker(
         return None
     decode = image_maker(config, device)
     parametrization = config.parametrization
-    if parametrization == "predict_velocity":  # of an image that is scaled otherwise
+    if parametrization == "predict_velocity":  # the velocity belongs to a differently scaled image
         denoiser = predicting_noise(denoiser, schedule, parametrization, config.diffusion_params.toward_data)
         parametrization = "predict_noise"
     solver, stages = Solver("ddim", schedule, parametrization), [Stage(denoiser, timesteps)]

@@ -273,7 +273,7 @@ class TrainingSettings(Checked):
         None, "width of the images, which must be that of the network", least=1, most=4096, decides=(), why=DESCRIBED
     )
     described: Mapping[str, Any] = option({}, flag=False, decides=(), why=DESCRIBED)  # the network's own flags, nested
-    command: tuple[str, ...] = option((), flag=False, decides=(), why=ONE_START)  # the words of the command line
+    command: tuple[str, ...] = option((), flag=False, decides=(), why=ONE_START)  # the command line, word by word
     data: DataSettings = section("data")
     optimisation: OptimisationSettings = section("optimisation", OptimisationSettings())
     logs: LogSettings = section("logs and checkpoints", LogSettings())

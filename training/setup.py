@@ -331,7 +331,7 @@ def restore(run: Training, path: Path, content: Mapping[str, Any]) -> None:
         )
     try:
         learner.load_state_dict(content)
-    # For instance a backbone that was frozen before, or a forged checkpoint.
+    # For instance if the backbone was frozen before, or the checkpoint is forged.
     except MISFITS as error:
         raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
     done = learner.step == settings.n_steps

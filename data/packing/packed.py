@@ -192,8 +192,8 @@ def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
 def _check_numbering(folder: Path, manifest: Manifest, labels: np.ndarray) -> None:
     """Raises InputError for labels that an earlier version packed from the downsampled batches of ImageNet.
 
-    They have the numbers of the devkit, not the places of the sorted WordNet ids. The batches are in random order; what
-    is packed from class folders rises.
+    They have the numbers of the devkit, not the positions of the sorted WordNet ids. The batches are in random order;
+    labels from class folders rise.
     """
     older = manifest.source.get("dataset") == "imagenet64" and "labels" not in manifest.source
     if older and (np.diff(labels) < 0).any():

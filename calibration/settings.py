@@ -66,7 +66,7 @@ class CalibrateSettings(Checked):
     autoencoder_checkpoint_path: Path | None = option(
         None,
         "autoencoder of networks of latents; it encodes images that are not packed as latents, decodes the samples of "
-        "--verify, and beats --config_path",
+        "--verify, and overrides --config_path",
         exists="path",
     )
     seed: int = option(0, "seed of the images and their noise", least=0, most=MOST_SEED)

@@ -31,7 +31,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp", *WITHOUT_NUMBERS)
 SAMPLING_SCHEDULES: dict[str, dict[str, Any]] = {
     name: {"beta_schedule": name, "beta_start": 1e-4, "beta_end": 0.02} for name in BETA_SCHEDULES
 } | {"scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}}
-TASK = "task of the network (beats --config_path)"  # a group of --help
+TASK = "task of the network (overrides --config_path)"  # a group of --help
 CLASSIFIER_TYPES = (
     "attention_probe",
     "mlp_probe_per_layer",
@@ -56,7 +56,7 @@ class UViTConfig(Checked):
     mlp_ratio: float = option(4.0, "width of the MLPs divided by the width of the tokens", least=0, most=64, above=True)
     qkv_bias: bool = option(False, "give the projections to queries, keys and values a bias")
     mlp_time_embed: bool = option(False, "pass the timestep embedding through an MLP")
-    num_classes: int = option(-1, "number of classes; -1 means that the network knows none", least=-1, most=1_000_000)
+    num_classes: int = option(-1, "number of classes; -1 for an unconditional network", least=-1, most=1_000_000)
     normalize_timesteps: bool = option(False, "divide the time input by 1000")
     conv: bool = option(True, "end with a 3 x 3 convolution, which the public huge weights lack")
 
@@ -100,9 +100,11 @@ class DiTConfig(Checked):
     num_heads: int = option(16, "number of attention heads", least=1, most=1024)
     mlp_ratio: float = option(4.0, "width of the MLPs divided by the width of the tokens", least=0, most=64, above=True)
     # More than 0: the network has one more class, num_classes, which means "no class".
-    class_dropout_prob: float = option(0.1, "probability of dropping the class in training", least=0, most=1)
+    class_dropout_prob: float = option(
+        0.1, 'probability of "no class" instead of the class in training', least=0, most=1
+    )
     num_classes: int = option(
-        1000, 'number of classes without "no class"; -1 means that the network knows none', least=-1, most=1_000_000
+        1000, 'number of classes without "no class"; -1 for an unconditional network', least=-1, most=1_000_000
     )
     normalize_timesteps: ClassVar[bool] = False
     # False accepts weights with and without a variance.
@@ -240,7 +242,7 @@ class Config(Checked):
 
     model: str = option("uvit", choices=MODELS, flag=False)
     model_params: UViTConfig | DiTConfig | DiffusersConfig = section(
-        "architecture of the network (beats --config_path)",
+        "architecture of the network (overrides --config_path)",
         kinds={"uvit": UViTConfig, "dit": DiTConfig, "deediff_uvit": UViTConfig, "diffusers": DiffusersConfig},
         chosen_by="model",
     )

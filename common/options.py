@@ -71,8 +71,8 @@ class MachineSettings(Checked):
 
     device: str = option(
         "auto",
-        "cpu, cuda, cuda:1, mps, or auto for the first of CUDA, MPS and CPU that is there",
+        "cpu, cuda, cuda:1, mps, or auto for the first available of CUDA, MPS and CPU",
         decides=(),
-        why="recorded as the kind of device",
+        why="the record contains the kind of device",
     )
     quiet: bool = option(False, "show no progress bar", decides=(), why="it changes only the terminal")

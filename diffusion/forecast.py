@@ -18,7 +18,7 @@ class Forecast:
     """A tensor computed at every k-th step, and its forecast in between.
 
     Order 0 holds the last value. Order 1 follows the line through the last two, in t: a Taylor series with a
-    difference in place of the derivative, as in TaylorSeer (Liu et al. 2025, arXiv 2503.06923). Until there are two, it
+    difference instead of the derivative, as in TaylorSeer (Liu et al. 2025, arXiv 2503.06923). Until there are two, it
     holds the one.
 
     runs: falling timesteps, each run of which starts anew: nothing is carried over from the run before or from another

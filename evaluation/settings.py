@@ -28,7 +28,7 @@ def metrics(text: str) -> tuple[str, ...]:
 class ReferenceSettings(Checked):
     """The real images."""
 
-    dataset: str | None = option(None, "dataset to score against, with its whole training set", choices=tuple(DATASETS))
+    dataset: str | None = option(None, "dataset whose whole training set is the reference", choices=tuple(DATASETS))
     data_path: Path | None = option(None, "path of the dataset (default: datasets/)", exists="path")
     crop: str | None = option(None, "crop of the dataset (default: the crop of the samples' network)", choices=CROPS)
     download: bool = option(False, "download the dataset first, if it is missing")

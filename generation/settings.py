@@ -58,7 +58,7 @@ class RunSettings(Checked):
     )
     autoencoder_checkpoint_path: Path | None = of_network(
         None,
-        "autoencoder of a network of latents: autoencoder_kl.pth or a folder of diffusers; beats --config_path",
+        "autoencoder of a network of latents: autoencoder_kl.pth or a folder of diffusers; overrides --config_path",
         exists="path",
         decides=(),
         why="recorded by its SHA-256",
@@ -89,7 +89,7 @@ class RunSettings(Checked):
     )
     class_id: tuple[int | Literal["random"], ...] = of_samples(
         ("random",),
-        "class of the samples of a network with classes: random, or classes that repeat in this order",
+        "classes of the samples: random, or numbers that repeat in this order",
         least=0,
         most=10**6,
     )
@@ -110,7 +110,7 @@ class RunSettings(Checked):
         why=AS_STAGES,
     )
     timesteps_save: tuple[int, ...] = of_samples(
-        (), "save x_t at these timesteps too, in report/frames", least=0, most=99_999
+        (), "also save x_t at these timesteps, in report/frames", least=0, most=99_999
     )
     allow_outside_range: bool = of_network(
         False,

@@ -89,7 +89,7 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
 
 
 def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str = "cpu") -> Autoencoder:
-    """path: the public autoencoder_kl.pth, or a diffusers folder. Raises InputError for others."""
+    """path: the public autoencoder_kl.pth, or a diffusers folder. Raises InputError for other files."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if not path.exists():

@@ -1,11 +1,11 @@
-"""Networks in folders as diffusers saves them: a model, or a pipeline with its scheduler and autoencoder.
+"""Networks in folders of diffusers: a model, or a pipeline with its scheduler and autoencoder.
 
     config.json                          of a model; or
     model_index.json                     of a pipeline, whose network is in unet/ or transformer/
     scheduler/scheduler_config.json      noise schedule, meaning of the output
     vae/                                 the autoencoder of a pipeline of latents
 
-Weights are read from safetensors alone; nothing is downloaded, and no code of a folder is run.
+Weights are read only from safetensors; nothing is downloaded, and no code in a folder is run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DiffusersBackbone(Backbone):
 
     config: DiffusersConfig
     has_middle = False
-    time_dtype = torch.float32  # the network makes sinusoids of them
+    time_dtype = torch.float32  # the network computes sinusoids of the time tokens
 
     def __init__(self, network: nn.Module, config: DiffusersConfig):
         super().__init__()
@@ -83,7 +83,7 @@ class Folder:
 
 
 def read_folder(path: Path) -> Folder:
-    """Describe the network in a folder. Raises InputError for one that is not known here."""
+    """Describe the network in a folder. Raises InputError for an unsupported one."""
     network, name = _find_network(path)
     about = _mapping(network / "config.json")
     description: dict[str, Any] = {"model": "diffusers", "model_params": _params(about, name, network / "config.json")}
@@ -130,7 +130,7 @@ def pretrained(cls: type[M], path: Path, what: str) -> M:
         )
     except (MemoryError, InputError):
         raise
-    except Exception as error:  # diffusers meets any settings there are, and fails in any way there is
+    except Exception as error:  # unknown settings make diffusers raise any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not readable as {what} ({reason:.160})") from None
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]:
@@ -160,7 +160,7 @@ def _find_network(path: Path) -> tuple[Path, str]:
 
 
 def _params(about: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
-    """The fields of DiffusersConfig, from the network's config.json. Raises InputError for what is not run here."""
+    """The fields of DiffusersConfig, from the network's config.json. Raises InputError for unsupported ones."""
     side, channels = about.get("sample_size"), about.get("in_channels", 4 if name != "UNet2DModel" else 3)
     if isinstance(side, list) and len(side) == 2 and side[0] == side[1]:
         side = side[0]

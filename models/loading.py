@@ -58,7 +58,7 @@ def name_of(kind: type[nn.Module]) -> str:
 
 
 def build_network(config: Config) -> UViT | DiT | EarlyExitUViT:
-    """A network with fresh weights. Raises InputError for one that exists in its folder alone."""
+    """A network with fresh weights. Raises InputError for one that exists only in its folder."""
     if isinstance(config.model_params, DiffusersConfig):
         raise InputError("model diffusers: such a network is a folder with its weights; give --checkpoint_path DIR")
     backbone = (DiT if config.model == "dit" else UViT)(**plain(config.model_params))
@@ -115,7 +115,7 @@ def load_network(
 
 
 def _agreed(path: Path, carried: Mapping[str, Any], stated: Mapping[str, Any], described: str) -> Config:
-    """The description that a file carries, with what is stated beside it. Raises InputError where they differ."""
+    """The description in a file, merged with the stated one. Raises InputError if they differ."""
     check_types(Config, {**stated, "model": carried["model"]}, described)
     if different := contradictions(carried, stated):
         raise InputError(
@@ -159,7 +159,7 @@ def _load_folder(
     return Network(network, config, "unknown", None, path, stored)
 
 
-Runnable = Backbone | EarlyExitUViT  # what sampler.py runs: the second without its probes
+Runnable = Backbone | EarlyExitUViT  # the networks of sampler.py; it ignores the probes of the second
 
 
 def load_together(
@@ -176,7 +176,7 @@ def load_together(
 
     files: weights, and a YAML file for weights without a description. given: the description on the command line; its
     architecture applies only to the first network. with_exits: the numbers of the early-exit models, all others must
-    be backbones; None: as the files say. process_of, offload: see `load_network`. Raises InputError unless every
+    be backbones; None: according to the files. process_of, offload: see `load_network`. Raises InputError unless every
     network fits the last.
     """
     of_all = {key: value for key, value in given.items() if key != "model_params"}

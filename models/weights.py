@@ -67,7 +67,7 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
     """Read the weights in a file onto the CPU. `check_fit` then chooses the entry of the file that fits.
 
     The tensors of a .pth file are mapped: a checkpoint's other parts, such as the state of its optimizer, take no
-    memory. Whoever keeps tensors longer than the file stays as it is must copy them.
+    memory. A caller that keeps the tensors after the file may change must copy them.
     """
     path = Path(path)
     if path.is_dir():
@@ -94,7 +94,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def _read_exported(folder: Path) -> Weights:
-    """A folder that export.py wrote. Its weights carry the description too, so that the two are known to belong."""
+    """A folder that export.py wrote. The file of weights also contains the description, as a check."""
     if not is_exported(folder):
         raise InputError(f"{folder}: a folder that is not from export.py; wanted a file of weights")
     read = _read_safetensors(folder / IN_FOLDER)
@@ -134,7 +134,7 @@ def _shortened(names: Sequence[str], most: int = 8) -> str:
 def read_pth(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """The mapping in a torch file. Only tensors and plain values are unpickled.
 
-    mapped: map the file into memory, if its format allows, in place of reading all of it.
+    mapped: map the file into memory, if its format allows, instead of reading all of it.
     """
     try:
         check_pickles(path)

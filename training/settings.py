@@ -41,7 +41,7 @@ class DataSettings(Checked):
         decides=(),
         why=DESCRIBED,
     )
-    random_flip: bool | None = option(None, "mirror half of the images at random (default: as the dataset has it)")
+    random_flip: bool | None = option(None, "mirror half of the images at random (default: depends on the dataset)")
     label_dropout: float | None = option(
         None,
         'probability of training with "no class" instead of the label, for guidance; needs a network with that class '
@@ -218,7 +218,7 @@ class TrainingSettings(Checked):
     )
     batch_size: int = option(128, "number of images per optimiser step, over all processes", least=1, most=MOST_BATCH)
     grad_accum_steps: int = option(
-        1, "number of equal parts of a batch, which are computed one after the other", least=1, most=MOST_BATCH
+        1, "number of parts of a batch, which are computed one after the other to save memory", least=1, most=MOST_BATCH
     )
     seed: int = option(
         0, "seed of the weights, the order of the data, the noise and the timesteps", least=0, most=MOST_SEED
@@ -235,7 +235,7 @@ class TrainingSettings(Checked):
     resume: bool = option(False, "continue from the newest checkpoint in the run's folder", decides=(), why=ONE_START)
     load_checkpoint_path: Path | None = option(
         None,
-        "start from the weights, optimiser state and step of this checkpoint; at step 0 from a file of weights alone",
+        "start from the weights, optimiser state and step of this checkpoint; a file of weights starts at step 0",
         exists="file",
         decides=(),
         why=ONE_START,

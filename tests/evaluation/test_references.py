@@ -397,8 +397,8 @@ class TestArrays:
         [
             (np.zeros((4, 8, 8, 3), np.float32), "uint8"),
             (np.zeros((4, 8, 8, 4), np.uint8), "(4, 8, 8, 4)"),
-            (np.zeros((0, 8, 8, 3), np.uint8), "none"),
-            (np.zeros((4, 8, 0, 3), np.uint8), "none"),
+            (np.zeros((0, 8, 8, 3), np.uint8), "no images"),
+            (np.zeros((4, 8, 0, 3), np.uint8), "no images"),
             (np.zeros(5, np.uint8), "(5,)"),
             (np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8)), "C order"),
             (np.array([object()]), "evil.npz"),

@@ -57,7 +57,7 @@ def named_schedule(betas: Sequence[float], where: str) -> dict[str, Any]:
             table = NoiseSchedule(**schedule).betas
         except InputError:
             continue
-        if torch.allclose(table, given, rtol=1e-5, atol=1e-9):  # given in 32 bits
+        if torch.allclose(table, given, rtol=1e-5, atol=1e-9):  # the given betas have 32 bits
             return schedule
     raise InputError(f"{where} fit no supported noise schedule")
 

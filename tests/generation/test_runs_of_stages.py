@@ -172,7 +172,7 @@ def test_stages_for_other_sampling_are_noted(full, stages, tmp_path, run_quietly
     written = stages((full, 0, 19), calibration=made_for)
     run_quietly(sampler.main, ["--stages", written, *FLAGS, "--output_folder", tmp_path / "s"])
     (message,) = (record.getMessage() for record in caplog.records)
-    assert "made for solver ddim, this is ddpm" in message
+    assert "made for solver ddim, not ddpm" in message
 
 
 def test_offloading_follows_the_stages(full, shallow, stages, tmp_path, run_quietly, monkeypatch):
@@ -213,7 +213,7 @@ class TestRefusals:
 
     def test_stages_that_do_not_fit_the_networks(self, runs, full, shallow, middling, stages, tmp_path, fails):
         flags = ["--output_folder", tmp_path / "s", "--stages"]
-        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages begin at t = 18", "19..0")
+        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages begin at t = 18", "the networks at t = 19")
         classes = runs / "classes" / "digits_uvit_last.pth"
         three = stages((shallow, 10, 19), (classes, 5, 9), (full, 0, 4))
         fails(sampler.main, [*flags, three], "cannot run on one image", "num_classes (10 and -1)")

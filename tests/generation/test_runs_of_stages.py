@@ -213,7 +213,7 @@ class TestRefusals:
 
     def test_stages_that_do_not_fit_the_networks(self, runs, full, shallow, middling, stages, tmp_path, fails):
         flags = ["--output_folder", tmp_path / "s", "--stages"]
-        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages begin at t = 18", "the networks at t = 19")
+        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages begin at t = 18", "at t = 19")
         classes = runs / "classes" / "digits_uvit_last.pth"
         three = stages((shallow, 10, 19), (classes, 5, 9), (full, 0, 4))
         fails(sampler.main, [*flags, three], "cannot run on one image", "num_classes (10 and -1)")

@@ -331,6 +331,6 @@ def check_range(network: Network[nn.Module], timesteps: Sequence[float], advice:
     if outside := [t for t in timesteps if not knows(network, t)]:
         shown = ", ".join(f"{t:g}" for t in outside[:3]) + (", ..." if len(outside) > 3 else "")
         raise InputError(
-            f"{network.path} was trained on t = {trained[0]}..{trained[-1]} only, but would run at t = {shown}; "
+            f"{network.path} was trained only on t = {trained[0]}..{trained[-1]}, but would run at t = {shown}; "
             f"{advice}"
         )

@@ -108,7 +108,7 @@ def test_the_stages_sample(pair, shallow, full, tmp_path, run_quietly):
 
 @pytest.fixture
 def few(shallow, tmp_path):
-    """The shallow network, as if it had been trained on t = 15..19 alone."""
+    """The shallow network, as if it had been trained only on t = 15..19."""
     content = torch.load(shallow, weights_only=True)
     torch.save(content | {"config": content["config"] | {"t_min": 15, "t_max": 19}}, tmp_path / "few.pth")
     return tmp_path / "few.pth"
@@ -199,7 +199,7 @@ def test_refusals(pair, shallow, middle, full, runs, tmp_path, fails):
     fails(calibrate.main, ["--checkpoint_path", full, *QUICK, *out], "two networks or more")
     classes = runs / "classes" / "digits_uvit_last.pth"
     fails(calibrate.main, ["--checkpoint_path", classes, full, *QUICK, *out], "num_classes (10 and -1)")
-    fails(calibrate.main, ["--checkpoint_path", shallow, middle, *QUICK, *out], "trained on t = 10..19 alone")
+    fails(calibrate.main, ["--checkpoint_path", shallow, middle, *QUICK, *out], "trained only on t = 10..19")
     fails(calibrate.main, ["--checkpoint_path", full, shallow, *QUICK, *out], "from small to large")
     fails(calibrate.main, [*pair, *out, "--n_images", 5000], "--n_images 5000: the dataset has 1797")
     fails(calibrate.main, [*pair, *out, "--steps", 21], "--steps 21")

@@ -22,7 +22,7 @@ FLAGS = ["--device", "cpu", "--quiet", "--n_samples", 3, "--batch_size", 2]
 
 @pytest.fixture
 def middling(full, tmp_path):
-    """A checkpoint of 3 blocks that was trained on t = 5..14 alone."""
+    """A checkpoint of 3 blocks that was trained only on t = 5..14."""
     content = torch.load(full, weights_only=True)
     config = content["config"] | {"t_min": 5, "t_max": 14}
     config["model_params"] = content["config"]["model_params"] | {"depth": 3}

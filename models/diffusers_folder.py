@@ -152,7 +152,7 @@ def _find_network(path: Path) -> tuple[Path, str]:
             raise InputError(f"{index}: names {_names(parts.values())}; wanted one {_wanted()}")
         return path / known[0], NETWORKS[parts[known[0]]]
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: a folder without a network: config.json and model_index.json are missing")
+        raise InputError(f"{path}: is a folder without a network: config.json and model_index.json are missing")
     name = _mapping(path / "config.json").get("_class_name")
     if not isinstance(name, str) or name not in NETWORKS:
         raise InputError(f"{path / 'config.json'}: describes {shown(name)}; wanted a {_wanted()}")

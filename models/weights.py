@@ -96,7 +96,7 @@ def is_exported(folder: Path) -> bool:
 def _read_exported(folder: Path) -> Weights:
     """A folder that export.py wrote. The file of weights also contains the description, as a check."""
     if not is_exported(folder):
-        raise InputError(f"{folder}: a folder that is not from export.py; wanted a file of weights")
+        raise InputError(f"{folder}: is a folder that is not from export.py; wanted a file of weights")
     read = _read_safetensors(folder / IN_FOLDER)
     carried = read_json(folder / "config.json").get("config")
     described = check_types(Config, carried if isinstance(carried, dict) else {}, f"{folder / 'config.json'}: config")

@@ -126,13 +126,13 @@ def test_no_other_pickle_is_opened(batches, tmp_path):
 def test_no_other_archive_is_opened(change, archive, monkeypatch):
     archive.write_bytes(change(archive.read_bytes()))
     monkeypatch.setattr("tarfile.open", lambda *_, **__: pytest.fail("it was opened"))
-    with pytest.raises(InputError, match=f"{ARCHIVE}: its MD5 is .*Get https"):
+    with pytest.raises(InputError, match=f"{ARCHIVE}: its MD5 is .*Download https"):
         load(archive)
 
 
 def test_a_batch_that_is_not_there(archive, batches):
     (batches / "data_batch_4").unlink()
-    with pytest.raises(InputError, match="no data_batch_4 in it"):
+    with pytest.raises(InputError, match="data_batch_4 missing"):
         load(batches)
 
 

@@ -121,7 +121,7 @@ def test_downsampled_batches_have_their_size(downsampled):
     with pytest.raises(InputError, match="64 x 64"):
         imagenet(downsampled[0], img_size=32)
     (downsampled[0] / "train_data_batch_7.npz").unlink()
-    with pytest.raises(InputError, match=r"train_data_batch_7\.npz not there"):
+    with pytest.raises(InputError, match=r"train_data_batch_7\.npz missing"):
         imagenet(downsampled[0])
 
 

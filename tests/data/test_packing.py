@@ -469,7 +469,7 @@ def test_no_file_of_a_folder_that_is_renamed_is_open(num_workers, pictures, tmp_
 def test_too_little_room(pictures, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(InputError, match=r"115 kB are needed, 100 kB are free, 15\.2 kB too few"):
+    with pytest.raises(InputError, match=r"115 kB are needed, but only 100 kB are free, 15\.2 kB too few"):
         pack(folder(pictures), tmp_path / "p")
     assert not list(tmp_path.glob("p.*"))
 

@@ -277,7 +277,7 @@ class TestBadInput:
     def test_pickles_alone(self, pair, refused):
         network = pair[0] / "unet"
         (network / "diffusion_pytorch_model.safetensors").rename(network / "diffusion_pytorch_model.bin")
-        refused("holds pickles alone (diffusion_pytorch_model.bin)", ".safetensors")
+        refused("has only pickles (diffusion_pytorch_model.bin)", ".safetensors")
 
     def test_no_weights(self, pair, refused):
         (pair[0] / "unet" / "diffusion_pytorch_model.safetensors").unlink()

@@ -294,7 +294,7 @@ def test_where_no_entry_fits_they_are_all_named(tmp_path):
     path = save({"model": {"x": torch.ones(1)}, "ema": deeper, "opt": OPTIMIZER, "args": None}, tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"do not fit .* unexpected .*in its entry ema; .*args, ema, model, opt"):
         load_weights(uvit(), path)
-    with pytest.raises(InputError, match=r"no state dict of tensors; what is there is epoch, lr"):
+    with pytest.raises(InputError, match=r"no state dict of tensors, only epoch, lr"):
         load_weights(uvit(), save({"lr": 0.1, "epoch": 3}, tmp_path / "w.pth"))
 
 

@@ -102,7 +102,7 @@ class TestStopping:
         (process,) = processes.start("train", argv, tmp_path / "said.txt")
         log = tmp_path / "run" / "metrics.jsonl"
         processes.wait_for(lambda: log.exists() and log.read_text(), "the first log")
-        busy = f"another training is at work there (process {process.pid} on "
+        busy = f"another training run uses this folder (process {process.pid} on "
         fails(train_script.main, [*argv, "--resume"], busy)
         for pid in [*processes.children(process.pid), process.pid]:
             os.kill(pid, number)

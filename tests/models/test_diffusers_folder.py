@@ -292,7 +292,7 @@ class TestBadInput:
         network = UNet2DModel(**UNET)
         network.conv_in.weight.data[0] = torch.nan
         network.save_pretrained(pair[0] / "unet")
-        refused("conv_in.weight holds numbers that are not finite")
+        refused("conv_in.weight contains numbers that are not finite")
 
     def test_weights_of_another_network(self, pair, refused):
         UNet2DModel(**UNET | {"layers_per_block": 2}).save_pretrained(pair[0] / "other")
@@ -384,5 +384,5 @@ def test_trained_betas_are_known_again(schedule):
     in_32_bits = betas.float().tolist()
     found = NoiseSchedule(**process_of({"trained_betas": in_32_bits}, "f")["diffusion_params"])
     np.testing.assert_allclose(found.alphas_cumprod.numpy(), torch.cumprod(1 - betas, 0).numpy(), rtol=1e-4)
-    with pytest.raises(InputError, match="f follow no noise schedule"):
+    with pytest.raises(InputError, match="f fit no supported noise schedule"):
         named_schedule([*in_32_bits[:250], *in_32_bits[255:]], "f")

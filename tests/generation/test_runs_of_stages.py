@@ -219,10 +219,10 @@ class TestRefusals:
         fails(sampler.main, [*flags, three], "cannot run on one image", "num_classes (10 and -1)")
         outside = stages((shallow, 15, 19), (middling, 4, 14), (full, 0, 3))
         advice = f"let another network run there ({outside})"
-        fails(sampler.main, [*flags, outside], "trained on t = 5..14", "would run at t = 4;", advice)
+        fails(sampler.main, [*flags, outside], "trained only on t = 5..14", "would run at t = 4;", advice)
         pair = ["--checkpoint_path", middling, "--checkpoint_path_late", full, "--logsnr_switch", 3]
         advice = "let another network run there (--logsnr_switch 3)"
-        fails(sampler.main, [*pair, *flags[:2]], "trained on t = 5..14", advice)
+        fails(sampler.main, [*pair, *flags[:2]], "trained only on t = 5..14", advice)
         assert not (tmp_path / "s").exists()
 
     def test_a_stage_outside_its_range_may_be_allowed(self, middling, stages, tmp_path, run_quietly):

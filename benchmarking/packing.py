@@ -26,7 +26,7 @@ from data.packing.packed import PackedDataset, read_manifest
 from data.packing.work import pack
 
 NUM_JPEGS, SIZE, IMG_SIZE, BATCH = 5000, (178, 218), 64, 128
-NUM_LARGE = 250_000  # images of the set that memory is measured with: 3 GB
+NUM_LARGE = 250_000  # number of images in the measurement of memory: 3 GB
 
 
 class Generated(ImageDataset):

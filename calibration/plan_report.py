@@ -46,14 +46,14 @@ def in_words(calibration: PlanCalibration) -> str:
     return "\n".join(
         [
             f"chosen: {count} stage{'s' * (count > 1)}, predicted {chosen.speed_up:.2f}x ({rule})",
-            f"predicted {predicted} {unit} per image; the whole plan along fresh paths: {found} {unit}, "
+            f"predicted {predicted} {unit} per image; the whole plan on other paths: {found} {unit}, "
             f"{measured.speed_up:.2f}x",
         ]
     )
 
 
 def stage_table(calibration: PlanCalibration) -> str:
-    """What runs at which timesteps."""
+    """The denoisers and their timesteps, as a table."""
     timesteps, stages = calibration.prices.timesteps, calibration.stages
     ends = [*(start for _, start in stages[1:]), len(timesteps)]
     rows = [
@@ -64,7 +64,7 @@ def stage_table(calibration: PlanCalibration) -> str:
 
 
 def same_speed(calibration: PlanCalibration) -> dict[str, PlanOption | None]:
-    """The best plan of each mechanism alone that is as fast as the chosen plan; None where there is none."""
+    """The best plan of each mechanism alone that is as fast as the chosen plan; None if there is none."""
     found: dict[str, PlanOption | None] = {}
     for name in calibration.alone:
         try:
@@ -75,7 +75,7 @@ def same_speed(calibration: PlanCalibration) -> dict[str, PlanOption | None]:
 
 
 def mechanism_table(calibration: PlanCalibration) -> str:
-    """What each mechanism alone costs at the speed of the chosen plan, and the chosen plan."""
+    """The cost of each mechanism alone at the speed of the chosen plan, and of the chosen plan, as a table."""
     d, unit = calibration.dimensions, unit_of(calibration)
     rows: list[list[object]] = []
     for name, option in same_speed(calibration).items():
@@ -178,7 +178,7 @@ def save(path: Path, calibration: PlanCalibration, files: Sequence[tuple[Path, P
 
 
 def draw(path: Path, calibration: PlanCalibration) -> None:
-    """Draw divergence against time for each mechanism and for the joint plan, and what runs at which t."""
+    """Draw divergence against time for each mechanism and the joint plan, and the ways of the chosen plan over t."""
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     curves, strip = figure.subplots(2, 1, height_ratios=[4, 1])
     draw_curves(curves, calibration)
@@ -191,7 +191,7 @@ def draw_curves(axes: Axes, calibration: PlanCalibration) -> None:
     series = [(MECHANISMS[name], options, "--", 1.2) for name, options in calibration.alone.items()]
     series.append(("plan of all", calibration.joint, "-", 2.4))
     for name, options, style, width in series:
-        shown = [option for option in options if option.divergence > 0]  # the full network alone is at minus infinity
+        shown = [option for option in options if option.divergence > 0]  # the axis is logarithmic
         seconds = [option.seconds / batch for option in shown]
         axes.plot(seconds, [d * option.divergence for option in shown], style, linewidth=width, label=name)
     chosen = calibration.chosen

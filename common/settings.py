@@ -26,7 +26,7 @@ RESULT, CONDITIONS = "result", "conditions"  # decides the images, weights or sc
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 PROJECT = Path(__file__).resolve().parents[1]
-MOST_DIGITS = 300  # Python refuses to read numbers of thousands of digits
+MOST_DIGITS = 300  # Python refuses to read numbers with thousands of digits
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class About:
     positional: bool = False
     metavar: str | None = None
     aliases: tuple[str, ...] = ()  # other names of the flag, which --help leaves out
-    kinds: Mapping[str, type] | None = None  # of a section: its classes, by the value of the field `chosen_by`
+    kinds: Mapping[str, type] | None = None  # classes of a section, by the value of the field `chosen_by`
     chosen_by: str = ""
 
 
@@ -62,7 +62,7 @@ def option(
     exist. decides: RESULT, CONDITIONS (such as the time, the place of the data, the logs), both or neither. why: the
     reason if the result does not depend on the field. flag: False for a field without a flag. group, metavar: see
     --help. parse: makes a value from the text on the command line, for types that are not plain. positional: a
-    positional argument in place of a flag. aliases: other names of the flag, such as "--old", which are not in --help;
+    positional argument instead of a flag. aliases: other names of the flag, such as "--old", which are not in --help;
     not for required fields.
     """
     if RESULT not in decides and not why:
@@ -335,7 +335,7 @@ def add_options(
 
 
 def _title(f: Field, cls: type, there: Mapping[str, Field]) -> str:
-    """Of a section's group in --help. there: flags of the section's other classes, which hold for this one too."""
+    """The title of a section in --help. there: flags of other classes of the section that also apply to this one."""
     if not there:
         return f.about.help or f.name
     names = [name for name, of in (f.about.kinds or {}).items() if of is cls]
@@ -364,7 +364,7 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
 
 
 def _default_of(f: Field) -> str:
-    """The end of a help text; empty for a field without a default, or whose text itself tells what None means."""
+    """The end of a help text; empty for a field without a default, or with its own text for None."""
     if f.default is MISSING or f.default is None or f.default == ():
         return ""
     if isinstance(f.default, bool):
@@ -374,7 +374,7 @@ def _default_of(f: Field) -> str:
 
 
 def _path_or_value(value: object) -> str:
-    """As text; paths in the project without its place on this machine."""
+    """The value as text; paths in the project are relative to it."""
     if isinstance(value, Path) and value.is_relative_to(PROJECT):
         return value.relative_to(PROJECT).as_posix()
     return str(value)

@@ -1,4 +1,4 @@
-"""Datasets by name. To add one, write a module in this package and an entry in DATASETS.
+"""Datasets by name. To add a dataset, write a module in this package and an entry in DATASETS.
 
 No torch in here, so that reading options stays quick; a module is imported when its dataset is opened.
 """
@@ -113,4 +113,4 @@ def open_dataset(
 
 def missing(name: str, root: Path) -> InputError:
     """The error for a dataset that is not under `root`, with the files to download and their place."""
-    return InputError(f"{name} is not under {root}: get {DATASETS[name].fetch} and put it there, or give --data_path")
+    return InputError(f"{name} is not in {root}: get {DATASETS[name].fetch} and put it there, or give --data_path")

@@ -83,11 +83,11 @@ class CIFAR10Pictures(ImageFiles):
         classes = [_CLASS_OF_FOLDER.get(name.split("/")[0]) for name in source.names]
         labels = [label for label in classes if label is not None]
         if not source.names:
-            raise InputError(f"{folder}: no images in it")
+            raise InputError(f"{folder}: it contains no images")
         if len(labels) < len(classes):
             if num_classes > 0 or labels:
                 raise InputError(
-                    f"{folder}: {source.names[classes.index(None)]} lies in no folder of a class "
+                    f"{folder}: {source.names[classes.index(None)]} is not in the folder of a class "
                     f"({', '.join(CLASSES)}, or 0 to 9)"
                 )
         else:
@@ -108,7 +108,9 @@ def download(root: Path) -> None:
         try:
             download_url(URL, folder, ARCHIVE, MD5[ARCHIVE])
         except (OSError, RuntimeError) as error:  # no network, no such page, or a wrong file
-            raise InputError(f"--download: {URL} failed ({error}); get it by hand and put it into {root}") from None
+            raise InputError(
+                f"--download: {URL} failed ({error}); download it by hand and put it into {root}"
+            ) from None
         shutil.move(Path(folder) / ARCHIVE, root / ARCHIVE)
 
 
@@ -125,7 +127,7 @@ def _read_archive(path: Path) -> Iterator[bytes]:
 
 def _read_folder(path: Path) -> Iterator[bytes]:
     if lacking := [name for name in BATCHES if not (path / name).is_file()]:
-        raise InputError(f"{path}: no {', '.join(lacking)} in it; unpack {ARCHIVE} anew")
+        raise InputError(f"{path}: {', '.join(lacking)} missing; unpack {ARCHIVE} again")
     for name in BATCHES:
         with (path / name).open("rb") as file:
             _check(path / name, name, file)
@@ -140,7 +142,7 @@ def _check(path: Path, name: str, file: BinaryIO) -> None:
     if digest.hexdigest() != MD5[name]:
         raise InputError(
             f"{path}: its MD5 is {digest.hexdigest()}, that of the official {name} is {MD5[name]}; cut short, or "
-            f"another file? Get {URL} anew, or remove what is there and give --download"
+            f"another file? Download {URL} again, or remove the file and give --download"
         )
     file.seek(0)
 

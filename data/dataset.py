@@ -214,7 +214,7 @@ def check_shape(images: str, wanted: tuple[int, int], given: tuple[int, int]) ->
 def check_labels(highest: int, num_classes: int, source: object) -> None:
     """Raises InputError if labels 0..highest do not fit a network of num_classes."""
     if 0 < num_classes <= highest:
-        raise InputError(f"{source} has labels 0..{highest}, the network takes num_classes={num_classes}")
+        raise InputError(f"{source} has labels 0..{highest}, but the network has num_classes={num_classes}")
 
 
 # Messages from a worker to its parent. A message takes about a millisecond, more than a batch of small images without

@@ -19,7 +19,7 @@ class Digits(InMemoryDataset):
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
         if data_path is not None:
-            raise InputError(f"--data_path {data_path}: the digits ship with the project; leave it out")
+            raise InputError(f"--data_path {data_path}: the digits are part of the project; leave it out")
         check_shape("the digits", (8, 1), (img_size, in_chans))
         with np.load(FILE, allow_pickle=False) as file:
             levels, labels = file["images"], file["labels"]

@@ -116,9 +116,13 @@ class ZipSource(Source):
         try:
             self.infos = {info.filename: info for info in self.archive.infolist()}
         except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-            raise InputError(f"{path}: not readable as a zip archive; cut short, or not one? ({error})") from None
+            raise InputError(
+                f"{path}: not readable as a zip archive; cut short, or another format? ({error})"
+            ) from None
         if outside := next(filter(lands_outside, self.infos), None):
-            raise InputError(f"{path}: holds {outside!r}, which would land outside its folder; get the archive anew")
+            raise InputError(
+                f"{path}: holds {outside!r}, which would be outside its folder; download the archive again"
+            )
         self.names = sorted(name for name in self.infos if PurePosixPath(name).suffix.lower() in SUFFIXES)
 
     @property

@@ -27,7 +27,7 @@ UNSIGNED_BYTES = b"\0\0\x08"  # the first bytes of an IDX file of 8 bits; the ne
 class MNIST(InMemoryDataset):
     """Images and labels of the training set, held in memory (47 MB).
 
-    The files lie in a folder of `folders` in data_path, or in data_path itself. Raises InputError for a missing or a
+    The files are in one of `folders` in data_path, or in data_path itself. Raises InputError for a missing or a
     wrong file.
     """
 
@@ -52,7 +52,7 @@ class MNIST(InMemoryDataset):
 
     @classmethod
     def find(cls, root: Path) -> Path | None:
-        """The folder of the two files, `root` or one in it; None if they are in none.
+        """The folder of the two files, `root` or a folder in it; None if they are missing.
 
         All datasets of this format give their files the same names, so a folder named after the dataset comes first.
         """
@@ -96,7 +96,7 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     """uint8 (N, *shape) of an IDX file, gzipped or not.
 
     IDX: the type and the number of dimensions in four bytes, each size as a big-endian integer of four bytes, then the
-    values. No more is unpacked than the header announces, and N is bounded. Raises InputError for another file.
+    values. Unpacks at most as many values as the header announces. N is bounded. Raises InputError for other files.
     """
     path = _file(folder, name)
     assert path, "the folder was chosen because it has both files"
@@ -119,5 +119,7 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
         raise InputError(f"{path}: not readable, or cut short ({error})") from None
     if len(values) != length:
         found = "more" if len(values) > length else f"{len(values):,}"
-        raise InputError(f"{path}: its header announces {length:,} bytes of values, there are {found}; get it anew")
+        raise InputError(
+            f"{path}: its header announces {length:,} bytes of values, but there are {found}; download the file again"
+        )
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(count, *shape)

@@ -107,9 +107,9 @@ class RowsInZip:
                     self.shape, fortran, self.dtype = read_header(member)
                     self.header_bytes = member.tell()
         except KeyError:
-            raise InputError(f"{path}: no {name} in it") from None
+            raise InputError(f"{path}: it contains no {name}") from None
         except Exception as error:  # damaged bytes make zipfile and numpy raise any error
-            raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
+            raise InputError(f"{path}: not readable as .npz; cut short, or another format? ({error!s:.120})") from None
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         if self.dtype.hasobject or fortran or not self.shape or min(self.shape) < 0:
             raise InputError(f"{path}: {name} is {self.shape} {self.dtype}, wanted plain numbers in C order")

@@ -74,8 +74,8 @@ class Inception(FeatureExtractor):
 class EfficientNet(FeatureExtractor):
     """EfficientNet-Lite0 with weights of ImageNet (Tan and Le 2019), which packages install, so nothing is downloaded.
 
-    Its 1280 features are means over the last feature map. Images of any size are brought to 96 x 96, which costs an
-    eighth of the network's own 224 x 224; see docs/features.md for what the features see.
+    Its 1280 features are means over the last feature map. Images of any size are resized to 96 x 96, which costs an
+    eighth of the network's own 224 x 224. docs/features.md measures which damage the features detect.
     """
 
     name = EFFICIENTNET
@@ -103,7 +103,7 @@ class EfficientNet(FeatureExtractor):
         pixels = images.to(self.device).float().expand(-1, 3, -1, -1)
         size = (self.side, self.side)
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-        # In 10 bits of TF32 distances would depend on the device.
+        # With TF32 (10 bits) distances would depend on the device.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             features: Tensor = self.network.extract_features((pixels - 127) / 128)
         return features.mean(dim=(2, 3)), None
@@ -189,9 +189,7 @@ def _download_inception() -> Path:
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     if path.parts[0] == "~":  # HOME is not set, and the user has no entry that names one
-        raise InputError(
-            "there is no home folder to keep the Inception weights in; give --feature_extractor_weights FILE"
-        )
+        raise InputError("there is no home folder for the Inception weights; give --feature_extractor_weights FILE")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

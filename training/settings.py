@@ -20,8 +20,8 @@ from data import CROPS, DATASETS
 MOST_STEPS = 10**9
 HOW = (CONDITIONS,)
 of_description = partial(option, decides=(), why="the network's description has it")
-of_start = partial(option, decides=(), why="it is of one start, and a run may go on without it")
-of_place = partial(option, decides=(), why="it is the place of the checkpoint")
+of_start = partial(option, decides=(), why="it belongs to one start; the run may continue without it")
+of_place = partial(option, decides=(), why="it is only the place of the checkpoint")
 of_saving = partial(option, least=1, most=MOST_STEPS, decides=HOW, why="saving changes no weight")
 of_previews = partial(option, decides=HOW, why="previews change no weight")
 
@@ -36,15 +36,15 @@ class DataSettings(Checked):
         "path of the dataset (default: datasets/)",
         exists="path",
         decides=HOW,
-        why="the same images may lie elsewhere",
+        why="the same images may be in another place",
     )
     crop: str | None = of_description(
         None, "crop that makes images square (default: the crop of the dataset)", choices=CROPS
     )
-    random_flip: bool | None = option(None, "mirror half of the images at random (default: as the dataset has it)")
+    random_flip: bool | None = option(None, "mirror half of the images at random (default: depends on the dataset)")
     label_dropout: float | None = option(
         None,
-        'probability of training with "no class" in place of the label, for guidance; needs a network with that class '
+        'probability of training with "no class" instead of the label, for guidance; needs a network with that class '
         "(default: --class_dropout_prob of a dit, else 0)",
         least=0,
         most=1,
@@ -81,7 +81,7 @@ class OptimisationSettings(Checked):
         False,
         "compile the network first (torch.compile), which takes about a minute",
         decides=HOW,
-        why="a compiled network differs in rounding alone",
+        why="compilation changes only the rounding",
     )
     grad_checkpointing: bool = option(
         False,
@@ -167,11 +167,11 @@ class TrainingSettings(Checked):
         least=1,
         most=MOST_STEPS,
         decides=(),
-        why="recorded by itself: a run may be made longer",
+        why="recorded separately, because a run may be extended",
     )
     batch_size: int = option(128, "number of images per optimiser step, over all processes", least=1, most=MOST_BATCH)
     grad_accum_steps: int = option(
-        1, "number of equal parts of a batch, which are computed one after the other", least=1, most=MOST_BATCH
+        1, "number of parts of a batch, which are computed one after the other to save memory", least=1, most=MOST_BATCH
     )
     seed: int = option(
         0, "seed of the weights, the order of the data, the noise and the timesteps", least=0, most=MOST_SEED
@@ -181,7 +181,7 @@ class TrainingSettings(Checked):
     resume: bool = of_start(False, "continue from the newest checkpoint in the run's folder")
     load_checkpoint_path: Path | None = of_start(
         None,
-        "start from the weights, optimiser state and step of this checkpoint; at step 0 from a file of weights alone",
+        "start from the weights, optimiser state and step of this checkpoint; a file of weights starts at step 0",
         exists="file",
     )
     max_hours: float | None = of_start(
@@ -199,7 +199,7 @@ class TrainingSettings(Checked):
         False,
         "under torchrun, shard parameters, optimiser state and averaged weights over the processes",
         decides=HOW,
-        why="pieces and copies differ in rounding alone",
+        why="sharding changes only the rounding",
     )
     config_path: Path | None = of_description(None, "YAML file that describes the network", exists="file")
     sample_height: int | None = of_description(
@@ -209,7 +209,7 @@ class TrainingSettings(Checked):
         None, "width of the images, which must be that of the network", least=1, most=4096
     )
     described: Mapping[str, Any] = of_description({}, flag=False)  # the network's own flags, nested
-    command: tuple[str, ...] = of_start((), flag=False)  # the words of the command line
+    command: tuple[str, ...] = of_start((), flag=False)  # the command line, word by word
     data: DataSettings = section("data")
     optimisation: OptimisationSettings = section("optimisation", OptimisationSettings())
     logs: LogSettings = section("logs and checkpoints", LogSettings())
@@ -230,10 +230,10 @@ class TrainingSettings(Checked):
         if self.fsdp and processes == 1:
             raise InputError("--fsdp needs several processes; start the script with torchrun --nproc_per_node=N")
         if self.resume and self.load_checkpoint_path:
-            raise InputError("--resume and --load_checkpoint_path both say where to go on from; give one")
+            raise InputError("--resume and --load_checkpoint_path both choose the start; give one of them")
         if self.teacher.init_from and (self.resume or self.load_checkpoint_path):
             raise InputError(
-                "--init_from begins a new run, --resume and --load_checkpoint_path go on with one; give one"
+                "--init_from starts a new run, --resume and --load_checkpoint_path continue one; give one of them"
             )
         if self.exp_name is not None and (Path(self.exp_name).name != self.exp_name or self.exp_name == ".."):
             raise InputError(f"--exp_name {self.exp_name}: wanted the name of a folder, not a path")
@@ -253,7 +253,7 @@ class TrainingSettings(Checked):
                 raise InputError("--distill_from belongs to --model uvit or dit")
             if self.exits.freeze_backbone and not self.exits.load_backbone:
                 raise InputError(
-                    "--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen"
+                    "--freeze_backbone needs --load_backbone: a backbone with fresh weights would learn nothing"
                 )
 
 

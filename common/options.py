@@ -55,7 +55,7 @@ class SpeedSettings(Checked):
         False,
         "compile the networks first (torch.compile), which takes about a minute",
         decides=(CONDITIONS,),
-        why="compiled networks differ in rounding alone",
+        why="compilation changes only the rounding",
     )
 
     @property
@@ -71,13 +71,13 @@ class MachineSettings(Checked):
 
     device: str = option(
         "auto",
-        "cpu, cuda, cuda:1, mps, or auto for the first of CUDA, MPS and CPU that is there",
+        "cpu, cuda, cuda:1, mps, or auto for the first available of CUDA, MPS and CPU",
         decides=(),
-        why="recorded as the kind of device",
+        why="the record contains the kind of device",
     )
     quiet: bool = option(
         False,
-        "print warnings and errors only: no progress bar, and no results, which are in the files too",
+        "print only warnings and errors: no progress bar, and no results, because the files contain them",
         decides=(),
-        why="it is about the terminal",
+        why="it changes only the terminal",
     )

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from common.progress import Progress
 from evaluation.comparison import Pairs, Run, Summary, estimate
-from evaluation.features import FeatureExtractor
+from evaluation.features import FeatureExtractor, features_of
 from evaluation.images import FinishedImages
 
 BATCH = 64  # images in memory, of each of two runs
@@ -36,8 +36,8 @@ def feature_distance(one: Tensor, other: Tensor) -> Tensor:
     """The squared distance of features scaled to unit length, in [0, 4]. (B, D) twice -> (B,).
 
     This is the distance of Zhang et al. 2018 (LPIPS), Eq. 1, with the extractor's output as the only layer, a single
-    place in it, and all weights equal to 1; it is twice the cosine distance. It is not LPIPS: that is of three other
-    networks, at all places of five layers, with weights fitted to judgements by people.
+    position in it, and all weights equal to 1; it is twice the cosine distance. It is not LPIPS, which uses other
+    networks, all positions of five layers, and weights fitted to human judgements.
     """
     one, other = (F.normalize(features.double(), dim=1) for features in (one, other))
     return (one - other).square().sum(dim=1)
@@ -84,7 +84,7 @@ def with_pairs(
 
 
 def _unshared(summary: Summary, standard: Mapping[int, Run], images: Mapping[Path, FinishedImages]) -> str | None:
-    """One word for what the images of a label do not share with those of the same seeds; None if they are pairs."""
+    """The difference to the images of the same seeds in one word; None if the images are pairs."""
     for run in summary.runs:
         if (other := standard.get(run.seed)) is None:
             return "seed"
@@ -106,10 +106,10 @@ def _measured(
     if not runs:
         return found
     for batch, *batches in zip(*(images.batches(BATCH) for images in (standard, *runs.values())), strict=True):
-        features = extractor(batch)[0].cpu() if extractor else None
+        features = features_of(extractor, batch)[0] if extractor else None
         for measured, images in zip(found.values(), batches, strict=True):
             measured.psnr.extend(psnr(images, batch).tolist())
             if extractor and features is not None:
-                measured.feature_distance.extend(feature_distance(extractor(images)[0].cpu(), features).tolist())
+                measured.feature_distance.extend(feature_distance(features_of(extractor, images)[0], features).tolist())
             bar.update(len(images))
     return found

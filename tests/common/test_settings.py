@@ -139,6 +139,8 @@ def test_help_groups_and_defaults(capsys):
         ({"rate": 0.5, "inner": {"width": 10}}, ["f.yaml: ", "width=10", "1..9"]),
         ({"rate": 0.5, "inner": {"names": "ab"}}, ["f.yaml: inner: names", "a list"]),
         ({"rate": 0.5, "inner": None}, ["f.yaml: inner is none", "a mapping"]),
+        ({"rate": 0.5, "path": ""}, ["f.yaml: path is empty"]),
+        ({"rate": 0.5, "inner": {"names": ["a", ""]}}, ["f.yaml: inner: names 2 is empty"]),
         ({}, ["f.yaml: rate not given"]),
     ],
 )
@@ -210,8 +212,8 @@ def changed(f, value):
 def leaves(cls, path=()):
     """Every field that is no section, with the sections that lead to it."""
     for f in fields_of(cls):
-        if f.section:
-            yield from leaves(f.section, (*path, f.name))
+        if f.sections:
+            yield from leaves(f.sections[0], (*path, f.name))
         else:
             yield path, f
 

@@ -171,7 +171,7 @@ def test_a_byte_that_changed_is_found(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(model.pos_embed.detach().numpy().tobytes()) + 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="not what was written"):
+    with pytest.raises(InputError, match="has a wrong checksum"):
         load_weights(model, path)
 
 
@@ -279,7 +279,7 @@ def test_where_there_are_raw_weights_alone_they_are_the_ones(tmp_path):
 
 def test_averaged_weights_alone_are_not_raw_ones(tmp_path):
     path = save({"ema": uvit().state_dict()}, tmp_path / "w.pth")
-    with pytest.raises(InputError, match="averaged weights alone"):
+    with pytest.raises(InputError, match="only averaged weights"):
         load_weights(uvit(), path, "raw")
 
 
@@ -289,12 +289,22 @@ def test_entries_that_fit_equally_well_are_named(tmp_path):
         load_weights(uvit(), path)
 
 
+def test_a_network_beside_a_wrapped_one_is_not_mixed_with_it(tmp_path, caplog):
+    """Without the wrapper's prefix both have the same names: neither may replace the other without a word."""
+    plain, wrapped, target = uvit(), uvit(), uvit()
+    load_weights(target, save(plain.state_dict() | prefixed("module.", wrapped), tmp_path / "w.pth"))
+    assert same(target, wrapped) and "using the entry module," in caplog.text
+    both = prefixed("_orig_mod.", plain) | prefixed("module.", wrapped)
+    with pytest.raises(InputError, match=r"several of its entries fit .*\(_orig_mod, module\)"):
+        load_weights(uvit(), save(both, tmp_path / "w.pth"))
+
+
 def test_where_no_entry_fits_they_are_all_named(tmp_path):
     deeper = perturbed(UViT(**TINY, depth=5)).state_dict()
     path = save({"model": {"x": torch.ones(1)}, "ema": deeper, "opt": OPTIMIZER, "args": None}, tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"do not fit .* unexpected .*in its entry ema; .*args, ema, model, opt"):
         load_weights(uvit(), path)
-    with pytest.raises(InputError, match=r"no state dict of tensors; what is there is epoch, lr"):
+    with pytest.raises(InputError, match=r"no state dict of tensors, only epoch, lr"):
         load_weights(uvit(), save({"lr": 0.1, "epoch": 3}, tmp_path / "w.pth"))
 
 

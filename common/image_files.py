@@ -36,7 +36,7 @@ TURNS = {
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks that the pixels need
 MOST_OF_16_BITS, MOST_OF_FEW_BITS = 65535, {"L;2": 3, "L;4": 15}
-DEEP_COLOUR = re.compile(r"((?:RGB|RGBA|RGBX|CMYK);16)([BLN])")  # Pillow's name of a layout, and the byte order
+DEEP_COLOUR = re.compile(r"(RGB|RGBA|RGBa|RGBX|CMYK);16([BLN])")  # Pillow's name of a layout, and the byte order
 
 
 class BrokenImage(ValueError):
@@ -159,9 +159,10 @@ def _has_colour(image: ImageFile.ImageFile) -> bool:
 def _opaque(image: ImageFile.ImageFile) -> Image.Image:
     """The image with 8 bits, blended with white, in any colour space."""
     key = None if image.mode in ("P", "PA") else image.info.get("transparency")  # one transparent colour
+    mode = "RGBa" if _layout(image).startswith("RGBa") else image.mode
     deep = _pixels_of_16_bits(image)
     if deep is not None:
-        return _opaque_of_16_bits(deep, image.mode, key)
+        return _opaque_of_16_bits(deep, mode, key)
     if image.mode in ("I", "F"):
         raise BrokenImage(f"its pixels (mode {image.mode} of Pillow) have no known range; wanted 8 or 16 bits")
     if key is not None:
@@ -180,8 +181,13 @@ def _opaque(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _opaque_of_16_bits(pixels: np.ndarray, mode: str, key: int | tuple[int, ...] | None) -> Image.Image:
-    """pixels: (H, W), (H, W, 3), CMYK or RGBX (H, W, 4), or with alpha (H, W, 2), (H, W, 4). Rounded at the end."""
+    """pixels: (H, W), (H, W, 3), CMYK or RGBX (H, W, 4), or with alpha (H, W, 2), (H, W, 4). Rounded at the end.
+
+    mode: that of Pillow, or RGBa for colours that are multiplied by alpha.
+    """
     pixels = pixels.astype(np.uint64)
+    if mode == "RGBa":
+        pixels = (pixels[..., :3] + (MOST_OF_16_BITS - pixels[..., 3:])).clip(max=MOST_OF_16_BITS)
     if mode == "RGBX":  # colours and an unused channel in some releases of Pillow
         pixels = pixels[..., :3]
     if pixels.shape[2:] == (2,) or mode == "RGBA":
@@ -206,7 +212,7 @@ def _equal(pixels: np.ndarray, colour: int | tuple[int, ...]) -> np.ndarray:
 
 
 def _pixels_of_16_bits(image: ImageFile.ImageFile) -> np.ndarray | None:
-    """Pixels (H, W) or (H, W, C) in 0..65535 of an image with more than 8 bits; None for 8 bits or an unknown range.
+    """Pixels (H, W) or (H, W, C) in 0..65535, if they have more than 8 bits or are multiplied by alpha; else None.
 
     Pillow keeps 16 bits only for grey. For colours it keeps the high bytes; a second reading with swapped byte order
     gives the low bytes.
@@ -228,12 +234,15 @@ def _pixels_of_16_bits(image: ImageFile.ImageFile) -> np.ndarray | None:
         return deep
     if found := DEEP_COLOUR.fullmatch(layout):
         order = found[2] if found[2] != "N" else sys.byteorder[0].upper()
-        high = np.asarray(image).astype(np.uint32)
+        stored = found[1].upper() + ";16"  # Pillow would divide RGBa by its alpha
+        high = np.asarray(_laid_out(image, stored + order)).astype(np.uint32)
         assert stream is not None, "the file was closed before its low bytes were read"
         stream.seek(0)
         with Image.open(stream, formats=FORMATS) as again:
-            deep = high * 256 + np.asarray(_laid_out(again, found[1] + {"B": "L", "L": "B"}[order]))
+            deep = high * 256 + np.asarray(_laid_out(again, stored + {"B": "L", "L": "B"}[order]))
             return deep
+    if layout == "RGBa":  # 8 bits, but exact
+        return np.asarray(_laid_out(image, "RGBA")).astype(np.uint32) * 257
     return None
 
 

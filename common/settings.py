@@ -250,6 +250,8 @@ def _typed_item(f: Field, value: Any, where: str) -> Any:
     if f.nested and isinstance(value, Mapping):
         _check_own(f, f.nested, value, where)
         return check_types(f.nested, value, where)
+    if value == "":
+        raise InputError(f"{where} is empty; leave it out, or give a value")
     for kind in f.kinds:
         if get_origin(kind) is Literal and value in get_args(kind):
             return value

@@ -36,7 +36,10 @@ def uvit128(image: Image.Image, size: int) -> Image.Image:
 
 
 def _box(image: Image.Image, row: float, column: float, side: int, size: int) -> Image.Image:
+    """Raises ValueError for an image that does not contain the box: Pillow would add black to it."""
     left, top = round(column - side / 2), round(row - side / 2)
+    if min(left, top) < 0 or left + side > image.width or top + side > image.height:
+        raise ValueError(f"it is {image.width} x {image.height}, too small for the crop of CelebA, wanted 178 x 218")
     return image.crop((left, top, left + side, top + side)).resize((size, size), Resampling.BILINEAR)
 
 

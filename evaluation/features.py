@@ -152,11 +152,20 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Fea
     return TorchScript(Path(name), device)
 
 
+def features_of(extractor: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The features (B, D) and logits (B, K) of uint8 (B, C, H, W), on the CPU. Raises InputError if not finite."""
+    found = [None if values is None else values.cpu() for values in extractor(images)]
+    if not all(values.isfinite().all() for values in found if values is not None):
+        raise InputError("the feature extractor gave values that are not finite; it does not suit these images")
+    features, logits = found
+    assert features is not None, "an extractor without features"
+    return features, logits
+
+
 def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The features (B, D) and logits (B, K) of each batch of uint8 (B, C, H, W), on the CPU."""
+    """The `features_of` each batch of uint8 (B, C, H, W)."""
     for images in batches:
-        features, logits = extractor(images)
-        yield features.cpu(), None if logits is None else logits.cpu()
+        yield features_of(extractor, images)
 
 
 def extract_all(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from common.progress import Progress
 from evaluation.comparison import Pairs, Run, Summary, estimate
-from evaluation.features import FeatureExtractor
+from evaluation.features import FeatureExtractor, features_of
 from evaluation.images import FinishedImages
 
 BATCH = 64  # images in memory, of each of two runs
@@ -106,10 +106,10 @@ def _measured(
     if not runs:
         return found
     for batch, *batches in zip(*(images.batches(BATCH) for images in (standard, *runs.values())), strict=True):
-        features = extractor(batch)[0].cpu() if extractor else None
+        features = features_of(extractor, batch)[0] if extractor else None
         for measured, images in zip(found.values(), batches, strict=True):
             measured.psnr.extend(psnr(images, batch).tolist())
             if extractor and features is not None:
-                measured.feature_distance.extend(feature_distance(extractor(images)[0].cpu(), features).tolist())
+                measured.feature_distance.extend(feature_distance(features_of(extractor, images)[0], features).tolist())
             bar.update(len(images))
     return found

@@ -26,7 +26,7 @@ from evaluation.statistics import Statistics, load_left_out, load_statistics, sa
 log = logging.getLogger(__name__)
 
 OF_REAL = "features of real images"  # what a progress bar shows
-READING = 2  # raise it when the same files give other pixels; cached statistics are then computed again
+READING = 3  # raise it when the same files give other pixels; cached statistics are then computed again
 
 
 class Reference:

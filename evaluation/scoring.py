@@ -6,9 +6,11 @@ FID is computed here, streamed in float64; KID, Inception score and precision/re
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from common.distributed import is_main
@@ -69,6 +71,8 @@ def score(
             scores |= kernel_distance(features, real_features)
         if "prc" in metrics:
             scores |= precision_recall(features, real_features)
+    if wrong := [name for name, value in scores.items() if not math.isfinite(value)]:
+        raise InputError(f"{wrong[0]} is not finite: the feature extractor gives numbers that are too large for it")
     return scores
 
 
@@ -98,9 +102,10 @@ def kernel_distance(samples: Tensor, real: Tensor) -> dict[str, float]:
     check_enough("kid", len(samples), len(real))
     size = min(KID_SUBSET_SIZE, len(samples), len(real))
     # A small difference of large sums: in float32 its fifth digit depends on the number of threads.
-    found = kid_features_to_metric(
-        samples.double(), real.double(), kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
-    )
+    with np.errstate(over="ignore"):  # `score` refuses what is not finite
+        found = kid_features_to_metric(
+            samples.double(), real.double(), kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+        )
     return {
         "kid": float(found["kernel_inception_distance_mean"]),
         "kid_std": float(found["kernel_inception_distance_std"]),

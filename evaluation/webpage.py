@@ -87,7 +87,7 @@ def write_page(
         cards="\n".join(card(sample, summaries, images, standard, len(everything)) for sample in shown),
     )
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # labels of bytes outside UTF-8
 
 
 def _part(suffix: str) -> str:

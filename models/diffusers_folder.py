@@ -10,7 +10,8 @@ Weights are read from safetensors alone; nothing is downloaded, and no code of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,9 +128,10 @@ def pretrained(cls: type[M], path: Path, what: str) -> M:
             )
         if numbers > sum(part.stat().st_size for part in weights):
             raise ValueError(f"config.json describes {numbers:,} numbers, more than the weights' files have bytes")
-        network, report = of_diffusers.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
-        )
+        with _without_bars():
+            network, report = of_diffusers.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False
+            )
     except (MemoryError, InputError):
         raise
     except Exception as error:  # diffusers meets any settings there are, and fails in any way there is
@@ -139,6 +141,20 @@ def pretrained(cls: type[M], path: Path, what: str) -> M:
         raise InputError(f"{path}: {len(wrong)} weights missing or too many ({', '.join(sorted(wrong)[:3])}, ...)")
     check_numbers(network.state_dict(), path)
     return network
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """A context in which diffusers shows no bars of its own, which know neither --quiet nor the kind of stderr."""
+    from diffusers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _find_network(path: Path) -> tuple[Path, str]:

@@ -288,6 +288,8 @@ def _candidates(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
 def _renamed(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with wrapper prefixes and known foreign names replaced by the names of the model."""
     given = {WRAPPERS.sub("", key): value for key, value in state_dict.items()}
+    if len(given) < len(state_dict):  # a network beside a wrapped one, which are two entries
+        given = dict(state_dict)
     if isinstance(model, DiT):
         return without_variance(given, model.config)
     return _from_original_names(given, model) if isinstance(model, EarlyExitUViT) else given

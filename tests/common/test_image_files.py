@@ -138,18 +138,28 @@ def pngs(draw: st.DrawFn, rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
 
 @st.composite
 def tiffs(draw: st.DrawFn, rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
-    kind = draw(st.sampled_from(["grey", "grey, 0 is white", "colour", "unused channel", "alpha"]))
+    kind = draw(
+        st.sampled_from(["grey", "grey, 0 is white", "colour", "unused channel", "alpha", "times alpha", "ink"])
+    )
     dtype = draw(st.sampled_from([np.uint8, np.uint16]))
     most = np.iinfo(dtype).max
     channels = 1 if kind.startswith("grey") else 3 if kind == "colour" else 4
     samples = rng.integers(0, most + 1, (SIDE, SIDE, channels)).astype(dtype)
     order, orientation = draw(st.sampled_from("<>")), draw(st.sampled_from(sorted(UPRIGHT)))
-    tags = {262: ("H", [{"grey": 1, "grey, 0 is white": 0}.get(kind, 2)]), 274: ("H", [orientation])}
-    if channels == 4:
-        tags[338] = ("H", [2 if kind == "alpha" else 0])
+    tags = {262: ("H", [{"grey": 1, "grey, 0 is white": 0, "ink": 5}.get(kind, 2)]), 274: ("H", [orientation])}
+    if channels == 4 and kind != "ink":
+        tags[338] = ("H", [{"alpha": 2, "times alpha": 1}.get(kind, 0)])
     values = most - samples if kind == "grey, 0 is white" else samples
     if kind == "alpha":
         expected = on_white(values[..., :3], values[..., 3:], most)
+    elif kind == "times alpha":
+        samples[..., :3] = np.minimum(samples[..., :3], samples[..., 3:])
+        behind = most - samples[..., 3:].astype(np.float64)  # the light of the white
+        expected = np.floor(255 * (samples[..., :3] + behind) / most + 0.5).astype(np.uint8)
+    elif kind == "ink":
+        ink = np.floor(samples.astype(np.float64) * 255 / most + 0.5)
+        light = 255 - ink[..., 3:]  # that black leaves
+        expected = (light - np.floor(ink[..., :3] * light / 255 + 0.5)).astype(np.uint8)
     else:
         expected = np.floor(values[..., :3].astype(np.float64) * 255 / most + 0.5).astype(np.uint8)
     if (kind, dtype, order) == ("grey, 0 is white", np.uint16, ">"):  # Pillow does not know these
@@ -216,6 +226,57 @@ def test_training_packing_and_scoring_read_the_same_pixels(data, tmp_path_factor
     argv = [f"--data_path={folder}", f"--img_size={SIDE}", f"--in_chans={in_chans}", f"--output={folder / 'packed'}"]
     pack.main(["--dataset=folder", *argv, "--num_workers=0", "--quiet"])
     assert np.array_equal(np.load(folder / "packed" / "images.npy"), want.numpy())
+
+
+def whole_files() -> dict[str, bytes]:
+    """A file of each container, and of each compression, that is read to its end."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    image, files = Image.fromarray(colours), {}
+    saved = {
+        **{name: (name, {}) for name in ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF")},
+        **{"WEBP": ("WEBP", {"lossless": True}), "lossy WEBP": ("WEBP", {})},
+        "progressive JPEG": ("JPEG", {"progressive": True}),
+        **{f"TIFF, {kind}": ("TIFF", {"compression": kind}) for kind in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")},
+    }
+    for name, (container, options) in saved.items():
+        file = io.BytesIO()
+        image.save(file, container, **options)
+        files[name] = file.getvalue()
+    for colour_type, (channels, _) in PNG_TYPES.items():
+        if colour_type != 3:
+            files[f"PNG of 16 bits, {channels} channels"] = png(
+                rng.integers(0, 65536, (9, 7, channels)), colour_type, 16
+            )
+    files["TIFF of 16 bits"] = tiff(rng.integers(0, 65536, (9, 7, 3)).astype(np.uint16), "<", {262: ("H", [2])})
+    files["PGM of 16 bits"] = b"P5 7 9 65535\n" + rng.integers(0, 65536, (9, 7)).astype(">u2").tobytes()
+    return files
+
+
+@pytest.mark.parametrize("name", whole_files())
+def test_a_file_that_is_cut_short_is_broken_or_whole(name):
+    """Wherever it is cut: never an image whose end is grey."""
+    content = whole_files()[name]
+    whole, broken = read(content), 0
+    for length in range(len(content)):
+        try:
+            assert np.array_equal(read(content[:length]), whole)
+        except BrokenImage:
+            broken += 1
+    assert broken > len(content) // 2
+
+
+@pytest.mark.parametrize("container", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_the_image(container):
+    """Also in a GIF, where a later frame is a change of the one before."""
+    levels = np.random.default_rng(0).integers(0, 4, (3, SIDE, SIDE), dtype=np.uint8) * 80
+    frames = [Image.fromarray(level).convert("RGB") for level in levels]
+    file = io.BytesIO()
+    options = {"lossless": True} if container == "WEBP" else {}
+    frames[0].save(file, container, save_all=True, append_images=frames[1:], **options)
+    with Image.open(io.BytesIO(file.getvalue())) as image:
+        assert image.n_frames == 3
+    assert (read(file.getvalue()).reshape(SIDE, SIDE, -1) == levels[0][..., None]).all()
 
 
 def test_every_value_of_16_bits():

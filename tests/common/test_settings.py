@@ -139,6 +139,8 @@ def test_help_groups_and_defaults(capsys):
         ({"rate": 0.5, "inner": {"width": 10}}, ["f.yaml: ", "width=10", "1..9"]),
         ({"rate": 0.5, "inner": {"names": "ab"}}, ["f.yaml: inner: names", "a list"]),
         ({"rate": 0.5, "inner": None}, ["f.yaml: inner is none", "a mapping"]),
+        ({"rate": 0.5, "path": ""}, ["f.yaml: path is empty"]),
+        ({"rate": 0.5, "inner": {"names": ["a", ""]}}, ["f.yaml: inner: names 2 is empty"]),
         ({}, ["f.yaml: rate not given"]),
     ],
 )

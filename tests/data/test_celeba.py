@@ -58,6 +58,21 @@ def test_crops_are_slices(crop, rows, columns, celeba_folder):
     assert (pixels.permute(1, 2, 0).numpy() == whole[rows, columns]).all()
 
 
+@pytest.mark.parametrize("crop, size", [("center178", (178, 177)), ("center178", (64, 64)), ("uvit128", (178, 184))])
+def test_an_image_without_the_box_is_left_out(crop, size, celeba_folder, picture_of, caplog):
+    """Such as a copy of CelebA that was made smaller: it is not filled up with black."""
+    picture_of(size).save(celeba_folder / "000001.jpg")
+    dataset = celeba(celeba_folder, crop=crop)
+    (reason,) = dataset.whole_and_broken(range(3))[1].values()
+    assert f"it is {size[0]} x {size[1]}" in reason and "178 x 218" in reason
+    whole = [dataset[number][0] for number in range(3)]
+    assert torch.equal(whole[0], whole[1]) and "000001.jpg" in caplog.text
+    for path in celeba_folder.iterdir():
+        picture_of(size).save(path)
+    with pytest.raises(InputError, match="no image can be read"):
+        celeba(celeba_folder, crop=crop).__getitems__([0])
+
+
 def test_the_crop_is_the_papers_unless_told(celeba_folder):
     assert celeba(celeba_folder).describe()["crop"] == "center178"
     with pytest.raises(InputError, match="center178, uvit128"):

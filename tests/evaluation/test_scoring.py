@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,17 @@ from evaluation.scoring import kernel_distance
 class MeanColour(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mean(dim=(2, 3))
+
+
+class Times(torch.nn.Module):
+    """The mean colour times a number."""
+
+    def __init__(self, number: float):
+        super().__init__()
+        self.number = number
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3)) * self.number
 
 
 @pytest.fixture
@@ -40,6 +53,25 @@ def test_too_few_images_are_refused_before_any_is_looked_at(metric, least, folde
     fails(fid.main, [*flags, "--samples_path", many, "--reference", few], *told, "to score against")
     monkeypatch.undo()
     fid.main([str(arg) for arg in [*flags, "--samples_path", many, "--reference", many]])
+
+
+@pytest.mark.parametrize("metric", ["fid", "kid", "prc"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_give_no_score(metric, number, folder_of, tmp_path, fails):
+    torch.jit.script(Times(number)).save(tmp_path / "odd.pt")
+    folder = folder_of("images", 4)
+    argv = ["--samples_path", folder, "--reference", folder, "--feature_extractor", tmp_path / "odd.pt"]
+    fails(fid.main, [*argv, "--metrics", metric, "--device", "cpu", "--quiet"], "values that are not finite")
+    assert not (folder / "report" / "metrics.json").exists()
+
+
+def test_a_score_that_is_not_finite_is_none(folder_of, tmp_path, fails, capsys):
+    """Features of 1e32 are finite, and the square of their kernel, (x y / D + 1)^3, is not: it is about 1e382."""
+    torch.jit.script(Times(1e30)).save(tmp_path / "large.pt")
+    folder, argv = folder_of("images", 4), ["--feature_extractor", tmp_path / "large.pt", "--device", "cpu", "--quiet"]
+    argv += ["--samples_path", folder, "--reference", folder]
+    fails(fid.main, [*argv, "--metrics", "kid"], "kid", "not finite", "too large")
+    assert not (folder / "report" / "metrics.json").exists()
 
 
 def test_kid_of_two_images_is_its_formula():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -245,3 +246,11 @@ class TestInABrowser:
             "(o => { o.value = 'index'; o.dispatchEvent(new Event('change')) })(document.getElementById('order'))"
         )
         assert before[0] == "sample 4" and browser.value(names) == [f"sample {index}" for index in range(SAMPLES)]
+
+
+def test_a_label_of_bytes_outside_utf_8(folders, tmp_path):
+    """Python holds such a byte of an argument as half of a surrogate pair, which no file of UTF-8 can hold."""
+    label = os.fsdecode(b"r\xe9sum\xe9")
+    runs = [f"{label}={folders[0]}", f"other={folders[1]}"]
+    compare.main([*runs, "--output", str(tmp_path / "x.png"), "--html", str(tmp_path / "page.html"), "--quiet"])
+    assert r"r\udce9sum\udce9" in (tmp_path / "page.html").read_text("utf-8")

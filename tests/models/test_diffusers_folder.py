@@ -170,6 +170,15 @@ def test_names_of_older_files(tmp_path):
     torch.testing.assert_close(ours(x, 7), network(x, torch.tensor([7])).sample)
 
 
+def test_weights_in_several_files_load_without_a_bar(tmp_path, capsys):
+    network = noisy(UNet2DModel(**UNET))
+    network.save_pretrained(tmp_path / "net", max_shard_size=10_000)
+    assert len(list((tmp_path / "net").glob("*.safetensors"))) > 2
+    x = torch.randn(1, 1, 8, 8)
+    torch.testing.assert_close(opened(tmp_path / "net").module(x, 7), network(x, torch.tensor([7])).sample)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_between_timesteps_in_half_precision(tmp_path):
     """bf16 has no 998, and a network that meets another process is told 997.5: of the time nothing is rounded."""
     network = noisy(UNet2DModel(**UNET))
@@ -288,10 +297,13 @@ class TestBadInput:
         path.write_bytes(path.read_bytes()[:-100])
         refused("not readable as a UNet2DModel")
 
-    def test_not_finite(self, pair, refused):
+    @pytest.mark.parametrize("shards", [1, 4])
+    def test_not_finite(self, shards, pair, refused):
         network = UNet2DModel(**UNET)
         network.conv_in.weight.data[0] = torch.nan
-        network.save_pretrained(pair[0] / "unet")
+        shutil.rmtree(pair[0] / "unet")
+        network.save_pretrained(pair[0] / "unet", max_shard_size=4 * network.num_parameters() // shards + 1000)
+        assert (len(list((pair[0] / "unet").glob("*.safetensors"))) > 1) == (shards > 1)
         refused("conv_in.weight holds numbers that are not finite")
 
     def test_weights_of_another_network(self, pair, refused):

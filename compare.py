@@ -42,7 +42,7 @@ class CompareSettings(Checked):
     json: Path | None = option(None, "also write all numbers to this JSON file")
     html: Path | None = option(None, "also write a web page with the samples of all runs side by side")
     html_samples: int = option(
-        48, "samples on that page; fewer if their images are too large for one", least=1, most=10_000
+        48, "number of samples on that page; fewer if their images are too large", least=1, most=10_000
     )
     pairs: PairSettings = section("images of the same noise", PairSettings())
     machine: MachineSettings = section("machine", MachineSettings())
@@ -59,7 +59,7 @@ class CompareSettings(Checked):
 
     @property
     def pair_with(self) -> str:
-        """The label to whose images those of the others are compared."""
+        """The label whose images the others are compared with."""
         first: str = self.runs[0][0]
         return self.pairs.pair_with or first
 

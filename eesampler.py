@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | EarlyExitSettings | None = None) -> None:
         settings = settled_steps(settings, timesteps)
         times = own_timesteps(config.diffusion_params, solver.schedule, timesteps)
         if not settings.allow_outside_range:
-            check_range(network, list(times.values()), "give --allow_outside_range to let it")
+            check_range(network, list(times.values()), "give --allow_outside_range to permit this")
         trace = EarlyExitTracer(
             model,
             times,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
 from common.errors import command
-from data import crop_of, open_source
+from data import crop_of, open_dataset
 from data.packing.settings import PackSettings
 
 if TYPE_CHECKING:
@@ -26,11 +26,16 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
         from benchmarking.packing import run
 
         return run(settings.output, max(1, settings.num_workers))
-    assert settings.dataset is not None, "PackSettings asks for it"
+    assert settings.dataset is not None, "PackSettings requires it"
     crop = crop_of(settings.dataset, settings.crop)
     shape: dict[str, Any] = {"img_size": settings.img_size, "in_chans": settings.in_chans, "crop": crop}
-    dataset = open_source(
-        settings.dataset, settings.data_path, **shape, num_classes=settings.num_classes, download=settings.download
+    dataset = open_dataset(
+        settings.dataset,
+        settings.data_path,
+        **shape,
+        num_classes=settings.num_classes,
+        download=settings.download,
+        packed=False,
     )
 
     from data.dataset import some_of
@@ -44,7 +49,7 @@ def main(argv: Sequence[str] | PackSettings | None = None) -> None:
     manifest = pack(dataset, output, settings.num_workers, settings.machine.quiet)
     print(f"{manifest.shape[0]:,} images -> {output} ({in_bytes((output / IMAGES).stat().st_size)})")
     if manifest.left_out:
-        print(f"{some_of(manifest.left_out)}; all are named in {output / MANIFEST}")
+        print(f"{some_of(manifest.left_out)}; the full list is in {output / MANIFEST}")
 
 
 def encoded(images: ImageDataset, checkpoint: Path, settings: PackSettings) -> ImageDataset:

@@ -130,7 +130,7 @@ def settled_plan(
     schedule: NoiseSchedule,
     device: torch.device,
 ) -> tuple[Plan, Save | None]:
-    """The plan with a timestep in place of --logsnr_switch, or with what --t_switch auto or --plan auto chooses.
+    """The plan with the timestep of --logsnr_switch, or with the choice of --t_switch auto or --plan auto.
 
     Process 0 also returns a function that saves the measurement, if there was one.
     """
@@ -152,7 +152,7 @@ def name_idle(plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequenc
     for n, (planned, stage) in enumerate(zip(plan.stages, stages, strict=True), 1):
         if not stage.timesteps:
             log.warning(
-                "%s leaves stage %d (%s, %s) nothing to do: it has none of the %d timesteps, t = %d..%d",
+                "%s: stage %d (%s, %s) does not run: it contains none of the %d timesteps, t = %d..%d",
                 *(plan.source, n, plan.names[planned.network], networks[planned.network].path),
                 *(len(visited), visited[0], visited[-1]),
             )
@@ -163,7 +163,7 @@ def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
     made_for = plan.calibration or {}
     for name, value in (("solver", settings.solver.solver), ("steps", settings.solver.steps)):
         if made_for.get(name, value) != value:
-            log.warning("%s was made for %s %s, this is %s", plan.source, name, made_for[name], value)
+            log.warning("%s was made for %s %s, not %s", plan.source, name, made_for[name], value)
 
 
 def describe_work(

@@ -18,11 +18,11 @@ from models.early_exit import EarlyExitUViT
 from models.inference import EarlyExitTracer
 from models.loading import Network
 
-T = 500  # the timestep of all calls; with the exits forced it makes no difference to the time
+T = 500  # the timestep of all calls; with forced exits the time does not depend on it
 
 
 class ForcedProbes(nn.Module):
-    """The probes with a bias for each image that decides its exit layer, at the real cost of the probes.
+    """The probes with a bias that sets the exit layer of each image, at the real cost of the probes.
 
     exit_at: (B,), the exit layer of each image. The timesteps must be 0..B-1, as the numbers of the images.
     """
@@ -41,7 +41,7 @@ class ForcedProbes(nn.Module):
 def measure_early_exit(
     settings: ExitBenchmark, network: Network[EarlyExitUViT], precision: str, device: torch.device
 ) -> dict[str, Any]:
-    """Times with forced exits, and the ideal times: the sums of the parts that ran, each measured alone."""
+    """Times with forced exits, and the ideal times: the sums over the parts that ran, each measured alone."""
     model = network.module
     depth, size = model.num_layers, settings.batch_size
     x = torch.randn(size, *model.uvit.config.image_shape, device=device)

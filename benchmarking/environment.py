@@ -1,4 +1,4 @@
-"""What a report of a fault must say about the machine and its libraries."""
+"""The facts about the machine and its libraries that a bug report needs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _packages() -> list[str]:
 
 def _version(package: str) -> str:
     if package == "torch":
-        return str(torch.__version__)  # which tells the build too
+        return str(torch.__version__)  # also names the build
     try:
         return version(package)
     except PackageNotFoundError:

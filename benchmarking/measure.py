@@ -28,7 +28,7 @@ class MatrixProduct:
     def __init__(self, device: torch.device, precision: str):
         self.side = 8192 if device.type == "cuda" else 2048
         if not in_hardware(precision, device):
-            self.side = 512  # an emulation may take minutes, and its rate does not depend on the size
+            self.side = 512  # smaller: an emulation may take minutes, and its rate does not depend on the size
         shape = (2, self.side, self.side)
         self.a, self.b = torch.randn(shape, device=device).to(DTYPES[precision])
 

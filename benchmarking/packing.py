@@ -20,13 +20,13 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from common.files import writable_folder
-from data import open_source
+from data import open_dataset
 from data.dataset import ImageDataset, training_batches
 from data.packing.packed import PackedDataset, read_manifest
 from data.packing.work import pack
 
 NUM_JPEGS, SIZE, IMG_SIZE, BATCH = 5000, (178, 218), 64, 128
-NUM_LARGE = 250_000  # images of the set that memory is measured with: 3 GB
+NUM_LARGE = 250_000  # number of images in the measurement of memory: 3 GB
 
 
 class Generated(ImageDataset):
@@ -56,7 +56,7 @@ def run(place: Path | None, num_workers: int) -> None:
         jpegs = jpeg_rate(root / "jpegs", num_workers)
         report(f"decoding JPEGs, torchvision, {num_workers} workers", jpegs)
 
-        dataset = open_source("folder", root / "jpegs", img_size=IMG_SIZE, in_chans=3)
+        dataset = open_dataset("folder", root / "jpegs", img_size=IMG_SIZE, in_chans=3, packed=False)
         single = packing_rate(dataset, root / "packed1", 1)
         several = packing_rate(dataset, root / "packed", num_workers)
         report("packing, 1 process", single)

@@ -120,7 +120,7 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
         axes.margins(x=0.03, y=0.03)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)  # below: there are points everywhere
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)  # below, because points are everywhere
     plots.save(figure, path)
 
 
@@ -131,7 +131,7 @@ def draw_switches(axes: Axes, measured: Sequence[Mapping[str, Any]]) -> None:
     for i, (result, solver) in enumerate(lines):
         runs = [run for run in result["runs"] if run["solver"] == solver]
         whole = next(run for run in runs if run["t_switch"] is None)["seconds_per_image"] / result["steps"]
-        # The full network alone is what any t_switch from T - 1 on gives.
+        # Any t_switch from T - 1 on gives the full network alone.
         ends = (result["num_timesteps"] - 1 if run["t_switch"] is None else run["t_switch"] for run in runs)
         points = [(t, whole / r["speed_up"], whole / r["speed_up_predicted"]) for t, r in zip(ends, runs, strict=True)]
         draw_points(axes, i, f"{solver}, {result['precision']}", sorted(points))

@@ -92,7 +92,7 @@ def measure_sampling(
     rows = []
     for run in runs:
         work = sum(count * flops[name] for name, count in run.steps.items())
-        spent, share = seconds[run.name], statistics.median(in_network[run.name][1:])  # the first is to warm up
+        spent, share = seconds[run.name], statistics.median(in_network[run.name][1:])  # the first call is a warm-up
         speed_up = ratio(seconds[run_name(run.solver, None)], spent)
         predicted = len(timesteps) * flops["full"] / work
         rows.append(

@@ -20,7 +20,7 @@ NETWORK = "checkpoint of the {} network, or its YAML file for random weights"
 class BenchmarkSettings(Checked):
     """Settings of all three benchmarks."""
 
-    rounds: int = option(3, "number of times that everything is measured, in turns", least=1, most=10_000)
+    rounds: int = option(3, "number of rounds; each round measures everything once", least=1, most=10_000)
     precision: tuple[str, ...] = option((), "precisions to measure (default: that of sampler.py)", choices=PRECISIONS)
     compile: bool = option(False, "compile the networks first (torch.compile)")
     output_folder: Path = option(Path("out/benchmark"), "folder for the JSON files and the picture")
@@ -51,7 +51,7 @@ class ExitBenchmark(BenchmarkSettings):
     batch_size: int = option(64, "images per call", least=1, most=MOST_BATCH)
     min_group: tuple[int, ...] = option(
         (1, 8),
-        "values of --min_group of eesampler.py to measure, with exits spread over the layers",
+        "values of --min_group of eesampler.py to measure, for exits spread over the layers",
         least=1,
         most=MOST_BATCH,
     )

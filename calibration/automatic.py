@@ -52,7 +52,7 @@ def chosen_switch(
 def chosen_plan(
     settings: SamplerSettings, plan: Plan, networks: Sequence[Network[Runnable]], device: torch.device
 ) -> tuple[Plan, Save | None]:
-    """Like `chosen_switch`, for everything that the networks can do."""
+    """Like `chosen_switch`, for a plan."""
     save: Save | None = None
 
     def choose() -> list[PlannedStage]:

@@ -23,7 +23,7 @@ class Steps:
     """K networks, the full one last, and S steps of one sampler.
 
     timesteps: (S,), falling. costs: (K,) seconds of a call. divergence, excess: (K, S, N) of each of N images, per
-    dimension; NaN where a network cannot run, 0 for the full one.
+    dimension; NaN if a network cannot run, 0 for the full one.
     """
 
     timesteps: Sequence[int]
@@ -82,14 +82,14 @@ def switches(steps: Steps) -> list[Option]:
 
 
 def cascades(steps: Steps, free: bool) -> list[Option]:
-    """Of any number of networks, the choices that are best at some price lambda of a second.
+    """For any number of networks, the choices that are best at some price lambda of a second.
 
     Each makes the sum of divergence + lambda * seconds the least: among all choices if free, else among those that
     go from the first network to the last as t falls. All of them are found, by taking two neighbours and asking for
     the best at the price at which these two are equal.
     """
     divergence = steps.divergence.mean(axis=-1)  # (K, S)
-    # NaN, where a network cannot run, becomes more than anything else could cost.
+    # NaN (the network cannot run) becomes a cost above all others.
     forbidden = 1 + 10 * np.nansum(divergence)
 
     def best(price: float) -> np.ndarray:
@@ -101,7 +101,7 @@ def cascades(steps: Steps, free: bool) -> list[Option]:
         return float(divergence[networks, np.arange(len(networks))].sum()), float(steps.costs[networks].sum())
 
     full = np.full(len(steps.timesteps), steps.full)
-    # Where a second is worth more than all divergence there is, the cheapest networks run.
+    # If a second costs more than all divergence together, the cheapest networks run.
     least_step = np.diff(np.unique(steps.costs)).min(initial=steps.costs.max())
     found = {tuple(networks): networks for networks in (full, best(2 * forbidden / least_step))}
     pairs = [tuple(found.values())] if len(found) == 2 else []
@@ -144,7 +144,7 @@ def least_in_order(per_step: np.ndarray) -> np.ndarray:
 def choose(options: Sequence[Option], speed_up: float | None = None, budget: float | None = None) -> Option:
     """The option with the least divergence that is at least so fast, the fastest within the budget, or the knee.
 
-    options: rising in speed, the full network alone first. budget: of divergence. Raises InputError where none is so
+    options: rising in speed, the full network alone first. budget: of divergence. Raises InputError if none is so
     fast.
     """
     if speed_up is not None:
@@ -157,9 +157,9 @@ def choose(options: Sequence[Option], speed_up: float | None = None, budget: flo
 
 
 def check_reachable(options: Sequence[Option], speed_up: float) -> None:
-    """Raises InputError where none of the options is so fast."""
+    """Raises InputError if no option is so fast."""
     if (most := max(option.speed_up for option in options)) < speed_up:
-        raise InputError(f"--speedup {speed_up:g}: {most:.2f} is the most these networks can do")
+        raise InputError(f"--speedup {speed_up:g}: the largest speed-up of these networks is {most:.2f}")
 
 
 class Priced(Protocol):

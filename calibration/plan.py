@@ -1,4 +1,4 @@
-"""A calibration of everything that the networks can do, from the networks to the plan."""
+"""A calibration of a plan, from the networks to the stages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ALONE = ("network", "exit", "correct", "reuse", "hold")  # mechanisms, in the or
 
 
 class Measured(NamedTuple):
-    """A plan as a whole, along paths that it was not chosen on: means and standard errors, per dimension."""
+    """A measurement of a whole plan on paths that the choice did not use: means and standard errors, per dimension."""
 
     divergence: float
     divergence_se: float
@@ -76,7 +76,7 @@ class PlanCalibration:
 
 
 class PlanMeasurement:
-    """What K networks, the full one last, can do at the steps of a sampler, and the paths to measure it on.
+    """The predictors of K networks, the full one last, at the steps of a sampler, and the paths of the measurement.
 
     random: see `PlanCalibration`. Converts the networks to the working precision. Raises InputError if they do not
     fit each other.
@@ -109,7 +109,7 @@ class PlanMeasurement:
 
     @property
     def blank(self) -> Prices:
-        """The prices in seconds, with no divergence."""
+        """The prices in seconds, without divergence."""
         ways, sources = self.ways
         divergence = np.zeros((len(sources), len(self.ground.timesteps), 2))
         return Prices(self.ground.timesteps, divergence, ways, self.seconds.overhead)
@@ -123,7 +123,7 @@ class PlanMeasurement:
         return Prices(self.ground.timesteps, divergence.astype(float), ways, self.seconds.overhead)
 
     def measured(self, stages: Sequence[PlannedStage]) -> Measured:
-        """A plan as a whole, on paths that the prices are not of.
+        """Measure a whole plan on other paths than the prices.
 
         The last step of a random solver draws no noise and has no divergence; it is left out.
         """
@@ -219,7 +219,7 @@ def can_reuse(module: Backbone, outer: int) -> bool:
 def choose(
     settings: Measurement, prices: Prices, joint: Sequence[PlanOption] = (), *, only_seconds: bool = False
 ) -> tuple[PlanOption, str]:
-    """The plan and the rule. only_seconds: to see whether the rule can be kept; the divergence is not known yet."""
+    """The plan and the rule. only_seconds: check only the speed; the divergence is not known yet."""
     choice = settings.choice
     if choice.speedup is not None:
         return best_plan(prices, seconds=prices.seconds_full / choice.speedup), f"--speedup {choice.speedup:g}"
@@ -233,7 +233,7 @@ def choose(
 
 
 def other_images(settings: Measurement, ground: Preparation) -> Sequence[int]:
-    """Indices of as many images, other ones if there are enough; of the same number of paths."""
+    """Indices of as many other images, if there are enough, or of as many paths."""
     if ground.dataset is None:
         return ground.indices
     others = sorted(set(range(len(ground.dataset))) - set(ground.indices))
@@ -244,7 +244,7 @@ def other_images(settings: Measurement, ground: Preparation) -> Sequence[int]:
 
 
 def planned_stages(prices: Prices, option: PlanOption, scale: float) -> list[PlannedStage]:
-    """The stages of a plan, as sampler.py has them. scale: of guidance."""
+    """The stages of a plan for sampler.py. scale: the guidance scale."""
     stages = stages_of_states(prices, option.states)
     lowest = [*(prices.timesteps[s] + 1 for _, s in stages[1:]), 0]
     return [
@@ -259,7 +259,7 @@ def denoisers_of(
     running: Sequence[BackboneDenoiser],
     ground: Preparation,
 ) -> list[Denoiser]:
-    """The denoiser of each step of a plan, as sampler.py runs it."""
+    """The denoiser of each step of a plan, the same as in sampler.py."""
     denoisers: list[Denoiser] = []
     own = split_timesteps(ground.timesteps, [stage.t_min for stage in stages])
     for stage, visited in zip(stages, own, strict=True):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from calibration.choice import KNEE_RATIO
 from calibration.plan import PlanCalibration, planned_stages
 from calibration.planning import PlanOption, best_plan
-from calibration.report import about, with_error
+from calibration.report import about, divergence_cells, with_error
 from common import plots
 from common.errors import InputError
 from common.files import write_json
@@ -46,14 +46,14 @@ def in_words(calibration: PlanCalibration) -> str:
     return "\n".join(
         [
             f"chosen: {count} stage{'s' * (count > 1)}, predicted {chosen.speed_up:.2f}x ({rule})",
-            f"predicted {predicted} {unit} per image; the whole plan along fresh paths: {found} {unit}, "
+            f"predicted {predicted} {unit} per image; the whole plan on other paths: {found} {unit}, "
             f"{measured.speed_up:.2f}x",
         ]
     )
 
 
 def stage_table(calibration: PlanCalibration) -> str:
-    """What runs at which timesteps."""
+    """The denoisers and their timesteps, as a table."""
     timesteps, stages = calibration.prices.timesteps, calibration.stages
     ends = [*(start for _, start in stages[1:]), len(timesteps)]
     rows = [
@@ -64,7 +64,7 @@ def stage_table(calibration: PlanCalibration) -> str:
 
 
 def same_speed(calibration: PlanCalibration) -> dict[str, PlanOption | None]:
-    """The best plan of each mechanism alone that is as fast as the chosen plan; None where there is none."""
+    """The best plan of each mechanism alone that is as fast as the chosen plan; None if there is none."""
     found: dict[str, PlanOption | None] = {}
     for name in calibration.alone:
         try:
@@ -75,7 +75,7 @@ def same_speed(calibration: PlanCalibration) -> dict[str, PlanOption | None]:
 
 
 def mechanism_table(calibration: PlanCalibration) -> str:
-    """What each mechanism alone costs at the speed of the chosen plan, and the chosen plan."""
+    """The cost of each mechanism alone at the speed of the chosen plan, and of the chosen plan, as a table."""
     d, unit = calibration.dimensions, unit_of(calibration)
     rows: list[list[object]] = []
     for name, option in same_speed(calibration).items():
@@ -83,8 +83,8 @@ def mechanism_table(calibration: PlanCalibration) -> str:
             most = max(o.speed_up for o in calibration.alone[name])
             rows.append([MECHANISMS[name], f"at most {most:.2f}x", "", ""])
         else:
-            rows.append([MECHANISMS[name], *_numbers(option, d)])
-    rows.append(["plan of all", *_numbers(calibration.chosen, d)])
+            rows.append([MECHANISMS[name], *divergence_cells(option, d)])
+    rows.append(["plan of all", *divergence_cells(calibration.chosen, d)])
     note = (
         f"{unit}: the divergence of the sampler's path from the full network's"
         if calibration.random
@@ -92,22 +92,6 @@ def mechanism_table(calibration: PlanCalibration) -> str:
     )
     head = table(["alone, at this speed", "speed-up", unit, f"{unit}/dim"], rows)
     return f"{head}\n{note}, per image and per dimension"
-
-
-def _numbers(option: PlanOption, dimensions: int) -> list[object]:
-    return [
-        f"{option.speed_up:.2f}x",
-        with_error(dimensions * option.divergence, dimensions * option.divergence_se),
-        f"{option.divergence:.2g}",
-    ]
-
-
-def stages_of(
-    calibration: PlanCalibration, option: PlanOption, files: Sequence[tuple[Path, Path | None]]
-) -> tuple[StageEntry, ...]:
-    """The stages of a plan for a file of stages. files: weights and YAML file of each network."""
-    planned = planned_stages(calibration.prices, option, calibration.settings.guidance_scale)
-    return entries_of(planned, files, calibration.prices.timesteps[0])
 
 
 def entries_of(
@@ -163,7 +147,8 @@ def save(path: Path, calibration: PlanCalibration, files: Sequence[tuple[Path, P
     files: weights and YAML file of each network.
     """
     content, d = about_plan(calibration), calibration.dimensions
-    stages = stages_of(calibration, calibration.chosen, files)
+    planned = planned_stages(calibration.prices, calibration.chosen, calibration.settings.guidance_scale)
+    stages = entries_of(planned, files, calibration.prices.timesteps[0])
     write_stages(path, StageFile(stages=stages, calibration=content))
 
     def curve(options: Sequence[PlanOption]) -> list[dict[str, float]]:
@@ -193,7 +178,7 @@ def save(path: Path, calibration: PlanCalibration, files: Sequence[tuple[Path, P
 
 
 def draw(path: Path, calibration: PlanCalibration) -> None:
-    """Draw divergence against time for each mechanism and for the joint plan, and what runs at which t."""
+    """Draw divergence against time for each mechanism and the joint plan, and the ways of the chosen plan over t."""
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     curves, strip = figure.subplots(2, 1, height_ratios=[4, 1])
     draw_curves(curves, calibration)
@@ -206,7 +191,7 @@ def draw_curves(axes: Axes, calibration: PlanCalibration) -> None:
     series = [(MECHANISMS[name], options, "--", 1.2) for name, options in calibration.alone.items()]
     series.append(("plan of all", calibration.joint, "-", 2.4))
     for name, options, style, width in series:
-        shown = [option for option in options if option.divergence > 0]  # the full network alone is at minus infinity
+        shown = [option for option in options if option.divergence > 0]  # the axis is logarithmic
         seconds = [option.seconds / batch for option in shown]
         axes.plot(seconds, [d * option.divergence for option in shown], style, linewidth=width, label=name)
     chosen = calibration.chosen

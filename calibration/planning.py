@@ -1,4 +1,4 @@
-"""The best plan of all that the networks can do, by dynamic programming over the steps and what is remembered at each.
+"""The best plan, by dynamic programming over the steps and the predictions that are remembered at each step.
 
 A *way* predicts the noise of a step at some cost in seconds and some divergence from the full network. A way that
 remembers has a period: its first step computes, the others forecast (`diffusion.forecast`), and in the first period
@@ -24,7 +24,7 @@ from common.errors import InputError
 from generation.settings import SavingSettings
 
 Numbers = NDArray[np.float64]
-MOST_LABELS = 100_000  # of plans under way in a step of `least`; where there are more, the result is less exact
+MOST_LABELS = 100_000  # most partial plans in a step of `least`; with more the result is less exact
 SLACK = 1e-9  # of a sum that must not be more than a limit
 
 
@@ -48,9 +48,9 @@ class Way:
 
 @dataclass(frozen=True, eq=False)
 class Prices:
-    """What the ways cost at each of S steps.
+    """The costs of the ways at each of S steps.
 
-    timesteps: (S,), falling. divergence: (R, S, N) of each of N paths, per dimension; NaN where it cannot be had.
+    timesteps: (S,), falling. divergence: (R, S, N) of each of N paths, per dimension; NaN if it cannot be had.
     ways: the full network alone first. overhead: seconds of a step outside of the networks.
     """
 
@@ -68,7 +68,7 @@ class Prices:
         return any(way.mechanism == mechanism for way in self.ways[1:])
 
     def only(self, mechanism: str) -> Prices:
-        """The prices of the full network and of one mechanism, which does not run smaller networks alone beside."""
+        """The prices of the full network and of one mechanism; smaller networks do not run alone."""
         full = self.ways[0].network
         smaller_too = mechanism in ("network", "exit")
         ways = [way for way in self.ways[1:] if way.mechanism == mechanism and (smaller_too or way.network == full)]
@@ -85,7 +85,7 @@ class States:
 
     way, row: (J,) of each state. following: (J,) the state after it in the same way. starts: (W,) the first state of
     each way. later: (W,) the first of its later periods. seconds: (S, J). divergence: (S, J), the mean over paths;
-    infinite where it cannot be had.
+    infinite if the way is impossible.
     """
 
     def __init__(self, prices: Prices):
@@ -119,7 +119,7 @@ class States:
         return least
 
     def path(self, to_go: Numbers) -> NDArray[np.int64]:
-        """(S,) states of the least sum, from the result of `to_go`. It stays in its way where it can."""
+        """(S,) states of the least sum, from the result of `to_go`. It keeps its way if it can."""
         states = np.empty(len(to_go) - 1, int)
         for s in range(len(states)):
             new = self.starts[to_go[s][self.starts].argmin()]
@@ -137,7 +137,7 @@ class States:
 
 @dataclass(frozen=True, eq=False)
 class PlanOption:
-    """A plan: its states, and what it costs. Means over paths and standard errors, per dimension."""
+    """A plan: its states and its costs. Means over paths and standard errors, per dimension."""
 
     states: NDArray[np.int64]  # (S,)
     seconds: float  # of all steps
@@ -182,7 +182,7 @@ def frontier(prices: Prices, most: int = 200) -> list[PlanOption]:
             pairs += [(slow, between), (between, fast)]
     options = sorted((option_of(prices, states) for states in found.values()), key=lambda o: (o.speed_up, o.divergence))
     kept: list[PlanOption] = []
-    for option in reversed(options):  # none that a faster one beats
+    for option in reversed(options):  # drop options that a faster one beats
         if not kept or option.divergence < kept[-1].divergence:
             kept.append(option)
     return kept[::-1]
@@ -196,9 +196,9 @@ def full_alone(of: States) -> NDArray[np.int64]:
 
 
 def best_plan(prices: Prices, *, seconds: float | None = None, budget: float | None = None) -> PlanOption:
-    """The plan with the least divergence in so many seconds, or the quickest within a budget of divergence.
+    """The plan with the least divergence in so many seconds, or the fastest plan within a budget of divergence.
 
-    seconds: of all steps. budget: of mean divergence, per dimension. Raises InputError where no plan is so fast.
+    seconds: of all steps. budget: of mean divergence, per dimension. Raises InputError if no plan is so fast.
     """
     of = prices.states
     if seconds is not None:
@@ -206,7 +206,7 @@ def best_plan(prices: Prices, *, seconds: float | None = None, budget: float | N
         least_seconds = float(of.to_go(possible)[0][of.starts].min())
         if least_seconds > seconds * (1 + SLACK):
             raise InputError(
-                f"no plan takes {seconds:.3g} s; the quickest takes {least_seconds:.3g} s, "
+                f"no plan is as fast as {seconds:.3g} s; the fastest takes {least_seconds:.3g} s, "
                 f"{prices.seconds_full / least_seconds:.2f} times as fast as the full network"
             )
         return option_of(prices, least(of, of.divergence, possible, seconds))
@@ -265,7 +265,7 @@ def _between(
         state, parent, sums = state[keep], parent[keep], sums[:, keep]
         history.append((state, parent))
         sums = sums + np.stack([first[s, state], second[s, state]])
-        # On in the same way; or a new stage, before which the way does not matter.
+        # Continue the same way, or begin a new stage, which does not depend on the way before.
         free = _undominated(np.zeros(len(state), int), *sums)
         parent = np.concatenate([np.arange(len(state)), np.repeat(free, len(of.starts))])
         state = np.concatenate([of.following[state], np.tile(of.starts, len(free))])
@@ -299,7 +299,7 @@ def stages_of_states(prices: Prices, states: NDArray[np.int64]) -> list[tuple[Wa
     stages: list[tuple[Way, int]] = []
     for s, state in enumerate(states):
         way, on = prices.ways[of.way[state]], of.following[states[s - 1]]
-        # A new stage of the same way at the end of a period is none if a period remembers nothing of the one before.
+        # At the end of a period, a new stage of the same way is no new stage if periods remember nothing of each other.
         alike = s > 0 and of.way[on] == of.way[state] and on in of.later and (way.rows[0] == way.rows[1]).all()
         if s == 0 or not (on == state or (alike and state in of.starts)):
             stages.append((way, s))

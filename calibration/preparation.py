@@ -1,4 +1,4 @@
-"""What the calibrations of a switch and of a plan share: the solver, the images, and where each network may run."""
+"""The common part of the calibrations of a switch and of a plan: solver, images, allowed timesteps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calibration.measure import choose_images
 from calibration.settings import Measurement
 from common.config import Config
 from common.errors import InputError
-from data import crop_of, open_source
+from data import crop_of, open_dataset
 from data.dataset import ImageDataset
 from data.packing.latents import LatentSource, PackedLatents
 from data.packing.packed import find_packed
@@ -27,10 +27,10 @@ from models.loading import Network, Runnable, check_range, knows
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
-    """The ground of a measurement of K networks, the full one last.
+    """The inputs of a measurement of K networks, the full one last.
 
-    times: of each network its own timestep at each of the sampler's. known: the sampler's timesteps at which it may
-    run. dataset: None for sampled paths. indices: of the chosen images, or the numbers of the paths.
+    times: for each network, its own timestep at each timestep of the sampler. known: the timesteps of the sampler at
+    which it may run. dataset: None for sampled paths. indices: of the chosen images, or the numbers of the paths.
     """
 
     solver: Solver
@@ -54,7 +54,7 @@ def prepare(
     times = [own_timesteps(network.config.diffusion_params, solver.schedule, timesteps) for network in networks]
     known: list[Collection[int]] = [timesteps] * len(networks)
     if not settings.allow_outside_range:
-        advice = "the network that the others are held against must know them all"
+        advice = "the full network, to which the others are compared, must be trained on all timesteps"
         check_range(networks[-1], list(times[-1].values()), advice)
         known = [
             {t for t, own in of_network.items() if knows(network, own)}
@@ -71,10 +71,10 @@ def prepare(
 
 
 def open_images(choice: CalibrationSettings, config: Config, device: torch.device) -> ImageDataset:
-    """The real images, as a network with this description gets them.
+    """The real images in the form that a network with this description takes.
 
-    For a network of latents these are the packed latents of the dataset if there are some, else its images, which the
-    autoencoder of the description encodes when they are measured. Raises InputError if they do not fit the network.
+    For a network of latents these are the packed latents of the dataset if there are any, else its images, which the
+    autoencoder of the description encodes on demand. Raises InputError if they do not fit the network.
     """
     assert choice.dataset is not None, "a calibration without images"
     channels, side, _ = config.model_params.image_shape
@@ -84,20 +84,20 @@ def open_images(choice: CalibrationSettings, config: Config, device: torch.devic
     packed = find_packed(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
     if isinstance(packed, PackedLatents) and autoencoder and packed.scale_factor != autoencoder.scale_factor:
         raise InputError(
-            f"{packed.folder} was packed with scale_factor {packed.scale_factor}, the networks have "
+            f"{packed.folder} was packed with scale_factor {packed.scale_factor}, but the networks have "
             f"{autoencoder.scale_factor}"
         )
     if packed is not None:
         return packed
     if autoencoder is None:
-        return open_source(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted)
+        return open_dataset(choice.dataset, choice.data_path, img_size=side, in_chans=channels, **wanted, packed=False)
     if autoencoder.checkpoint_path is None:
         raise InputError(
-            "the networks make latents: give --autoencoder_checkpoint_path, which encodes the images, or pack their "
-            "latents with pack.py"
+            "the networks make latents: give --autoencoder_checkpoint_path to encode the images, or pack their latents "
+            "with pack.py"
         )
     path = Path(autoencoder.checkpoint_path)
     encoder = load_autoencoder(path, autoencoder.scale_factor, device)
     pixels = side * encoder.downsampling
-    images = open_source(choice.dataset, choice.data_path, img_size=pixels, in_chans=3, **wanted)
+    images = open_dataset(choice.dataset, choice.data_path, img_size=pixels, in_chans=3, **wanted, packed=False)
     return LatentSource(images, encoder, path, device)

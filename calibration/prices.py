@@ -21,13 +21,13 @@ from generation.settings import SavingSettings
 from models.inference import Around
 
 EVERY = (2, 3, 4, 6, 8)  # the intervals that are tried
-EVERY_MIDDLE = (2, 3, 4)  # those of the middle blocks, each of which takes network calls to measure
+EVERY_MIDDLE = (2, 3, 4)  # intervals of middle blocks; the measurement of each needs network calls
 ORDERS = (0, 1)
 
 
 class Source(NamedTuple):
-    """What a prediction is made of: "network" k; "exit", network k at a layer; or one of "correct" (with network k),
-    "hold" (network k) and "reuse" (the middle of network k), of an order, `age` steps after it was computed.
+    """The computation behind a prediction: "network" k; "exit", network k at a layer; or one of "correct" (with network
+    k), "hold" (network k) and "reuse" (the middle of network k), of an order, `age` steps after it was computed.
 
     every: the steps between the last two computations, on which a forecast of order 1 depends; 0 for order 0.
     """
@@ -85,14 +85,14 @@ class Seconds(NamedTuple):
 
     networks: Sequence[float]
     exits: Mapping[tuple[int, int], float]
-    middles: Mapping[int, float]  # with the middle given
+    middles: Mapping[int, float]  # each with a given residual of the middle
     overhead: float
 
 
 def ways_of(predictors: Predictors, seconds: Seconds, names: Sequence[str]) -> tuple[list[Way], list[Source]]:
     """The ways, the full network alone first, and the sources of the rows of their prices.
 
-    names: of the networks. Ways that are no quicker than the full network are left out.
+    names: of the networks. Ways that are not faster than the full network are left out.
     """
     full = predictors.full
     sources: dict[Source, int] = {}
@@ -159,8 +159,8 @@ def measure_divergence(
 ) -> np.ndarray:
     """The divergence of each source from the full network along the paths: (R, S, N), per dimension.
 
-    known: the allowed timesteps of each network. weights: (S,) of a squared distance of eps. NaN where a network may
-    not run, or where nothing was computed so many steps before. Raises InputError for a prediction that is not finite.
+    known: the allowed timesteps of each network. weights: (S,) of a squared distance of eps. NaN if a network may not
+    run, or if nothing was computed so many steps before. Raises InputError for a prediction that is not finite.
     """
     distance = np.full((len(sources), len(walk.timesteps), len(walk.indices)), np.nan, np.float32)
     memory = Memory(predictors, known, max((source.age + source.every for source in sources), default=0))
@@ -177,7 +177,7 @@ def measure_divergence(
 
 
 class Memory:
-    """What the predictors gave at the last steps of a batch of paths.
+    """The outputs of the predictors at the last steps of a batch of paths.
 
     span: the number of steps to remember.
     """
@@ -205,7 +205,7 @@ class Memory:
         self.kept.append((at.t, values))
 
     def prediction(self, source: Source, at: At) -> Tensor | None:
-        """The output of a source at a step; None where it has none."""
+        """The output of a source at a step; None if it has none."""
         kind, k = source.kind, source.network
         if at.t not in self.known[k]:
             return None
@@ -253,7 +253,7 @@ def time_predictors(
         tasks[f"network {k} around"] = partial(middle, x, first[k], y, middle.added)
 
     noise = SeededNoise(range(batch_size), device)
-    # As many steps as the noise is drawn for at once.
+    # The noise is drawn for this many steps at once.
     few = list(zip(timesteps, [*timesteps[1:], -1], strict=True))[: SeededNoise.MOST_CALLS]
 
     def steps() -> None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from calibration.choice import KNEE_RATIO, Option, mean_and_se
+from calibration.planning import PlanOption
 from calibration.run import KNEE, KNEE_OF_DDPM, Calibration
 from calibration.settings import Measurement
 from common import plots
@@ -31,22 +32,22 @@ def in_words(calibration: Calibration) -> str:
     lines = [f"chosen: {name_of(calibration, chosen)}, predicted {chosen.speed_up:.2f}x ({why(calibration)})"]
     if calibration.of_switches:
         low, high = np.percentile([o.t_switch(timesteps) for o in calibration.others], [5, 95], method="nearest")
-        lines.append(f"other {n} images as likely would choose t_switch {low}..{high} (90 % of resamplings)")
+        lines.append(f"resampled sets of {n} images choose t_switch {low}..{high} (90 % of them)")
         if high - low > WIDE * (timesteps[0] + 1):
             if 4 * n <= calibration.images_there:
-                lines.append(f"that is a wide range: --n_images {4 * n} would halve it")
+                lines.append(f"this is a wide range: --n_images {4 * n} would halve it")
             else:
-                lines.append(f"that is a wide range; the dataset has {calibration.images_there} images")
+                lines.append(f"this is a wide range, but the dataset has only {calibration.images_there} images")
     else:
         low, high = np.percentile([o.speed_up for o in calibration.others], [5, 95])
-        lines.append(f"other {n} images as likely would choose {low:.2f}x..{high:.2f}x (90 % of resamplings)")
+        lines.append(f"resampled sets of {n} images choose {low:.2f}x..{high:.2f}x (90 % of them)")
     if chosen.excess_se and abs(chosen.excess) < 2 * chosen.excess_se:
         enough = int(np.ceil(n * (2 * chosen.excess_se / abs(chosen.excess)) ** 2)) if chosen.excess else None
         more = ""
         if enough:
-            more = f"; about --n_images {enough} would settle it"
-            more += f", of which the dataset has {calibration.images_there}" * (enough > calibration.images_there)
-        lines.append(f"too few images to tell whether its excess error is above or below 0{more}")
+            more = f"; about --n_images {enough} would be enough"
+            more += f", but the dataset has only {calibration.images_there}" * (enough > calibration.images_there)
+        lines.append(f"too few images to tell whether the excess error is above or below 0{more}")
     return "\n".join(lines)
 
 
@@ -54,16 +55,16 @@ def why(calibration: Calibration) -> str:
     """The rule of the choice, or the reason why there was no other option."""
     rule, options, chosen = calibration.rule, calibration.options, calibration.chosen
     if len(options) == 1:
-        return "no other network knows the first timesteps"
+        return "no other network was trained on the first timesteps"
     if rule not in (KNEE, KNEE_OF_DDPM):
-        return f"{rule}; nothing faster keeps to it" if chosen is options[0] and "--budget" in rule else rule
+        return f"{rule}; no faster choice fulfils it" if chosen is options[0] and "--budget" in rule else rule
     curve = "" if rule == KNEE else " of the divergence that ddpm has at these steps"
     ratio = f"{KNEE_RATIO:g} times the average so far"
     if chosen is options[0]:
         return "no other choice is predicted to be faster"
     if chosen is calibration.last_judged:
         return (
-            f"the curve{curve} has no knee: to its end a second saved costs at most {ratio}; --speedup, --budget choose"
+            f"the curve{curve} has no knee: each second saved costs at most {ratio}; choose with --speedup or --budget"
         )
     return f"the knee{curve}: beyond it a second saved costs more than {ratio}"
 
@@ -92,26 +93,15 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
     shown |= set(scores or ())
     names = [blocks_of(network) for network in calibration.networks]
     unit = "nats" if calibration.random else "shift^2"
-    head = [
-        "",
-        *(["t_switch"] if calibration.of_switches else []),
-        *names,
-        "speed-up",
-        unit,
-        f"{unit}/dim",
-        "excess",
-        *(["score"] * bool(scores)),
-    ]
+    head = ["", *["t_switch"] * calibration.of_switches, *names, "speed-up", unit, f"{unit}/dim", "excess"]
+    head += ["score"] * bool(scores)
     rows = []
     for i in sorted(shown):
         option = options[i]
         row: list[object] = ["->" if i == number else ""]
         row += [option.t_switch(calibration.steps.timesteps)] if calibration.of_switches else []
-        row += [*counts(calibration, option), f"{option.speed_up:.2f}x"]
-        row += [
-            with_error(dimensions * option.divergence, dimensions * option.divergence_se),
-            f"{option.divergence:.2g}",
-        ]
+        row += counts(calibration, option)
+        row += divergence_cells(option, dimensions)
         row += [with_error(dimensions * option.excess, dimensions * option.excess_se)]
         if scores:
             row += [with_error(*mean_and_se_of(scores[i])) if i in scores else ""]
@@ -121,14 +111,25 @@ def as_table(calibration: Calibration, scores: Mapping[int, Sequence[float]] | N
         "estimated on noised real images"
         if calibration.random
         else f"{unit}: squared shifts of the image off the full network's steps, per image and per dimension",
-        "excess: the same weights times (squared error of eps - that of the full network); below 0 it is the better",
+        "excess: squared error of eps minus that of the full network, with the same weights; below 0 the choice "
+        "predicts better than the full network",
     ]
     if calibration.random:
         others = zip(names[:-1], calibration.last_shift, strict=False)
         shifts = ", ".join(f"{name} {shift:.2g}" for name, shift in others if np.isfinite(shift))
-        what = f"; another would shift the image there, squared and per dimension, by {shifts}" if shifts else ""
-        notes.append(f"the last step adds no noise and is the full network's{what}")
+        what = (
+            f"; with another network this step would shift the image, squared and per dimension, by {shifts}"
+            if shifts
+            else ""
+        )
+        notes.append(f"the last step adds no noise, so the full network runs there{what}")
     return "\n".join([table(head, rows), *notes])
+
+
+def divergence_cells(option: Option | PlanOption, dimensions: int) -> list[str]:
+    """The speed-up, and the divergence per image and per dimension."""
+    divergence = with_error(dimensions * option.divergence, dimensions * option.divergence_se)
+    return [f"{option.speed_up:.2f}x", divergence, f"{option.divergence:.2g}"]
 
 
 def with_error(mean: float, error: float) -> str:

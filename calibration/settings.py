@@ -36,7 +36,7 @@ class VerifySettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(set(self.sample_seeds)) < len(self.sample_seeds):
-            raise InputError("--sample_seeds: each once")
+            raise InputError("--sample_seeds: give each seed only once")
         if self.verify is None:
             for name, value in flat(self).items():
                 if value != plain(type(self).__dataclass_fields__[name].default):
@@ -48,16 +48,16 @@ class CalibrateSettings(Checked):
     """Settings of calibrate.py."""
 
     checkpoint_path: tuple[Path, ...] = option(
-        help="weights of the networks, from small to large; a switch needs two or more, a plan one",
+        help="weights of the networks, from small to large; a switch needs at least two, a plan at least one",
         exists="path",
     )
     plan: bool = option(
         False,
-        "choose the best plan of everything that the networks can do: switches, corrections, exit layers, reused "
-        "middle blocks and held predictions, not only the networks and their timesteps",
+        "choose the best plan: besides the network of each timestep also corrections, exit layers, reused middle "
+        "blocks and held predictions",
     )
     config_path: tuple[Path | Literal["none"], ...] = option(
-        (), 'YAML files that describe the networks, "none" for each whose weights have a description'
+        (), 'YAML files that describe the networks, "none" for weights with a description'
     )
     weights: str = option("ema", "ema for averaged weights, raw for those of the last step", choices=("ema", "raw"))
     batch_size: int = option(
@@ -66,7 +66,7 @@ class CalibrateSettings(Checked):
     autoencoder_checkpoint_path: Path | None = option(
         None,
         "autoencoder of networks of latents; it encodes images that are not packed as latents, decodes the samples of "
-        "--verify, and beats --config_path",
+        "--verify, and overrides --config_path",
         exists="path",
     )
     seed: int = option(0, "seed of the images and their noise", least=0, most=MOST_SEED)
@@ -76,10 +76,10 @@ class CalibrateSettings(Checked):
     allow_outside_range: bool = option(False, "let networks run at timesteps on which they were not trained")
     output: Path = option(Path("calibration.yaml"), "file of stages to write; a .json and a .png go to the same folder")
     overwrite: bool = option(
-        False, "replace an --output that is not a calibration, and --verify samples with other settings"
+        False, "replace an --output that is not from calibrate.py, and --verify samples with other settings"
     )
     described: Mapping[str, Any] = option({}, flag=False)  # the networks' own flags, nested
-    choice: CalibrationSettings = section("images, and rule of the choice")
+    choice: CalibrationSettings = section("images and rule of the choice")
     solver: SolverSettings = section("solver", SolverSettings())
     verifying: VerifySettings = section("sampling and scoring of switches", VerifySettings())
     machine: MachineSettings = section("machine", MachineSettings())
@@ -90,7 +90,9 @@ class CalibrateSettings(Checked):
         if count < 2 and not self.plan:
             raise InputError("--checkpoint_path: give two networks or more, the full one last")
         if self.config_path and len(self.config_path) != count:
-            raise InputError(f"--config_path: one for each of the {count} networks, none where none is needed")
+            raise InputError(
+                f"--config_path: give one for each of the {count} networks, or none for a network that needs no file"
+            )
         if self.output.suffix not in (".yaml", ".yml"):
             raise InputError(f"--output {self.output}: wanted a .yaml")
         if self.plan:

@@ -1,3 +1,3 @@
-"""What all packages share: errors, configuration, options, devices, files and pictures."""
+"""The common parts of all packages: errors, configuration, options, devices, files and pictures."""
 
-__version__ = "0.1.0"  # of the project: pyproject.toml and --version read it here; see also CITATION.cff, CHANGELOG.md
+__version__ = "0.1.0"  # read by pyproject.toml and --version; also change CITATION.cff and CHANGELOG.md

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         """
         if isinstance(argv, cls):
             return argv
-        assert argv is None or isinstance(argv, Sequence), f"{type(argv).__name__} in the place of {cls.__name__}"
+        assert argv is None or isinstance(argv, Sequence), f"{type(argv).__name__}, wanted {cls.__name__}"
         add_options(self, cls)
         if network:
             add_options(self, Config, partial=True)

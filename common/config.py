@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -18,7 +18,7 @@ from common.errors import InputError
 from common.files import check_regular
 from common.settings import Checked, build, check_types, differences, option, plain, section, shown
 
-BACKBONES = ("uvit", "dit")  # that are built and trained here
+BACKBONES = ("uvit", "dit")  # the networks that this project can train
 TRAINABLE = (*BACKBONES, "deediff_uvit")
 MODELS = (*TRAINABLE, "diffusers")
 PARAMETRIZATIONS = ("predict_noise", "predict_original", "predict_previous", "predict_v", "predict_velocity")
@@ -27,11 +27,11 @@ PUBLIC_SCALE_FACTOR = 0.18215  # scale of the latents of the public U-ViT weight
 MOST_YAML_BYTES = 2**20
 WITHOUT_NUMBERS = ("cosine", "rectified_flow")  # schedules without beta_start and beta_end
 BETA_SCHEDULES = ("linear", "scaled_linear", "continuous_vp", *WITHOUT_NUMBERS)
-# Of samplers that do not use the network's schedule: latent diffusion's betas for scaled_linear, DDPM's for the others.
+# For --sampling_schedule: the betas of latent diffusion for scaled_linear, those of DDPM for the others.
 SAMPLING_SCHEDULES: dict[str, dict[str, Any]] = {
     name: {"beta_schedule": name, "beta_start": 1e-4, "beta_end": 0.02} for name in BETA_SCHEDULES
 } | {"scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}}
-TASK = "task of the network (beats --config_path)"  # a group of --help
+TASK = "task of the network (overrides --config_path)"  # a group of --help
 CLASSIFIER_TYPES = (
     "attention_probe",
     "mlp_probe_per_layer",
@@ -40,8 +40,25 @@ CLASSIFIER_TYPES = (
 )
 
 
+class BackboneConfig(Checked):
+    """What the configurations of all backbones have, beside num_blocks and image_shape (C, H, W)."""
+
+    num_classes: int
+    normalize_timesteps = False
+
+    @property
+    def no_class(self) -> int | None:
+        """The index of the class that always means "no class"; None if there is none, but see `Config.no_class`."""
+        return None
+
+    @property
+    def num_labels(self) -> int:
+        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
+        return max(0, self.num_classes) + (self.no_class is not None)
+
+
 @dataclass(frozen=True, kw_only=True)
-class UViTConfig(Checked):
+class UViTConfig(BackboneConfig):
     """One U-ViT backbone. The fields are the keys of `model_params` in the YAML files and the arguments of UViT."""
 
     img_size: int = option(
@@ -56,7 +73,7 @@ class UViTConfig(Checked):
     mlp_ratio: float = option(4.0, "width of the MLPs divided by the width of the tokens", least=0, most=64, above=True)
     qkv_bias: bool = option(False, "give the projections to queries, keys and values a bias")
     mlp_time_embed: bool = option(False, "pass the timestep embedding through an MLP")
-    num_classes: int = option(-1, "number of classes; -1 means that the network knows none", least=-1, most=1_000_000)
+    num_classes: int = option(-1, "number of classes; -1 for an unconditional network", least=-1, most=1_000_000)
     normalize_timesteps: bool = option(False, "divide the time input by 1000")
     conv: bool = option(True, "end with a 3 x 3 convolution, which the public huge weights lack")
 
@@ -75,19 +92,9 @@ class UViTConfig(Checked):
     def image_shape(self) -> tuple[int, int, int]:
         return self.in_chans, self.img_size, self.img_size
 
-    @property
-    def no_class(self) -> int | None:
-        """None: any of the classes may be kept for that, see `Config.no_class`."""
-        return None
-
-    @property
-    def num_labels(self) -> int:
-        """The classes that y may be; 0 for an unconditional network."""
-        return max(0, self.num_classes)
-
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig(Checked):
+class DiTConfig(BackboneConfig):
     """One DiT or SiT backbone. The fields are the arguments of DiT; the defaults are those of DiT-XL/2 at 256."""
 
     input_size: int = option(
@@ -100,12 +107,13 @@ class DiTConfig(Checked):
     num_heads: int = option(16, "number of attention heads", least=1, most=1024)
     mlp_ratio: float = option(4.0, "width of the MLPs divided by the width of the tokens", least=0, most=64, above=True)
     # More than 0: the network has one more class, num_classes, which means "no class".
-    class_dropout_prob: float = option(0.1, "probability of dropping the class in training", least=0, most=1)
-    num_classes: int = option(
-        1000, 'number of classes without "no class"; -1 means that the network knows none', least=-1, most=1_000_000
+    class_dropout_prob: float = option(
+        0.1, 'probability of "no class" instead of the class in training', least=0, most=1
     )
-    normalize_timesteps: ClassVar[bool] = False
-    # False takes weights of either kind.
+    num_classes: int = option(
+        1000, 'number of classes without "no class"; -1 for an unconditional network', least=-1, most=1_000_000
+    )
+    # False accepts weights with and without a variance.
     learn_sigma: bool = option(False, "the weights also predict a variance, which is ignored")
 
     def __post_init__(self) -> None:
@@ -124,26 +132,21 @@ class DiTConfig(Checked):
 
     @property
     def no_class(self) -> int | None:
-        """The index of "no class"; None if the network has no such class."""
         return self.num_classes if self.num_classes > 0 and self.class_dropout_prob else None
-
-    @property
-    def num_labels(self) -> int:
-        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
-        return max(0, self.num_classes) + (self.no_class is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusersConfig(Checked):
+class DiffusersConfig(BackboneConfig):
     """A network in a folder of diffusers, without its architecture, which the folder has."""
 
-    network: str = option(flag=False, help="its class in diffusers", choices=("UNet2DModel", "DiTTransformer2DModel"))
+    network: str = option(
+        flag=False, help="class of the network in diffusers", choices=("UNet2DModel", "DiTTransformer2DModel")
+    )
     sample_size: int = option(flag=False, help="side of the images or latents", least=1, most=4096)
     in_channels: int = option(flag=False, help="channels", least=1, most=256)
     num_blocks: int = option(flag=False, help="transformer blocks, or levels of a U-Net", least=1, most=999)
     num_classes: int = option(-1, 'without "no class"; -1: unconditional', flag=False, least=-1, most=1_000_000)
     has_no_class: bool = option(False, 'one more class, num_classes, means "no class"', flag=False)
-    normalize_timesteps: ClassVar[bool] = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -151,13 +154,7 @@ class DiffusersConfig(Checked):
 
     @property
     def no_class(self) -> int | None:
-        """The index of "no class"; None if the network is not known to have such a class."""
         return self.num_classes if self.has_no_class else None
-
-    @property
-    def num_labels(self) -> int:
-        """The classes that y may be, "no class" among them; 0 for an unconditional network."""
-        return max(0, self.num_classes) + self.has_no_class
 
 
 def check_multiple(name: str, value: int, **divisors: int) -> None:
@@ -223,7 +220,7 @@ class AutoencoderConfig(Checked):
     """The autoencoder between the network's latents and images: the keys of `autoencoder`."""
 
     scale_factor: float = option(  # makes the standard deviation of latents about 1
-        PUBLIC_SCALE_FACTOR, "latents are multiplied by it", least=0, most=1000, above=True
+        PUBLIC_SCALE_FACTOR, "factor by which latents are multiplied", least=0, most=1000, above=True
     )
     checkpoint_path: str | None = None  # not stored in checkpoints: the path differs between machines
 
@@ -238,7 +235,7 @@ class Config(Checked):
 
     model: str = option("uvit", choices=MODELS, flag=False)
     model_params: UViTConfig | DiTConfig | DiffusersConfig = section(
-        "architecture of the network (beats --config_path)",
+        "architecture of the network (overrides --config_path)",
         kinds={"uvit": UViTConfig, "dit": DiTConfig, "deediff_uvit": UViTConfig, "diffusers": DiffusersConfig},
         chosen_by="model",
     )
@@ -331,7 +328,7 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no type
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases (*) are not taken", self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, "aliases (*) are not allowed", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
@@ -392,7 +389,7 @@ def read_mapping(path: Path, section: str, kind: type) -> dict[Any, Any]:
     check_regular(path)
     try:
         if (size := path.stat().st_size) > MOST_YAML_BYTES:
-            raise InputError(f"{path}: {size:,} bytes, at most {MOST_YAML_BYTES:,} are taken")
+            raise InputError(f"{path}: {size:,} bytes; a YAML file may have at most {MOST_YAML_BYTES:,}")
         given = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except InputError:
         raise

@@ -34,7 +34,7 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: this machine or this torch has no {kind}; use --device auto")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if index and (len(index) > 9 or int(index) >= count):
-        raise InputError(f"--device {name}: there are {count} such devices, counted from 0")
+        raise InputError(f"--device {name}: this machine has {count} such devices, numbered from 0")
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """The model of the CPU; its architecture if the system does not tell."""
+    """The model of the CPU, or its architecture if the model is unknown."""
     with suppress(OSError, subprocess.SubprocessError):
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -74,7 +74,7 @@ def pick_precision(name: str | None, device: torch.device) -> str:
     if name is None:
         return "bf16" if in_hardware("bf16", device) else "fp32"
     if name == "fp16" and device.type == "cpu" and not in_hardware("fp16", device):
-        raise InputError("--precision fp16: this CPU does not calculate in fp16; take bf16 or fp32")
+        raise InputError("--precision fp16: this CPU cannot compute in fp16; use bf16 or fp32")
     return name
 
 
@@ -122,7 +122,7 @@ def peak_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # of Linux, whose getrusage counts the parent's memory before exec too
+    status = Path("/proc/self/status")  # Linux, where getrusage also counts the memory of the parent before exec
     if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
         return int(found[1]) * 1024
     try:

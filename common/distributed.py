@@ -70,14 +70,16 @@ def joined_processes(device_name: str) -> Iterator[torch.device]:
     from torch import distributed
 
     if device.type == "mps":
-        raise InputError("--device mps serves one process; start the script without torchrun, or give --device cpu")
+        raise InputError(
+            "--device mps supports only one process; start the script without torchrun, or give --device cpu"
+        )
     if device.type == "cuda":
         if device.index is not None:
             raise InputError(f"--device {device_name} names one GPU for {world_size()} processes; give --device cuda")
         local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= count:
             raise InputError(
-                f"process {local_rank} of this machine has no GPU: there are {count}; lower --nproc_per_node"
+                f"process {local_rank} of this machine has no GPU: the machine has {count}; lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -39,7 +39,7 @@ class WriteError(InputError):
 
     def __init__(self, path: Path, number: int):
         super().__init__(f"{path}: could not be written ({os.strerror(number)}; the disk at {mount_point(path)})")
-        self.remedy = "make room" if number in NO_ROOM else "see to that"
+        self.remedy = "make room" if number in NO_ROOM else "remove the cause"
 
 
 def mount_point(path: Path) -> Path:
@@ -116,7 +116,7 @@ def _guarded(main: Callable[[], None], script: str) -> None:
     try:
         main()
     except WriteError as error:
-        fail(script, f"{error}; what was there before is as it was: {error.remedy}, then give the same command again")
+        fail(script, f"{error}; earlier files are unchanged: {error.remedy}, then give the same command again")
     except InputError as error:
         # The error of a loading process starts with the traceback of that process.
         fail(script, str(error).rpartition("InputError: ")[2])
@@ -124,7 +124,7 @@ def _guarded(main: Callable[[], None], script: str) -> None:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        fail(script, f"{package} is not installed, and this needs it: pip install -e '.[{EXTRAS[package]}]'")
+        fail(script, f"{package} is not installed, but this command needs it: pip install -e '.[{EXTRAS[package]}]'")
     except OSError as error:  # no permission, or a file was removed
         advice = "; make room, then give the same command again" if error.errno in NO_ROOM else ""
         fail(script, (f"{error.filename}: {error.strerror}" if error.filename else str(error)) + advice)
@@ -135,7 +135,7 @@ def _guarded(main: Callable[[], None], script: str) -> None:
         if lost_another_process(error):
             fail(
                 script,
-                "another process of this run ended, or cannot be reached any more; what it said stands above or "
+                "another process of this run ended or cannot be reached; its message is above or "
                 f"in its own log ({str(error).splitlines()[0]:.100})",
             )
         if not out_of_memory and not any(text in str(error) for text in texts):

@@ -72,11 +72,11 @@ def lock(path: Path, busy: str) -> AbstractContextManager[object]:
     try:
         taken = held.acquire(blocking=False)
     except Timeout:
-        raise InputError(f"{busy}{_signature(path)}; wait for its end") from None
+        raise InputError(f"{busy}{_signature(path)}; wait until it ends") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        log.warning("%s cannot be locked: see that nothing else works there", path.parent)
+        log.warning("%s cannot be locked: make sure that no other process writes there", path.parent)
         return nullcontext()
 
     def release() -> None:
@@ -102,7 +102,7 @@ def _signature(path: Path) -> str:
             file.seek(1)
             pid, host = file.read(300).decode().split()
         return f" (process {int(pid)} on {host})"
-    except (OSError, ValueError):  # of another program, or on a full disk
+    except (OSError, ValueError):  # written by another program, or on a full disk
         return ""
 
 
@@ -118,7 +118,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises InputError for a folder, FIFO, device or socket in place of a file: opening one may block for ever.
+    """Raises InputError for a folder, FIFO, device or socket instead of a file: opening one may block for ever.
 
     Missing paths pass. Links are followed.
     """
@@ -145,7 +145,7 @@ def read_json(path: Path) -> Any:
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text:.20} is no finite number")
+        raise ValueError(f"{text:.20} is not a finite number")
     return value
 
 
@@ -163,13 +163,13 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, n
                 info for info in archive.infolist() if names is None or info.filename.removesuffix(".npy") in names
             ]
             if (size := sum(info.file_size for info in wanted)) > MOST_ARRAY_BYTES:
-                raise ValueError(f"{size:,} bytes when unpacked, {MOST_ARRAY_BYTES:,} at most are taken")
+                raise ValueError(f"{size:,} bytes when unpacked, at most {MOST_ARRAY_BYTES:,} are allowed")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if names is None or name in names}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # damaged bytes make zipfile and numpy raise any error
-        raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
+        raise InputError(f"{path}: not readable as .npz; cut short, or another format? ({error!s:.120})") from None
 
 
 def array_names(path: Path) -> list[str]:
@@ -178,7 +178,7 @@ def array_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except Exception as error:  # damaged bytes make zipfile raise any error
-        raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
+        raise InputError(f"{path}: not readable as .npz; cut short, or another format? ({error!s:.120})") from None
 
 
 def sha256_of(path: Path) -> str:

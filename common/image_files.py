@@ -147,7 +147,7 @@ def _orientation(image: Image.Image) -> int:
 def _has_colour(image: ImageFile.ImageFile) -> bool:
     if image.mode in ("P", "PA"):
         if image.palette is None:
-            raise BrokenImage("its pixels are numbers of colours in a palette, and it has no palette")
+            raise BrokenImage("its pixels are numbers of a palette, but the file has no palette")
         one = Image.new("P", (1, 1))
         one.putpalette(image.palette)
         colours = np.array(one.getpalette("RGB")).reshape(-1, 3)
@@ -219,7 +219,7 @@ def _pixels_of_16_bits(image: ImageFile.ImageFile) -> np.ndarray | None:
     """
     layout, stream = _layout(image), image.fp
     if isinstance(image, TiffImageFile) and len(layout) == 1 and max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8:
-        raise BrokenImage("its colours of 16 bits lie in separate planes; wanted them pixel by pixel")
+        raise BrokenImage("its 16-bit colours are stored in separate planes; wanted them pixel by pixel")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.uint64)
         if isinstance(image, TiffImageFile):

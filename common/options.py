@@ -55,7 +55,7 @@ class SpeedSettings(Checked):
         False,
         "compile the networks first (torch.compile), which takes about a minute",
         decides=(CONDITIONS,),
-        why="compiled networks differ in rounding alone",
+        why="compilation changes only the rounding",
     )
 
     @property
@@ -71,8 +71,8 @@ class MachineSettings(Checked):
 
     device: str = option(
         "auto",
-        "cpu, cuda, cuda:1, mps, or auto for the first of CUDA, MPS and CPU that is there",
+        "cpu, cuda, cuda:1, mps, or auto for the first available of CUDA, MPS and CPU",
         decides=(),
-        why="recorded as the kind of device",
+        why="the record contains the kind of device",
     )
-    quiet: bool = option(False, "show no progress bar", decides=(), why="it is about the terminal")
+    quiet: bool = option(False, "show no progress bar", decides=(), why="it changes only the terminal")

@@ -1,4 +1,4 @@
-"""Progress bars: what a script does, how far it is, how many images a second, and how long it still takes."""
+"""Progress bars: the task of a script, its progress, images per second, and the remaining time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Progress(tqdm):  # type: ignore[misc]  # it ships no types
-    """A bar on standard error; none where that is no terminal, or for `quiet`.
+    """A bar on standard error; none if standard error is not a terminal, or for `quiet`.
 
     what: what the script does, such as "sampling". images: of one unit of the bar, for the rate; None for a bar that
     counts no images, which has no rate. The bar may count parts of an image.
@@ -61,7 +61,7 @@ def counted(batches: Iterable[Tensor], what: str, total: int, quiet: bool) -> It
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: "0.8 s", "42 s", "3 min 20 s", "5 h 7 min"."""
+    """A time in human units: "0.8 s", "42 s", "3 min 20 s", "5 h 7 min"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

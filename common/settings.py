@@ -26,7 +26,7 @@ RESULT, CONDITIONS = "result", "conditions"  # decides the images, weights or sc
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 PROJECT = Path(__file__).resolve().parents[1]
-MOST_DIGITS = 300  # Python refuses to read numbers of thousands of digits
+MOST_DIGITS = 300  # Python refuses to read numbers with thousands of digits
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class About:
     positional: bool = False
     metavar: str | None = None
     aliases: tuple[str, ...] = ()  # other names of the flag, which --help leaves out
-    kinds: Mapping[str, type] | None = None  # of a section: its classes, by the value of the field `chosen_by`
+    kinds: Mapping[str, type] | None = None  # classes of a section, by the value of the field `chosen_by`
     chosen_by: str = ""
 
 
@@ -62,7 +62,7 @@ def option(
     exist. decides: RESULT, CONDITIONS (such as the time, the place of the data, the logs), both or neither. why: the
     reason if the result does not depend on the field. flag: False for a field without a flag. group, metavar: see
     --help. parse: makes a value from the text on the command line, for types that are not plain. positional: a
-    positional argument in place of a flag. aliases: other names of the flag, such as "--old", which are not in --help;
+    positional argument instead of a flag. aliases: other names of the flag, such as "--old", which are not in --help;
     not for required fields.
     """
     if RESULT not in decides and not why:
@@ -99,11 +99,6 @@ class Field:
     def nested(self) -> type[Any] | None:
         """The dataclass of the value, or of the items of a tuple; the first of several."""
         return next(iter(self._dataclasses), None)
-
-    @property
-    def section(self) -> type[Any] | None:
-        """The dataclass of nested settings, if the field is a section; the first of several."""
-        return next(iter(self.sections), None)
 
     @property
     def sections(self) -> tuple[type[Any], ...]:
@@ -340,7 +335,7 @@ def add_options(
 
 
 def _title(f: Field, cls: type, there: Mapping[str, Field]) -> str:
-    """Of a section's group in --help. there: flags of the section's other classes, which hold for this one too."""
+    """The title of a section in --help. there: flags of other classes of the section that also apply to this one."""
     if not there:
         return f.about.help or f.name
     names = [name for name, of in (f.about.kinds or {}).items() if of is cls]
@@ -369,7 +364,7 @@ def _argument(f: Field, partial: bool) -> dict[str, Any]:
 
 
 def _default_of(f: Field) -> str:
-    """The end of a help text; empty for a field without a default, or whose text itself tells what None means."""
+    """The end of a help text; empty for a field without a default, or with its own text for None."""
     if f.default is MISSING or f.default is None or f.default == ():
         return ""
     if isinstance(f.default, bool):
@@ -379,7 +374,7 @@ def _default_of(f: Field) -> str:
 
 
 def _path_or_value(value: object) -> str:
-    """As text; paths in the project without its place on this machine."""
+    """The value as text; paths in the project are relative to it."""
     if isinstance(value, Path) and value.is_relative_to(PROJECT):
         return value.relative_to(PROJECT).as_posix()
     return str(value)
@@ -436,8 +431,8 @@ def from_flags(cls: type[T], given: Mapping[str, Any], **more: Any) -> T:
     """
     values = dict(more)
     for f in fields_of(cls):
-        if f.section:
-            values[f.name] = from_flags(f.section, given)
+        if f.sections:
+            values[f.name] = from_flags(f.sections[0], given)
         elif f.name in given:
             values[f.name] = tuple(given[f.name]) if f.many else given[f.name]
     return cls(**values)
@@ -447,7 +442,7 @@ def given_of(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags on the command line that belong to a dataclass, nested as in a YAML file."""
     found: dict[str, Any] = {}
     for f in fields_of(cls):
-        if f.section and f.about.flag:
+        if f.sections and f.about.flag:
             nested = {name: value for cls in f.sections for name, value in given_of(cls, given).items()}
             found |= {f.name: nested} if nested else {}
         elif f.about.flag and f.name in given:
@@ -463,9 +458,9 @@ def record(settings: Any, decides: str = RESULT) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields_of(type(settings)):
         value = getattr(settings, f.name)
-        if f.section and value is not None:
+        if f.sections and value is not None:
             found |= record(value, decides)
-        elif decides in f.about.decides and not f.section:
+        elif decides in f.about.decides and not f.sections:
             found[f.name] = plain(value)
     return found
 
@@ -486,7 +481,7 @@ def flat(settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields_of(type(settings)):
         value = getattr(settings, f.name)
-        found |= flat(value) if f.section and value is not None else {f.name: plain(value)}
+        found |= flat(value) if f.sections and value is not None else {f.name: plain(value)}
     return found
 
 

@@ -15,7 +15,7 @@ SAME_WISH = 1.0  # seconds in which further signals are ignored: a terminal and 
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end, as Ctrl-C does by KeyboardInterrupt."""
+    """A signal asked the process to end; like KeyboardInterrupt for Ctrl-C."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -42,7 +42,7 @@ def on_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -
         yield
     finally:
         for number, handler_before in before.items():
-            if signal.getsignal(number) is handler:  # else it was replaced for longer, see `ignore`
+            if signal.getsignal(number) is handler:  # otherwise `ignore` replaced it
                 signal.signal(number, handler_before)
 
 

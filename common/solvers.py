@@ -1,4 +1,4 @@
-"""The solvers by name. To add one, write a class as in diffusion.solvers, in a module of your own, and an entry here.
+"""The solvers by name. To add a solver, write a class as in diffusion.solvers, in a new module, and an entry here.
 
 No torch in here, so that --help stays quick; a module is imported when its solver is made.
 """

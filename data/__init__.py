@@ -1,4 +1,4 @@
-"""Datasets by name. To add one, write a module in this package and an entry in DATASETS.
+"""Datasets by name. To add a dataset, write a module in this package and an entry in DATASETS.
 
 No torch in here, so that reading options stays quick; a module is imported when its dataset is opened.
 """
@@ -24,7 +24,7 @@ class Entry:
     """The facts about a dataset that are needed before it is opened."""
 
     module: str
-    opener: str  # a class or function of the module; for its arguments see `open_source`
+    opener: str  # a class or function of the module; for its arguments see `open_dataset`
     crops: tuple[str, ...]  # the possible crops, the default first
     num_classes: int | None  # real classes, without "no class"; None: no classes, or any number
     fetch: str | None = None  # the files to download by hand if it is missing; None: there are none
@@ -85,45 +85,32 @@ def open_dataset(
     num_classes: int = -1,
     crop: str | None = None,
     download: bool = False,
+    packed: bool = True,
 ) -> ImageDataset:
     """The training images of a dataset, as (in_chans, img_size, img_size).
 
-    Uses a packed copy (see data.packing) if there is one that fits.
-
     data_path: the path of the dataset or of a packed dataset, `datasets/` for None; not needed for the digits.
     num_classes: the classes of the network; -1 for no labels. crop: a crop of the dataset, its default for None.
-    download: download the dataset first, if it is missing. Raises InputError if the dataset is missing or does not fit.
+    download: download the dataset first, if it is missing. packed: use a packed copy (see data.packing) if there is one
+    that fits. Raises InputError if the dataset is missing or does not fit.
     """
-    crop = crop_of(name, crop)
+    crop, entry = crop_of(name, crop), DATASETS[name]
     wanted: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, "crop": crop}
-    packed = importlib.import_module("data.packing.packed").find_packed(name, data_path, **wanted)
-    return open_source(name, data_path, **wanted, download=download) if packed is None else packed
-
-
-def open_source(
-    name: str,
-    data_path: Path | None,
-    *,
-    img_size: int,
-    in_chans: int,
-    num_classes: int = -1,
-    crop: str | None = None,
-    download: bool = False,
-) -> ImageDataset:
-    """Like `open_dataset`, but always from the distributed files, not from packed copies."""
-    crop = crop_of(name, crop)
-    entry = DATASETS[name]
+    dataset: ImageDataset | None = None
+    if packed:
+        dataset = importlib.import_module("data.packing.packed").find_packed(name, data_path, **wanted)
+    if dataset is not None:
+        return dataset
     if download and not entry.can_download:
         by_hand = f"get {entry.fetch}; put it under {data_path or DEFAULT_PATH}" if entry.fetch else "leave it out"
         raise InputError(f"--download: {name} cannot be downloaded; {by_hand}")
     module = importlib.import_module(entry.module)
     if download:
         module.download(data_path or DEFAULT_PATH)
-    opener = getattr(module, entry.opener)
-    dataset: ImageDataset = opener(data_path, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)
-    return dataset
+    opened: ImageDataset = getattr(module, entry.opener)(data_path, **wanted)
+    return opened
 
 
 def missing(name: str, root: Path) -> InputError:
     """The error for a dataset that is not under `root`, with the files to download and their place."""
-    return InputError(f"{name} is not under {root}: get {DATASETS[name].fetch} and put it there, or give --data_path")
+    return InputError(f"{name} is not in {root}: get {DATASETS[name].fetch} and put it there, or give --data_path")

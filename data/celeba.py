@@ -52,5 +52,5 @@ class CelebA(ImageFiles):
             number = {name: PurePosixPath(name).stem for name in source.names}
             names = [n for n in source.names if number[n].isdecimal() and int(number[n]) <= LAST_TRAINING_IMAGE]
         if not names:
-            raise InputError(f"{source.path}: no training images of CelebA in it (000001.jpg, ...)")
+            raise InputError(f"{source.path}: it contains no training images of CelebA (000001.jpg, ...)")
         return names

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.files import writable_folder
 from data import DEFAULT_PATH, missing
-from data.dataset import InMemoryDataset, check_labels
+from data.dataset import InMemoryDataset, check_labels, check_shape
 from data.files import FolderSource, ImageFiles
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -44,11 +44,7 @@ def open_cifar10(
 
     Also searches in cifar10/ and, for PNGs, in train/.
     """
-    if (img_size, in_chans) != (32, 3):
-        raise InputError(
-            f"the images of CIFAR-10 are 32 x 32 in colour: wanted img_size 32 and in_chans 3, got {img_size} and "
-            f"{in_chans}"
-        )
+    check_shape("the images of CIFAR-10", (32, 3), (img_size, in_chans))
     root = data_path or DEFAULT_PATH
     if root.is_file():
         return CIFAR10(root, num_classes)
@@ -76,17 +72,7 @@ class CIFAR10(InMemoryDataset):
         check_labels(int(self.labels.max()), num_classes, path)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.images.numpy().data)
-        digest.update(self.labels.numpy().data)
-        return {
-            "dataset": "cifar10",
-            "source": str(self.path.resolve()),
-            "files_sha256": digest.hexdigest(),
-            "images": len(self),
-            "img_size": 32,
-            "in_chans": 3,
-            "crop": "none",
-        }
+        return self.described("cifar10", self.path)
 
 
 class CIFAR10Pictures(ImageFiles):
@@ -97,11 +83,11 @@ class CIFAR10Pictures(ImageFiles):
         classes = [_CLASS_OF_FOLDER.get(name.split("/")[0]) for name in source.names]
         labels = [label for label in classes if label is not None]
         if not source.names:
-            raise InputError(f"{folder}: no images in it")
+            raise InputError(f"{folder}: it contains no images")
         if len(labels) < len(classes):
             if num_classes > 0 or labels:
                 raise InputError(
-                    f"{folder}: {source.names[classes.index(None)]} lies in no folder of a class "
+                    f"{folder}: {source.names[classes.index(None)]} is not in the folder of a class "
                     f"({', '.join(CLASSES)}, or 0 to 9)"
                 )
         else:
@@ -122,7 +108,9 @@ def download(root: Path) -> None:
         try:
             download_url(URL, folder, ARCHIVE, MD5[ARCHIVE])
         except (OSError, RuntimeError) as error:  # no network, no such page, or a wrong file
-            raise InputError(f"--download: {URL} failed ({error}); get it by hand and put it into {root}") from None
+            raise InputError(
+                f"--download: {URL} failed ({error}); download it by hand and put it into {root}"
+            ) from None
         shutil.move(Path(folder) / ARCHIVE, root / ARCHIVE)
 
 
@@ -130,7 +118,6 @@ def _read_archive(path: Path) -> Iterator[bytes]:
     """The training batches in the tar archive, read without extraction."""
     with path.open("rb") as file:
         _check(path, ARCHIVE, file)
-        file.seek(0)
         with tarfile.open(fileobj=file) as archive:
             for name in BATCHES:
                 member = archive.extractfile(f"{FOLDER}/{name}")
@@ -140,24 +127,24 @@ def _read_archive(path: Path) -> Iterator[bytes]:
 
 def _read_folder(path: Path) -> Iterator[bytes]:
     if lacking := [name for name in BATCHES if not (path / name).is_file()]:
-        raise InputError(f"{path}: no {', '.join(lacking)} in it; unpack {ARCHIVE} anew")
+        raise InputError(f"{path}: {', '.join(lacking)} missing; unpack {ARCHIVE} again")
     for name in BATCHES:
         with (path / name).open("rb") as file:
             _check(path / name, name, file)
-            file.seek(0)
             yield file.read()
 
 
 def _check(path: Path, name: str, file: BinaryIO) -> None:
-    """Raises InputError unless the file equals the distributed file of this name, by its MD5."""
+    """Raises InputError unless the file equals the distributed one of this name, by its MD5. Goes back to its start."""
     digest = hashlib.md5(usedforsecurity=False)
     while block := file.read(2**20):
         digest.update(block)
     if digest.hexdigest() != MD5[name]:
         raise InputError(
             f"{path}: its MD5 is {digest.hexdigest()}, that of the official {name} is {MD5[name]}; cut short, or "
-            f"another file? Get {URL} anew, or remove what is there and give --download"
+            f"another file? Download {URL} again, or remove the file and give --download"
         )
+    file.seek(0)
 
 
 def _parse(content: bytes) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import math
@@ -11,6 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -106,6 +108,21 @@ class InMemoryDataset(ImageDataset):
         chosen = torch.as_tensor(indices)
         return self.images[chosen], self.labels[chosen]
 
+    def described(self, dataset: str, source: Path) -> dict[str, Any]:
+        """`describe` for images that were read from files. source: their file or folder."""
+        digest = hashlib.sha256(self.images.numpy().data)
+        digest.update(self.labels.numpy().data)
+        _, channels, side, _ = self.images.shape
+        return {
+            "dataset": dataset,
+            "source": str(source.resolve()),
+            "files_sha256": digest.hexdigest(),
+            "images": len(self),
+            "img_size": side,
+            "in_chans": channels,
+            "crop": "none",
+        }
+
 
 class SeededBatches(Sampler[list[int]]):
     """Endless batches of indices from `start_step` on; each epoch is a new permutation.
@@ -157,7 +174,7 @@ def training_batches(
     per_message = _batches_per_message(dataset, wanted) if num_workers else 1
     loader = DataLoader(
         dataset,
-        batch_sampler=_Joined(SeededBatches(len(dataset), batch_size, seed, start_step, part), per_message),
+        batch_sampler=_joined(iter(SeededBatches(len(dataset), batch_size, seed, start_step, part)), per_message),
         collate_fn=_as_message,
         num_workers=num_workers,
         worker_init_fn=_obey_parent_alone,
@@ -184,10 +201,20 @@ def say_left_out(left_out: Mapping[str, str], source: object) -> None:
         log.warning("%s: %s", source, some_of(left_out))
 
 
+def check_shape(images: str, wanted: tuple[int, int], given: tuple[int, int]) -> None:
+    """Raises InputError unless the network takes images of this shape. wanted, given: img_size and in_chans."""
+    if given != wanted:
+        side, channels = wanted
+        raise InputError(
+            f"{images} are {side} x {side} {'in colour' if channels == 3 else 'and grey'}: wanted img_size {side} and "
+            f"in_chans {channels}, got {given[0]} and {given[1]}"
+        )
+
+
 def check_labels(highest: int, num_classes: int, source: object) -> None:
     """Raises InputError if labels 0..highest do not fit a network of num_classes."""
     if 0 < num_classes <= highest:
-        raise InputError(f"{source} has labels 0..{highest}, the network takes num_classes={num_classes}")
+        raise InputError(f"{source} has labels 0..{highest}, but the network has num_classes={num_classes}")
 
 
 # Messages from a worker to its parent. A message takes about a millisecond, more than a batch of small images without
@@ -203,16 +230,10 @@ def _batches_per_message(dataset: ImageDataset, batch_size: int) -> int:
     return max(1, min(MOST_BATCHES, MESSAGE_BYTES // (batch_size * dataset.row_bytes)))
 
 
-class _Joined(Sampler[list[int]]):
+def _joined(batches: Iterator[list[int]], count: int) -> Iterator[list[int]]:
     """Endless batches of indices, several joined into one."""
-
-    def __init__(self, batches: SeededBatches, count: int):
-        self.batches, self.count = batches, count
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batches = iter(self.batches)
-        while True:
-            yield list(itertools.chain.from_iterable(itertools.islice(batches, self.count)))
+    while True:
+        yield list(itertools.chain.from_iterable(itertools.islice(batches, count)))
 
 
 def _as_message(batch: Any) -> tuple[Tensor, np.ndarray]:

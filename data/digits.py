@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError
-from data.dataset import InMemoryDataset, check_labels
+from data.dataset import InMemoryDataset, check_labels, check_shape
 
 FILE = Path(__file__).with_name("digits.npz")
 
@@ -19,11 +19,8 @@ class Digits(InMemoryDataset):
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
         if data_path is not None:
-            raise InputError(f"--data_path {data_path}: the digits ship with the project; leave it out")
-        if (img_size, in_chans) != (8, 1):
-            raise InputError(
-                f"the digits are 8 x 8 and grey: wanted img_size 8 and in_chans 1, got {img_size} and {in_chans}"
-            )
+            raise InputError(f"--data_path {data_path}: the digits are part of the project; leave it out")
+        check_shape("the digits", (8, 1), (img_size, in_chans))
         with np.load(FILE, allow_pickle=False) as file:
             levels, labels = file["images"], file["labels"]
         # The source has 17 grey levels, 0..16.

@@ -9,7 +9,7 @@ import logging
 import os
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -68,9 +68,12 @@ def image_names(folder: Path) -> Iterator[str]:
                 yield prefix + name
 
 
-def _as_bytes(line: str) -> bytes:
-    """The text in UTF-8. Python stores bytes of names that are not UTF-8 as surrogates, which are kept."""
-    return line.encode("utf-8", "surrogatepass")
+def _hash_of(lines: Iterable[str]) -> str:
+    """The SHA-256 of lines in UTF-8. Python stores bytes of names that are not UTF-8 as surrogates, which are kept."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def _is_report(folder: Path) -> bool:
@@ -96,17 +99,11 @@ class FolderSource(Source):
         return (self.path / name).open("rb")
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        digest = hashlib.sha256()
-        for name in names:
-            about = (self.path / name).stat()
-            digest.update(_as_bytes(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n"))
-        return digest.hexdigest()
+        of_files = ((name, (self.path / name).stat()) for name in names)
+        return _hash_of(f"{name}\0{about.st_size}\0{about.st_mtime_ns}" for name, about in of_files)
 
     def contents(self, names: Sequence[str]) -> str:
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(_as_bytes(f"{name}\0{(self.path / name).stat().st_size}\n"))
-        return digest.hexdigest()
+        return _hash_of(f"{name}\0{(self.path / name).stat().st_size}" for name in names)
 
 
 class ZipSource(Source):
@@ -119,9 +116,13 @@ class ZipSource(Source):
         try:
             self.infos = {info.filename: info for info in self.archive.infolist()}
         except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-            raise InputError(f"{path}: not readable as a zip archive; cut short, or not one? ({error})") from None
+            raise InputError(
+                f"{path}: not readable as a zip archive; cut short, or another format? ({error})"
+            ) from None
         if outside := next(filter(lands_outside, self.infos), None):
-            raise InputError(f"{path}: holds {outside!r}, which would land outside its folder; get the archive anew")
+            raise InputError(
+                f"{path}: holds {outside!r}, which would be outside its folder; download the archive again"
+            )
         self.names = sorted(name for name in self.infos if PurePosixPath(name).suffix.lower() in SUFFIXES)
 
     @property
@@ -141,10 +142,7 @@ class ZipSource(Source):
             return io.BytesIO(self.archive.read(name))
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(_as_bytes(f"{name}\0{self.infos[name].CRC}\n"))
-        return digest.hexdigest()
+        return _hash_of(f"{name}\0{self.infos[name].CRC}" for name in names)
 
 
 class ImageFiles(ImageDataset):

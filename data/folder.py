@@ -18,7 +18,7 @@ class ImageFolder(ImageFiles):
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
         if data_path is None:
-            raise InputError("--dataset folder: say where with --data_path")
+            raise InputError("--dataset folder needs --data_path, the folder of images")
         if not data_path.is_dir():
             raise InputError(f"--data_path {data_path}: no such folder")
         source = FolderSource(data_path)
@@ -31,7 +31,7 @@ class ImageFolder(ImageFiles):
         if num_classes > 0:
             if loose := [name for name in names if "/" not in name]:
                 raise InputError(
-                    f"--data_path {data_path}: {loose[0]} lies in no sub-folder, so it has no class; "
+                    f"--data_path {data_path}: {loose[0]} is not in a sub-folder, so it has no class; "
                     "give every class a folder, or train without classes (--num_classes -1)"
                 )
             self.classes = sorted({name.split("/")[0] for name in names})

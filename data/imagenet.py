@@ -64,8 +64,8 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def label_of_name(name: str) -> int:
-    """The label 0..999 of an English name, whatever its capitals. Raises InputError, with names like it, for others."""
-    from torchvision.models import ResNet50_Weights  # of a class, which downloads nothing
+    """The label 0..999 of an English name, in any capitals. Raises InputError, with similar names, for others."""
+    from torchvision.models import ResNet50_Weights  # reads the names of the classes; nothing is downloaded
 
     def plain(text: str) -> str:
         return " ".join(text.replace("_", " ").lower().split())
@@ -78,7 +78,7 @@ def label_of_name(name: str) -> int:
     nearest = dict.fromkeys([*difflib.get_close_matches(wanted, known, n=3), *containing[:3]])
     raise InputError(
         f"--class_name {name!r:.60}: no class of ImageNet"
-        + (f"; did you mean {', '.join(nearest)}?" if nearest else ", nor like one")
+        + (f"; did you mean {', '.join(nearest)}?" if nearest else ", nor similar to one")
     )
 
 

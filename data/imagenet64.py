@@ -1,7 +1,7 @@
 """ImageNet at 64 x 64 pixels: the downsampled batches (Chrabaszcz et al. 2017), or the full images, resized.
 
-Both have the same labels here. The batches come with those of the devkit of ILSVRC, 1..1000, whose order is another
-than that of the sorted WordNet ids.
+Both have the same labels here. The labels in the batches are those of the devkit of ILSVRC, 1..1000, which has another
+order than the sorted WordNet ids.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from data import DEFAULT_PATH
-from data.dataset import ImageDataset, check_labels
+from data.dataset import ImageDataset, check_labels, check_shape
 from data.imagenet import SYNSETS, ImageNet, find_classes
 from data.rows import RowsFile, content_offset, read_header
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 MOST_IMAGES = 2**17  # in a batch; the real ones have 128,123
 DEVKIT = Path(__file__).with_name("imagenet_devkit_synsets.txt")  # line k is the id with the number k of the devkit
-NUMBERING = "sorted WordNet ids"  # of the labels; in descriptions, because earlier versions kept the devkit's
+NUMBERING = "sorted WordNet ids"  # of the labels; recorded, because earlier versions used the order of the devkit
 BATCHES = tuple(f"train_data_batch_{k}.npz" for k in range(1, 11))
 
 
@@ -38,11 +38,7 @@ def open_imagenet64(
     root = data_path or DEFAULT_PATH
     for folder in (root, root / "imagenet64"):
         if any((folder / name).is_file() for name in BATCHES):
-            if (img_size, in_chans) != (64, 3):
-                raise InputError(
-                    f"{folder}: the downsampled images are 64 x 64 in colour: wanted img_size 64 and in_chans 3, got "
-                    f"{img_size} and {in_chans}"
-                )
+            check_shape(f"{folder}: the downsampled images", (64, 3), (img_size, in_chans))
             return Downsampled(folder, num_classes, crop)
     folder = find_classes("imagenet64", root)
     return ImageNet("imagenet64", folder, img_size=img_size, in_chans=in_chans, num_classes=num_classes, crop=crop)
@@ -51,7 +47,7 @@ def open_imagenet64(
 class Downsampled(ImageDataset):
     """train_data_batch_1.npz .. _10.npz: `data` (N, 12288) uint8, channels first, and `labels` 1..1000 of the devkit.
 
-    The labels here are those of `ImageNet`: the place 0..999 among the sorted WordNet ids.
+    The labels here are those of `ImageNet`: the position 0..999 among the sorted WordNet ids.
 
     Uncompressed batches are read from disk row by row. Compressed batches are loaded at their first use and kept.
     """
@@ -61,10 +57,10 @@ class Downsampled(ImageDataset):
     def __init__(self, folder: Path, num_classes: int, crop: str):
         self.folder, self.crop = folder, crop
         if lacking := [name for name in BATCHES if not (folder / name).is_file()]:
-            raise InputError(f"{folder}: {', '.join(lacking)} not there; all of {BATCHES[0]} to _10.npz are needed")
+            raise InputError(f"{folder}: {', '.join(lacking)} missing; all of {BATCHES[0]} to _10.npz are needed")
         self.batches = [_Batch(folder / name) for name in BATCHES]
         if any(batch.stored is None for batch in self.batches):
-            log.warning("%s: compressed batches are held in memory; python pack.py avoids that", folder)
+            log.warning("%s: compressed batches stay in memory; pack the dataset with pack.py to avoid this", folder)
         self.starts = np.cumsum([0, *map(len, self.batches)])  # the number of each batch's first image, and the end
         self.labels = torch.from_numpy(label_of_number()[np.concatenate([batch.numbers for batch in self.batches])])
         check_labels(int(self.labels.max()), num_classes, folder)
@@ -103,7 +99,7 @@ class Downsampled(ImageDataset):
 
 
 def label_of_number() -> np.ndarray:
-    """(1001,) int64: the place among the sorted WordNet ids of each number 1..1000 of the devkit; 0 has no meaning."""
+    """(1001,) int64: for each number 1..1000 of the devkit, the position among the sorted WordNet ids; 0 is unused."""
     place = {synset: label for label, synset in enumerate(SYNSETS.read_text(encoding="ascii").split())}
     return np.array([-1, *(place[synset] for synset in DEVKIT.read_text(encoding="ascii").split())], dtype=np.int64)
 

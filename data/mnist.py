@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import tempfile
 import zlib
@@ -16,7 +15,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.files import writable_folder
 from data import DEFAULT_PATH, missing
-from data.dataset import InMemoryDataset, check_labels
+from data.dataset import InMemoryDataset, check_labels, check_shape
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"  # or these with .gz
 SIDE = 28
@@ -28,7 +27,7 @@ UNSIGNED_BYTES = b"\0\0\x08"  # the first bytes of an IDX file of 8 bits; the ne
 class MNIST(InMemoryDataset):
     """Images and labels of the training set, held in memory (47 MB).
 
-    The files lie in a folder of `folders` in data_path, or in data_path itself. Raises InputError for a missing or a
+    The files are in one of `folders` in data_path, or in data_path itself. Raises InputError for a missing or a
     wrong file.
     """
 
@@ -37,20 +36,14 @@ class MNIST(InMemoryDataset):
     random_flip = False  # a mirrored 3 is not a digit
 
     def __init__(self, data_path: Path | None, *, img_size: int, in_chans: int, num_classes: int, crop: str):
-        if (img_size, in_chans) != (SIDE, 1):
-            raise InputError(
-                f"the images of {self.name} are {SIDE} x {SIDE} and grey: wanted img_size {SIDE} and in_chans 1, got "
-                f"{img_size} and {in_chans}"
-            )
+        check_shape(f"the images of {self.name}", (SIDE, 1), (img_size, in_chans))
         root = data_path or DEFAULT_PATH
         folder = self.find(root)
         if folder is None:
             raise missing(self.name, root)
         self.folder = folder
-        self.images, self.labels = (
-            _read_idx(folder, IMAGES, (SIDE, SIDE))[:, None],
-            _read_idx(folder, LABELS, ()).long(),
-        )
+        self.images = _read_idx(folder, IMAGES, (SIDE, SIDE))[:, None]
+        self.labels = _read_idx(folder, LABELS, ()).long()
         if len(self.images) != len(self.labels):
             raise InputError(f"{folder}: {len(self.images):,} images, but {len(self.labels):,} labels")
         if self.labels.max() > 9:
@@ -59,7 +52,7 @@ class MNIST(InMemoryDataset):
 
     @classmethod
     def find(cls, root: Path) -> Path | None:
-        """The folder of the two files, `root` or one in it; None if they are in none.
+        """The folder of the two files, `root` or a folder in it; None if they are missing.
 
         All datasets of this format give their files the same names, so a folder named after the dataset comes first.
         """
@@ -89,17 +82,7 @@ class MNIST(InMemoryDataset):
                 (raw / name).replace(folder / name)
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.images.numpy().data)
-        digest.update(self.labels.numpy().data)
-        return {
-            "dataset": self.name,
-            "source": str(self.folder.resolve()),
-            "files_sha256": digest.hexdigest(),
-            "images": len(self),
-            "img_size": SIDE,
-            "in_chans": 1,
-            "crop": "none",
-        }
+        return self.described(self.name, self.folder)
 
 
 download = MNIST.download
@@ -113,7 +96,7 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     """uint8 (N, *shape) of an IDX file, gzipped or not.
 
     IDX: the type and the number of dimensions in four bytes, each size as a big-endian integer of four bytes, then the
-    values. No more is unpacked than the header announces, and N is bounded. Raises InputError for another file.
+    values. Unpacks at most as many values as the header announces. N is bounded. Raises InputError for other files.
     """
     path = _file(folder, name)
     assert path, "the folder was chosen because it has both files"
@@ -136,5 +119,7 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
         raise InputError(f"{path}: not readable, or cut short ({error})") from None
     if len(values) != length:
         found = "more" if len(values) > length else f"{len(values):,}"
-        raise InputError(f"{path}: its header announces {length:,} bytes of values, there are {found}; get it anew")
+        raise InputError(
+            f"{path}: its header announces {length:,} bytes of values, but there are {found}; download the file again"
+        )
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(count, *shape)

@@ -22,6 +22,16 @@ _READ_HEADER: dict[tuple[int, int], Callable[..., Any]] = {
 }
 
 
+def load_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
+    """The array of an .npy file. Raises InputError if it is missing, not an .npy file, or cut short."""
+    check_regular(path)
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        return array
+    except Exception as error:  # damaged bytes make numpy raise any error
+        raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
+
+
 class RowsFile:
     """An array in a file, of which only the requested rows are read into memory.
 
@@ -39,12 +49,8 @@ class RowsFile:
 
     @classmethod
     def of_npy(cls, path: Path) -> RowsFile:
-        """Open an .npy file. Raises InputError if it is missing, not an .npy file, or cut short."""
-        check_regular(path)
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # damaged bytes make numpy raise any error
-            raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
+        """Open an .npy file. Raises InputError if it is no array in C order, see `load_npy` too."""
+        array = load_npy(path, mapped=True)
         if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
             raise InputError(f"{path}: wanted an array in C order")
         return cls(path, array.offset, array.shape, array.dtype)
@@ -101,9 +107,9 @@ class RowsInZip:
                     self.shape, fortran, self.dtype = read_header(member)
                     self.header_bytes = member.tell()
         except KeyError:
-            raise InputError(f"{path}: no {name} in it") from None
+            raise InputError(f"{path}: it contains no {name}") from None
         except Exception as error:  # damaged bytes make zipfile and numpy raise any error
-            raise InputError(f"{path}: not readable as .npz; cut short, or not one? ({error!s:.120})") from None
+            raise InputError(f"{path}: not readable as .npz; cut short, or another format? ({error!s:.120})") from None
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         if self.dtype.hasobject or fortran or not self.shape or min(self.shape) < 0:
             raise InputError(f"{path}: {name} is {self.shape} {self.dtype}, wanted plain numbers in C order")

@@ -40,7 +40,7 @@ def check_open_files(num_workers: int, per_worker: int) -> None:
     if (possible := _can_open(wanted)) < wanted:
         fewer = max(0, (possible - SPARE_FILES) // per_worker)
         raise InputError(
-            f"--num_workers {num_workers} takes {wanted} more open files, and the limit{limit} leaves {possible}; "
+            f"--num_workers {num_workers} needs {wanted} more open files, but the limit{limit} leaves {possible}; "
             f"raise it, or give --num_workers {fewer}"
         )
 

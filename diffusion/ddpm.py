@@ -38,7 +38,7 @@ class NoiseSchedule:
             beta_start=beta_start,
             beta_end=beta_end,
         )
-        if beta_schedule == "continuous_vp":  # its alpha bar at the times 1 / T, 2 / T, ..., 1
+        if beta_schedule == "continuous_vp":  # alpha bar of the process at the times 1 / T, 2 / T, ..., 1
             time = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
             least, rise = self._beta_of_time()
             log_alpha_bar = -(least * time + rise * time**2 / 2)  # minus the integral of beta; Eq. 33
@@ -94,7 +94,7 @@ class NoiseSchedule:
         return before + (log_alpha_bar - float(table[before])) / float(table[after] - table[before])
 
     def _beta_of_time(self) -> tuple[float, float]:
-        """Of the continuous process: beta at time 0, and how much it rises until time 1."""
+        """For the continuous process: beta at time 0, and its rise until time 1."""
         config = self.config
         return config.num_timesteps * config.beta_start, config.num_timesteps * (config.beta_end - config.beta_start)
 
@@ -127,7 +127,7 @@ class NoiseSchedule:
 
 
 def time_input(diffusion_params: DiffusionConfig, alpha_bar: float) -> float:
-    """What a network is told where x_t has this alpha bar, in (0, 1]; continuous between timesteps.
+    """The time input of a network at an alpha bar in (0, 1] of x_t; continuous between timesteps.
 
     At the alpha bar of a timestep t it is what the network of `models.loading.build_network` makes of t, before
     `normalize_timesteps` divides it by 1000. Beyond the timesteps see `NoiseSchedule.timestep_at`.
@@ -166,7 +166,7 @@ def training_target(
 
 
 def to_x0(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str) -> Tensor:
-    """The clean image a model output stands for. DDPM, Eq. 4 solved for x0."""
+    """The clean image that a model output implies. DDPM, Eq. 4 solved for x0."""
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     if parametrization == "predict_original":
         return model_output
@@ -178,7 +178,7 @@ def to_x0(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, pa
 
 
 def to_eps(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str) -> Tensor:
-    """The noise a model output stands for, x_t being that of the variance-preserving process.
+    """The noise that a model output implies, x_t being that of the variance-preserving process.
 
     predict_noise: eps itself. predict_original: x0; DDPM, Eq. 4 solved for eps. predict_previous: the mean of x_{t-1};
     DDPM, Eq. 11. predict_v: sqrt(alpha bar) eps - sqrt(1 - alpha bar) x0; Salimans and Ho 2022, Appendix D.
@@ -202,7 +202,7 @@ def to_eps(schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, p
 def to_posterior_mean(
     schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: int, parametrization: str
 ) -> Tensor:
-    """The mean of x_{t-1} a model output stands for. DDPM, Eq. 7 and Eq. 11."""
+    """The mean of x_{t-1} that a model output implies. DDPM, Eq. 7 and Eq. 11."""
     check_choice("parametrization", parametrization, PARAMETRIZATIONS)
     if parametrization == "predict_previous":
         return model_output

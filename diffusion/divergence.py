@@ -1,4 +1,4 @@
-"""How far apart two samplers get that differ in their network: what a difference in eps weighs at each step.
+"""The divergence of two samplers with different networks: the weight of a difference in eps at each step.
 
 A step of every solver here moves x_t to x_s = a x_t + c eps + std z, linear in the noise eps that the network
 predicts. The factors are taken from the solver itself, so that they hold for any of them.
@@ -25,14 +25,14 @@ from diffusion.solvers import Solver
 
 
 class StepWeights(NamedTuple):
-    """Of each step, (S,) float64."""
+    """The weights of each step, (S,) float64."""
 
     shift: NDArray[np.float64]  # c: how far x_s moves with eps
-    std: NDArray[np.float64]  # of the noise that is added; 0 where the step is deterministic
+    std: NDArray[np.float64]  # standard deviation of the added noise; 0 for a deterministic step
 
     @property
     def random(self) -> NDArray[np.bool_]:
-        """(S,) bool. Of a random solver the last step is none: it adds no noise."""
+        """(S,) bool. The last step of a random solver adds no noise, so it is not random."""
         return self.std > 0
 
     @property

@@ -1,8 +1,8 @@
 """Values that change slowly over a stage: computed at every k-th step, and forecast at the steps between.
 
-Everything that saves calls within a stage does this with something: with what the middle blocks of a network add
-(see `generation.denoisers`), with the predicted noise itself (`held`), or with the difference between the predictions
-of two networks (`corrected`).
+The methods that save calls within a stage forecast different values: the residual of the middle blocks of a network
+(see `generation.denoisers`), the predicted noise itself (`held`), or the difference between the predictions of two
+networks (`corrected`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Forecast:
     """A tensor computed at every k-th step, and its forecast in between.
 
     Order 0 holds the last value. Order 1 follows the line through the last two, in t: a Taylor series with a
-    difference in place of the derivative, as in TaylorSeer (Liu et al. 2025, arXiv 2503.06923). Until there are two, it
-    holds the one.
+    difference instead of the derivative, as in TaylorSeer (Liu et al. 2025, arXiv 2503.06923). With only one
+    value it repeats that one.
 
     runs: falling timesteps, each run of which starts anew: nothing is carried over from the run before or from another
     batch. every: k; 1 computes at every step.

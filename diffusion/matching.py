@@ -1,4 +1,4 @@
-"""Networks of unlike noise schedules and outputs in one run: each is met where its own process has the same noise.
+"""Networks with different noise schedules and outputs in one run: each is called at the same noise level.
 
 A stage is matched by its noise level, not by t. Where the sampler's variance-preserving process has some alpha bar, a
 network is told the time at which its own process has that, see `own_timesteps`, and its output is read as eps, see
@@ -17,7 +17,7 @@ from diffusion.sampling import Denoiser
 
 
 def own_timesteps(own: DiffusionConfig, schedule: NoiseSchedule, timesteps: Sequence[int]) -> dict[int, float]:
-    """Of each of the sampler's timesteps the network's own, between the integers too, with the same alpha bar."""
+    """For each timestep of the sampler, the network's own with the same alpha bar, also between the integers."""
     if own.schedule == schedule.config.schedule:
         return {t: t for t in timesteps}
     process = NoiseSchedule(**own.schedule)

@@ -63,13 +63,13 @@ def guided(denoiser: Denoiser, scale: float, no_class: int, guides: Callable[[in
 
 
 class NotFinite(InputError):
-    """Sampling left the finite numbers."""
+    """Sampling produced numbers that are not finite."""
 
 
 class FiniteWatch:
-    """Finds the first t at which numbers are not finite any more. Such a number stays, and becomes a black pixel.
+    """Finds the first t with numbers that are not finite. Such a number would end as a black pixel.
 
-    To know at once the host would have to wait for the accelerator at each step. It asks after many of them instead.
+    A check at each step would make the host wait for the accelerator, so it checks many steps at once.
     """
 
     EVERY = 100  # calls
@@ -88,8 +88,8 @@ class FiniteWatch:
         spoiled = torch.stack([mark for _, mark in self.marks]).isnan().tolist() if self.marks else []
         if True in spoiled:
             raise NotFinite(
-                f"not finite from t = {self.marks[spoiled.index(True)][0]} on; try --precision fp32, or a --solver "
-                "and --steps that are known to do"
+                f"not finite from t = {self.marks[spoiled.index(True)][0]} on; try --precision fp32, or another "
+                "--solver or --steps"
             )
         self.marks.clear()
 
@@ -150,6 +150,6 @@ def sample(
                     on_step(t, x_t)
                 output = stage.denoiser(x_t, t, y)
                 x_t = solver.step(output, x_t, t, s, lambda: noise(*image_shape))
-                watch(t, output if solver.clip_x0 else x_t)  # clipping makes an infinite number look well
+                watch(t, output if solver.clip_x0 else x_t)  # clipping hides an infinite number
     watch.settle()
     return x_t

@@ -27,7 +27,7 @@ def process_of(about: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise InputError(f"{where}: prediction_type {shown(prediction)}: wanted one of {', '.join(PREDICTIONS)}")
     if about.get("rescale_betas_zero_snr"):
-        raise InputError(f"{where}: rescale_betas_zero_snr leads to a noise schedule that is not known here")
+        raise InputError(f"{where}: rescale_betas_zero_snr gives a noise schedule that is not supported")
     betas, schedule = about.get("trained_betas"), about.get("beta_schedule")
     if betas is not None:
         diffusion = named_schedule(betas, f"{where}: trained_betas")
@@ -57,9 +57,9 @@ def named_schedule(betas: Sequence[float], where: str) -> dict[str, Any]:
             table = NoiseSchedule(**schedule).betas
         except InputError:
             continue
-        if torch.allclose(table, given, rtol=1e-5, atol=1e-9):  # given in 32 bits
+        if torch.allclose(table, given, rtol=1e-5, atol=1e-9):  # the given betas have 32 bits
             return schedule
-    raise InputError(f"{where} follow no noise schedule that is known here")
+    raise InputError(f"{where} fit no supported noise schedule")
 
 
 def _like(betas: torch.Tensor) -> Iterator[dict[str, Any]]:

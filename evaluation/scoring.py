@@ -41,7 +41,7 @@ def score(
     Raises InputError if there are too few images for a metric.
     """
     chosen = set(metrics)
-    features = logits = real_features = None  # on process 0, as far as the metrics need them
+    features = logits = real_features = None  # on process 0, if the metrics need them
     for metric in metrics:
         check_enough(metric, len(samples.images), reference.about.get("n_reference"))
     if chosen == {"fid"}:  # needs no features in memory
@@ -72,7 +72,7 @@ def score(
         if "prc" in metrics:
             scores |= precision_recall(features, real_features)
     if wrong := [name for name, value in scores.items() if not math.isfinite(value)]:
-        raise InputError(f"{wrong[0]} is not finite: the feature extractor gives numbers that are too large for it")
+        raise InputError(f"{wrong[0]} is not finite: the features are too large for this score")
     return scores
 
 

@@ -28,7 +28,7 @@ def metrics(text: str) -> tuple[str, ...]:
 class ReferenceSettings(Checked):
     """The real images."""
 
-    dataset: str | None = option(None, "dataset to score against, with its whole training set", choices=tuple(DATASETS))
+    dataset: str | None = option(None, "dataset whose whole training set is the reference", choices=tuple(DATASETS))
     data_path: Path | None = option(None, "path of the dataset (default: datasets/)", exists="path")
     crop: str | None = option(None, "crop of the dataset (default: the crop of the samples' network)", choices=CROPS)
     download: bool = option(False, "download the dataset first, if it is missing")
@@ -39,7 +39,7 @@ class ReferenceSettings(Checked):
     )
     n_reference: int | None = option(
         None,
-        "number of real images, evenly spaced, of which broken ones are skipped (default: all)",
+        "number of real images, evenly spaced; broken ones are skipped (default: all)",
         least=2,
         most=10_000_000,
     )
@@ -48,7 +48,7 @@ class ReferenceSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset and self.reference:
-            raise InputError("--dataset and --reference are two sets of real images; give one of them")
+            raise InputError("--dataset and --reference both choose the real images; give one of them")
         for name in ("data_path", "crop", "download"):
             if getattr(self, name) and not self.dataset:
                 raise InputError(f"--{name} needs --dataset")
@@ -61,8 +61,8 @@ class ScoringSettings(Checked):
     """Settings of fid.py."""
 
     samples_path: Path = option(
-        help="folder of images from sampler.py, whose scores go to the report/ in it; or an .npz with arr_0, uint8 "
-        "(N, H, W, 3), whose scores go to <name>_report/ beside it",
+        help="folder of images from sampler.py (the scores go to its report/), or an .npz with arr_0, uint8 (N, H, W, "
+        "3) (the scores go to <name>_report/ in the same folder)",
         exists="path",
     )
     real: ReferenceSettings = section("real images", ReferenceSettings())
@@ -76,7 +76,7 @@ class ScoringSettings(Checked):
     )
     feature_extractor_weights: Path | None = option(
         None,
-        "weights of inception or efficientnet-lite0 (default: downloaded once, and those of the installed package)",
+        "weights of inception (default: downloaded once) or efficientnet-lite0 (default: of the installed package)",
         exists="file",
     )
     save_stats: Path | None = option(None, "write mu and sigma of the samples to this .npz, which --reference reads")
@@ -108,11 +108,9 @@ class PairSettings(Checked):
     """Settings of compare.py about images of the same noise."""
 
     pair_with: str | None = option(
-        None, "label to whose images those of the other runs are compared (default: the first label)"
+        None, "label whose images the other runs are compared with (default: the first label)"
     )
-    n_pairs: int = option(
-        1000, "images of each run to compare, those with the smallest indices", least=1, most=10_000_000
-    )
+    n_pairs: int = option(1000, "number of images of each run to compare, from index 0 on", least=1, most=10_000_000)
     feature_extractor: str | None = option(
         None, "also measure a distance in the features of this extractor (see fid.py)"
     )
@@ -139,4 +137,4 @@ def default_cache() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duodiff"
     except RuntimeError:  # HOME is not set, and the user has no entry that names one
-        raise InputError("there is no home folder to keep the statistics of the dataset in; give --cache_dir") from None
+        raise InputError("there is no home folder for the statistics of the dataset; give --cache_dir") from None

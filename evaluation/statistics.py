@@ -17,17 +17,17 @@ from common.distributed import gather
 from common.errors import InputError
 from common.files import read_arrays, replacing
 
-ROUNDING = 1e-4  # of covariances that others computed, to the largest eigenvalue; in float32 it comes to 1e-5
+ROUNDING = 1e-4  # of covariances from other programs, relative to the largest eigenvalue; float32 gives 1e-5
 
 
 class Statistics(NamedTuple):
     mu: NDArray[np.float64]  # (D,) float64
     sigma: NDArray[np.float64]  # (D, D) float64
-    n: int | None  # images behind them, where known
+    n: int | None  # number of images, if known
 
 
 class RunningStatistics:
-    """Mean and covariance of features that come batch by batch, summed in float64."""
+    """Mean and covariance of batches of features, summed in float64."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -46,7 +46,7 @@ class RunningStatistics:
         self._outer += features.T @ features
 
     def include(self, other: RunningStatistics) -> None:
-        """Take in the images of another, whose sums are about a shift of its own."""
+        """Add the images of another instance, whose sums use another shift."""
         if self.n == 0:
             self.__dict__.update(other.__dict__)
         elif other.n:
@@ -75,7 +75,7 @@ def sums_of(features: Iterable[Tensor]) -> RunningStatistics:
 
 
 def statistics_of(features: Iterable[Tensor]) -> Statistics | None:
-    """Of the features that all processes have, on process 0; None on the others. features: this process's share."""
+    """The statistics of all features on process 0; None on the others. features: the share of this process."""
     parts = gather(sums_of(features))
     if parts is None:
         return None
@@ -101,7 +101,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def save_statistics(path: Path, statistics: Statistics, left_out: Mapping[str, str] | None = None) -> None:
-    """left_out: broken images that are not among those behind the statistics, by name, and why; see `load_left_out`."""
+    """left_out: the reasons by name of broken images that the statistics do not include; see `load_left_out`."""
     arrays: dict[str, Any] = {"mu": statistics.mu, "sigma": statistics.sigma, "n": np.asarray(statistics.n or 0)}
     if left_out is not None:
         arrays["left_out"] = np.asarray(json.dumps(dict(left_out)))
@@ -110,37 +110,39 @@ def save_statistics(path: Path, statistics: Statistics, left_out: Mapping[str, s
 
 
 def load_left_out(path: Path) -> dict[str, str]:
-    """Raises InputError where `save_statistics` was not told."""
+    """The reasons by name of broken images. Raises InputError if the file has none."""
     try:
         left_out: dict[str, str] = json.loads(str(read_arrays(path, ["left_out"])["left_out"]))
         if not all(isinstance(why, str) for why in left_out.values()):
-            raise ValueError("reasons that are no text")
+            raise ValueError("a reason is not a text")
     except (KeyError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: it does not say what was left out ({error!s:.120})") from None
+        raise InputError(f"{path}: it does not list the images that were left out ({error!s:.120})") from None
     return left_out
 
 
 def load_statistics(path: Path) -> Statistics:
     """An .npz with mu (D,) and sigma (D, D), ours or a published one; other arrays in it are not read.
 
-    Raises InputError for anything else, and where sigma is no covariance: not symmetric, or with negative
-    eigenvalues beyond what rounding to float32 makes of zeros.
+    Raises InputError for other files, and if sigma is not a covariance: not symmetric, or with eigenvalues further
+    below 0 than rounding to float32 explains.
     """
     arrays = read_arrays(path, ("mu", "sigma", "n"))
     try:
         if any(arrays[name].dtype.kind not in "fiu" for name in ("mu", "sigma")):
-            raise ValueError("they are no real numbers")
+            raise ValueError("they are not real numbers")
         mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
         n = int(arrays["n"]) or None if "n" in arrays else None
     except (KeyError, ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"{path}: no statistics with mu and sigma ({error!s:.120})") from None
+        raise InputError(f"{path}: no usable mu and sigma ({error!s:.120})") from None
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics, wanted (D,), (D, D)")
+        raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit, wanted (D,), (D, D)")
     if not (len(mu) and np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path}: mu and sigma are empty or not finite")
     if np.abs(sigma - sigma.T).max() > ROUNDING * np.abs(sigma).max():
-        raise InputError(f"{path}: sigma is not symmetric, so it is no covariance")
+        raise InputError(f"{path}: sigma is not symmetric, so it is not a covariance")
     values = scipy.linalg.eigvalsh(sigma)
     if values[0] < -ROUNDING * np.abs(values).max():
-        raise InputError(f"{path}: sigma has the eigenvalue {values[0]:.3g}, so it is no covariance: none is below 0")
+        raise InputError(
+            f"{path}: sigma has the eigenvalue {values[0]:.3g}, but no eigenvalue of a covariance is below 0"
+        )
     return Statistics(mu, sigma, n)

@@ -1,4 +1,4 @@
-"""Strips for the web page of compare.py: what ran at which t, read from the reports of the runs."""
+"""Strips for the web page of compare.py: the networks of a run over its timesteps, read from the reports."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Stage(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """What a run did, from its noisiest timestep to its image."""
+    """The stages of a run, from its noisiest timestep to its image."""
 
     stages: list[Stage]
-    about: str  # the solver, and what the report says about the calls
-    timesteps: NDArray[np.int64] | None  # (S,), falling; of early exit alone
+    about: str  # the solver, and notes on the calls from the report
+    timesteps: NDArray[np.int64] | None  # (S,), falling; only for early exit
     depths: NDArray[np.float64] | None  # (S,) in 0..1: the mean exit layer at each, as a part of all layers
 
 
@@ -46,7 +46,7 @@ def read_strip(run: Run) -> Strip:
         stages = _stages(statistics)
         about = _about(statistics)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: not as sampler.py writes it ({error})") from None
+        raise InputError(f"{path}: not in the format of sampler.py ({error})") from None
     return Strip(stages, about, *(_exits(exits) if exits.exists() else (None, None)))
 
 
@@ -90,7 +90,7 @@ def _exits(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
             raise ValueError(f"{timesteps.shape}, {layers.shape} and {steps} timesteps")
         return timesteps, layers / depth
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: not as eesampler.py writes it ({error})") from None
+        raise InputError(f"{path}: not in the format of eesampler.py ({error})") from None
 
 
 def colour(number: int) -> str:
@@ -109,7 +109,7 @@ def what_ran(labels: Sequence[str], strips: Sequence[Strip]) -> str:
     names: dict[str, str] = {}  # of networks, by their files
     works: dict[str, float] = {}
     for stage in stages:
-        if names.get(stage.network, "backbone") == "backbone":  # as a network alone is called
+        if names.get(stage.network, "backbone") == "backbone":  # the name of a network that runs alone
             names[stage.network] = stage.name
         works[stage.network] = max(works.get(stage.network, 0.0), stage.flops)
     colours = {network: f"var(--net-{i % NETWORK_COLOURS})" for i, network in enumerate(names)}

@@ -32,7 +32,7 @@
       tile.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && flip(tile, !all));
       tile.addEventListener("pointerleave", () => flip(tile, all));
       tile.addEventListener("click", () => {
-        flip(tile, all); // the mouse is above it, and does not leave it
+        flip(tile, all); // the mouse stays above the tile
         open(card, Number(tile.dataset.run));
       });
     }

@@ -1,4 +1,4 @@
-"""The web page of compare.py: one file that needs no other, with the table, the plot, and the samples side by side."""
+"""The web page of compare.py: one file with the table, the plot, and the samples side by side."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
     seed: int
     place: int  # among the sorted files of a run
     name: str
-    psnr: dict[int, float]  # to the image of the run that the others are compared with, by the number of the label
+    psnr: dict[int, float]  # by the number of the label; to the image of the label that the others are compared with
     rank: int | None  # 1: the most different of all; None without pairs
 
 
@@ -55,7 +55,7 @@ def write_page(
 ) -> None:
     """Write the page.
 
-    strips: of each label. notes: lines about conditions. pair_with: label to whose images those of the others are
+    strips: of each label. notes: lines about conditions. pair_with: label whose images replace the others when
     flipped. most_samples: fewer are shown if their images would exceed MOST_BYTES. Raises InputError if samples are
     gone.
     """
@@ -103,7 +103,7 @@ def title_of(labels: Sequence[str]) -> str:
 
 
 def about_scores(run: Run, summaries: Sequence[Summary]) -> str:
-    """What the scores are of."""
+    """The samples, the reference and the features of the scores, as text."""
     basis, seeds = run.basis, sorted({seed for summary in summaries for seed in summary.seeds})
     reference, features = basis["reference"], basis["feature_extractor"]
     if isinstance(reference, Mapping):

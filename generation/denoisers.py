@@ -1,4 +1,4 @@
-"""From the planned stages and their loaded networks to the denoisers that run, and their calls."""
+"""Make the denoisers of a run from the planned stages and the loaded networks, and count their calls."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Call(NamedTuple):
 
     network: int  # index in Plan.files
     passes: int  # 2 with guidance, which runs each image with its class and without
-    outer: int | None = None  # only so many blocks on each side of the middle run
-    exit_layer: int | None = None  # only so many blocks run, and an exit head
+    outer: int | None = None  # number of blocks that run on each side of the middle; None: all run
+    exit_layer: int | None = None  # number of blocks that run before an exit head; None: all run
 
 
 def make_stages(
@@ -72,7 +72,7 @@ def make_stages(
 
 @contextmanager
 def together(sessions: Sequence[Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
-    """A context of several."""
+    """One context that enters several."""
     with ExitStack() as stack:
         for session in sessions:
             stack.enter_context(session())
@@ -86,7 +86,7 @@ def stage_denoiser(
     running: Sequence[BackboneDenoiser],
     solver: Solver,
 ) -> Denoiser:
-    """The denoiser of a stage at its timesteps, with guidance, with the output that the solver reads."""
+    """The denoiser of a stage: guided, and with the kind of output that the solver takes."""
     saving, own = planned.saving, running[planned.network]
 
     def of_network(k: int, denoiser: Denoiser) -> Denoiser:
@@ -109,7 +109,7 @@ def stage_denoiser(
 
 
 def forecast_of(kind: str, planned: PlannedStage, timesteps: Sequence[int]) -> Forecast:
-    """The forecast of a stage, which says what it computes when. kind: "correct", "reuse" or "hold"."""
+    """The forecast of a stage, which decides the steps of computation. kind: "correct", "reuse" or "hold"."""
     # The residuals of a network have the size of its batch, which changes where guidance begins or ends.
     alike = [list(run) for _, run in itertools.groupby(timesteps, planned.guides)] if kind == "reuse" else [timesteps]
     every, order = (getattr(planned.saving, f"{kind}_{name}") for name in ("every", "order"))
@@ -137,7 +137,7 @@ def reusing(around: Around, residual: Forecast) -> Denoiser:
 
 
 def reuses(planned: PlannedStage, networks: Sequence[Network[Runnable]]) -> bool:
-    """Whether the network of a stage is to reuse its middle, and has one."""
+    """Whether a stage reuses the middle of its network, and the network has a middle."""
     outer, network = planned.saving.reuse_outer, networks[planned.network].module
     return outer is not None and isinstance(network, Backbone) and bool(network.middle(outer))
 

@@ -104,10 +104,10 @@ def samples_in(folder: Path) -> list[Path]:
     files = _listed(folder)
     samples = [path for path in files if SAMPLE_NAME.fullmatch(path.name)]
     if others := [path for path in files if path not in set(samples) and path.name != "report"]:
-        raise InputError(f"{folder} holds {others[0].name}, which is no sample; choose a folder of its own")
+        raise InputError(f"{folder} holds {others[0].name}, which is not a sample; choose an empty folder")
     report = folder / "report"
     if foreign := sorted(path.name for path in _listed(report) if path.name not in REPORT_NAMES):
-        raise InputError(f"{report} holds {foreign[0]}, which no sampling run wrote; choose another folder")
+        raise InputError(f"{report} holds {foreign[0]}, which is not from a sampling run; choose another folder")
     return samples
 
 
@@ -126,7 +126,7 @@ def recorded_fingerprint(folder: Path) -> Any:
     path = folder / "report" / "run.json"
     if not path.exists():
         raise InputError(
-            f"{folder} holds {len(samples_in(folder))} samples already, but no report/run.json, which tells the run; "
+            f"{folder} holds {len(samples_in(folder))} samples already, but no report/run.json with their settings; "
             f"{ADVICE}"
         )
     return read_json(path)
@@ -153,9 +153,9 @@ class SampleFolder:
         self.folder, self.n_samples, self.quiet = settings.output_folder, settings.n_samples, settings.machine.quiet
         self.report, self.batches = self.folder / "report", self.folder / "report" / "batches"
         self.frames: Sequence[int] = settings.timesteps_save
-        self.num_timesteps = 1  # of the run, see `making`
+        self.num_timesteps = 1  # number of steps of the run, see `making`
         self.fingerprint, self.conditions = json.loads(json.dumps(fingerprint)), dict(conditions)
-        self.goes_on = False  # continues a run with existing samples
+        self.goes_on = False  # whether the run continues with existing samples
         self.kept: list[Batch] = []
         self.to_do: list[range] = []  # batches of all processes
 
@@ -344,7 +344,9 @@ class BatchUnderWay:
         with decoding:
             decoded = self.decode(x0)
             if not decoded.isfinite().all():
-                raise InputError(f"{self.name}: the autoencoder's images are not finite; is it that of these latents?")
+                raise InputError(
+                    f"{self.name}: the autoencoder's images are not finite; does it belong to these latents?"
+                )
             images = to_uint8(decoded)
         with saving:
             rows = [(images, folder.paths(indices))]
@@ -376,9 +378,9 @@ def going_on_later() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         if is_main():
-            print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from here", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: stopped; give the same command again to continue", file=sys.stderr)
         raise SystemExit(status_of(interrupt)) from None
     except WriteError as error:
         raise InputError(
-            f"{error}; the samples before it are whole: {error.remedy}, then the same command goes on from here"
+            f"{error}; the earlier samples are complete: {error.remedy}, then give the same command again"
         ) from None

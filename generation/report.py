@@ -56,14 +56,14 @@ def write_report(
     kept = sum(len(batch.indices) for batch in folder.kept)
     spent = duration(timing["images_timed"] / timing["images_per_second"])
     return (
-        f"{folder.n_samples:,} images{f', {kept:,} of them there already' if kept else ''} "
+        f"{folder.n_samples:,} images{f', {kept:,} of them from before' if kept else ''} "
         f"({timing['images_timed']:,} in {spent}, {images_per_second(timing['images_per_second'])} on "
         f"{timing['device']}{f', peak memory {in_units(memory)}' if memory else ''}) -> {folder.folder}"
     )
 
 
 def table_of_work(work: Sequence[Mapping[str, Any]]) -> str:
-    """What each network did, as text. work: its name, timesteps, calls and FLOPs per image."""
+    """The work of each network as a table. work: its name, timesteps, calls and FLOPs per image."""
     whole = sum(network["flops_per_image"] for network in work)
     rows = [
         (

@@ -38,7 +38,7 @@ def solver_of(settings: SolverSettings, configs: Sequence[Config], as_noise: boo
 
     configs: of the networks. The noise schedule is that of the last network, unless the settings name another. Networks
     with one schedule and output keep their own, unless as_noise is set; any others become predictors of noise, see
-    `denoiser_of`.
+    `readable`.
     """
     if settings.clip_x0 and any(config.autoencoder for config in configs):
         raise InputError("--clip_x0 is for pixels; latents reach beyond [-1, 1]")
@@ -58,44 +58,28 @@ def solver_of(settings: SolverSettings, configs: Sequence[Config], as_noise: boo
 
 
 def shared_config(configs: Sequence[Config]) -> Config:
-    """The description of the last network; if it does not name an autoencoder, with that of the nearest before it."""
+    """The description of the last network, with the last autoencoder that one of the networks names."""
     named = [each.autoencoder for each in configs if each.autoencoder and each.autoencoder.checkpoint_path]
     return replace(configs[-1], autoencoder=named[-1]) if named else configs[-1]
-
-
-def denoiser_of(denoiser: Denoiser, config: Config, solver: Solver) -> Denoiser:
-    """The denoiser with the output that the solver reads. Raises InputError for one that cannot be read so.
-
-    config: of its network.
-    """
-    if config.parametrization == solver.parametrization:
-        return denoiser
-    if config.parametrization == "predict_previous":
-        raise InputError(
-            "a network that predicts x_{t-1} (predict_previous) knows the steps of its own noise schedule alone, and "
-            "cannot be held or corrected; leave --sampling_schedule, hold_every and correct_every out"
-        )
-    toward_data = config.diffusion_params.toward_data
-    return predicting_noise(denoiser, solver.schedule, config.parametrization, toward_data)
 
 
 def settled_steps(settings: Settings, timesteps: Sequence[int]) -> Settings:
     """The settings with the number of steps filled in. Raises InputError for frames at timesteps outside the run."""
     if unmet := sorted(set(settings.timesteps_save) - set(timesteps)):
-        raise InputError(f"--timesteps_save {unmet[0]}: this run visits no such t; it has {len(timesteps)}")
+        raise InputError(f"--timesteps_save {unmet[0]}: not one of the {len(timesteps)} timesteps of this run")
     return replace(settings, solver=replace(settings.solver, steps=len(timesteps)))
 
 
 def with_named_classes(settings: Settings, config: Config) -> Settings:
     """The settings with numbers for the names of --class_name.
 
-    config: of the network. Raises InputError for one that has no classes of ImageNet, and for names that are none.
+    config: of the network. Raises InputError for a network without the classes of ImageNet, and for unknown names.
     """
     if not settings.class_name:
         return settings
     if len(config.classes) != IMAGENET_CLASSES or not (config.dataset or "imagenet").startswith("imagenet"):
         raise InputError(
-            f"--class_name {settings.class_name[0]}: names the {IMAGENET_CLASSES} classes of ImageNet, and the network "
+            f"--class_name {settings.class_name[0]}: a class of the {IMAGENET_CLASSES} of ImageNet, but the network "
             f"has {len(config.classes)}{f' of {config.dataset}' if config.dataset else ''}; give --class_id"
         )
     return replace(settings, class_id=tuple(map(label_of_name, settings.class_name)), class_name=())
@@ -112,34 +96,13 @@ def labels_of(settings: RunSettings, config: Config, device: torch.device) -> La
     if not classes:
         raise InputError(f"--class_id {asked[0]}: the network is unconditional; leave it out")
     if wrong := [class_id for class_id in asked if class_id not in classes]:
-        raise InputError(f"--class_id {wrong[0]}: the network knows classes 0..{classes[-1]}")
+        raise InputError(f"--class_id {wrong[0]}: the network has the classes 0..{classes[-1]}")
     return lambda indices: torch.tensor([asked[i % len(asked)] for i in indices], device=device)
 
 
 def noise_of(seed: int, indices: Sequence[int], device: torch.device) -> SeededNoise:
     """The noise source of these samples: called with (C, H, W), it returns (B, C, H, W)."""
     return SeededNoise([nth_seed(seed, "samples", i) for i in indices], device)
-
-
-def guide(
-    config: Config,
-    denoiser: Denoiser,
-    scale: float,
-    option: str = "--guidance_scale",
-    guides: Callable[[int], bool] = lambda t: True,
-) -> Denoiser:
-    """The denoiser with classifier-free guidance at each t for which `guides` is true; unchanged for a scale of 0.
-
-    option: the flag to name in the InputError for a network without a "no class".
-    """
-    if scale == 0:
-        return denoiser
-    if config.no_class is None:
-        raise InputError(
-            f'{option} {scale:g}: the network has no class that stands for "no class" '
-            f"(num_classes={config.model_params.num_classes}, {len(config.classes)} of them real); leave it out"
-        )
-    return guided(denoiser, scale, config.no_class, guides)
 
 
 def readable(
@@ -150,8 +113,27 @@ def readable(
     option: str = "--guidance_scale",
     guides: Callable[[int], bool] = lambda t: True,
 ) -> Denoiser:
-    """The denoiser of a network with the output that the solver reads, guided. See `denoiser_of` and `guide`."""
-    return guide(config, denoiser_of(denoiser, config, solver), scale, option, guides)
+    """The denoiser of a network with guidance and the kind of output that the solver takes.
+
+    config: of the network. scale: 0 turns guidance off. guides: whether there is guidance at t. Raises InputError for
+    an output that cannot be converted, and for guidance of a network without a "no class", with the flag `option`.
+    """
+    if config.parametrization != solver.parametrization:
+        if config.parametrization == "predict_previous":
+            raise InputError(
+                "a network that predicts x_{t-1} (predict_previous) works only with the steps of its own noise "
+                "schedule, and cannot be held or corrected; leave out --sampling_schedule, hold_every and correct_every"
+            )
+        toward_data = config.diffusion_params.toward_data
+        denoiser = predicting_noise(denoiser, solver.schedule, config.parametrization, toward_data)
+    if scale == 0:
+        return denoiser
+    if config.no_class is None:
+        raise InputError(
+            f'{option} {scale:g}: the network has no "no class" '
+            f"(num_classes={config.model_params.num_classes}, {len(config.classes)} of them real); leave it out"
+        )
+    return guided(denoiser, scale, config.no_class, guides)
 
 
 @torch.inference_mode()
@@ -168,7 +150,7 @@ def warm_up(
     """Run the network of each stage once, so that the timing does not include the first calls.
 
     batches: the batches of this process; the warm-up has the size of the first. image_shape: (C, H, W). saving: a
-    stage may have steps of two kinds, see `diffusion.forecast`.
+    stage may forecast some of its steps, see `diffusion.forecast`.
     """
     if not batches:
         return

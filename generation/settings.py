@@ -14,11 +14,10 @@ from common.settings import CONDITIONS, Checked, fields_of, option, section
 from data import CROPS, DATASETS
 
 MOST_SAMPLES = 10_000_000
-of_network, of_samples, of_stages, of_work = (
-    partial(option, group=name) for name in ("networks", "samples", "stages", "less work")
-)
-AS_STAGES = "recorded as the stages that follow from it"
-AS_NETWORKS = "recorded with the networks, by their SHA-256"
+of_network, of_samples, of_work = (partial(option, group=name) for name in ("networks", "samples", "less work"))
+as_networks = partial(of_network, decides=(), why="recorded with the networks, by their SHA-256")
+as_stages = partial(option, decides=(), why="recorded as the stages that follow from it")
+of_stages, of_guidance = (partial(as_stages, group=name) for name in ("stages", "samples"))
 
 
 def with_autoencoder(described: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
@@ -36,38 +35,27 @@ def check_there(name: str, path: Path | None) -> None:
 class RunSettings(Checked):
     """Settings of both sampling scripts."""
 
-    checkpoint_path: Path | None = of_network(
-        None,
-        "weights of the network: a .pth or .safetensors file, or a folder of export.py or of diffusers",
-        decides=(),
-        why=AS_NETWORKS,
+    checkpoint_path: Path | None = as_networks(
+        None, "weights of the network: a .pth or .safetensors file, or a folder of export.py or of diffusers"
     )
-    config_path: Path | None = of_network(
-        None,
-        "YAML file that describes the network, for weights without a description",
-        exists="file",
-        decides=(),
-        why=AS_NETWORKS,
+    config_path: Path | None = as_networks(
+        None, "YAML file that describes the network, for weights without a description", exists="file"
     )
-    weights: str = of_network(
-        "ema",
-        "ema for averaged weights, raw for those of the last step",
-        choices=("ema", "raw"),
-        decides=(),
-        why=AS_NETWORKS,
+    weights: str = as_networks(
+        "ema", "ema for averaged weights, raw for those of the last step", choices=("ema", "raw")
     )
     autoencoder_checkpoint_path: Path | None = of_network(
         None,
-        "autoencoder of a network of latents: autoencoder_kl.pth or a folder of diffusers; beats --config_path",
+        "autoencoder of a network of latents: autoencoder_kl.pth or a folder of diffusers; overrides --config_path",
         exists="path",
         decides=(),
         why="recorded by its SHA-256",
     )
-    described: Mapping[str, Any] = option({}, flag=False, decides=(), why=AS_NETWORKS)  # the network's flags, nested
+    described: Mapping[str, Any] = as_networks({}, flag=False)  # the network's flags, nested
     output_folder: Path = of_samples(
         help="folder for the images; all other files go to the report/ in it",
         decides=(),
-        why="it is the place of the images",
+        why="it is only the place of the images",
     )
     overwrite: bool = of_samples(False, "replace existing samples", decides=(), why="it only removes earlier images")
     seed: int = of_samples(0, "seed of the noise; sample i depends only on the seed and i", least=0, most=MOST_SEED)
@@ -85,38 +73,36 @@ class RunSettings(Checked):
         least=1,
         most=MOST_BATCH,
         decides=(CONDITIONS,),
-        why="another size differs in rounding alone",
+        why="another size changes only the rounding",
     )
     class_id: tuple[int | Literal["random"], ...] = of_samples(
         ("random",),
-        "class of the samples of a network with classes: random, or classes that repeat in this order",
+        "classes of the samples: random, or numbers that repeat in this order",
         least=0,
         most=10**6,
     )
     class_name: tuple[str, ...] = of_samples(
         (),
-        'classes of ImageNet by name, such as "golden retriever", in place of --class_id; the network must number '
-        "them by the sorted WordNet ids, as the public ones do",
+        'classes of ImageNet by name, such as "golden retriever", instead of --class_id; the classes of the '
+        "network must be in the order of the sorted WordNet ids, as in the public networks",
         decides=(),
         why="recorded as the numbers of --class_id",
     )
-    guidance_scale: float = of_samples(
+    guidance_scale: float = of_guidance(
         0.0,
         'scale s of classifier-free guidance, cond + s (cond - uncond); needs a network with a "no class"; 0 turns '
-        "guidance off; what DiT and SiT publish as their scale is s + 1",
+        "guidance off; the published scale of DiT and SiT is s + 1",
         least=0,
         most=1000,
-        decides=(),
-        why=AS_STAGES,
     )
     timesteps_save: tuple[int, ...] = of_samples(
-        (), "save x_t at these timesteps too, in report/frames", least=0, most=99_999
+        (), "also save x_t at these timesteps, in report/frames", least=0, most=99_999
     )
     allow_outside_range: bool = of_network(
         False,
         "let networks run at timesteps on which they were not trained (see --t_min of train.py)",
         decides=(),
-        why="it permits; the stages decide",
+        why="it only permits stages, which are recorded",
     )
     solver: SolverSettings = section("solver", SolverSettings())
     speed: SpeedSettings = section("speed", SpeedSettings())
@@ -135,7 +121,7 @@ class RunSettings(Checked):
         if "random" in self.class_id and len(self.class_id) > 1:
             raise InputError("--class_id: give random alone, or whole numbers")
         if self.class_name and self.class_id != ("random",):
-            raise InputError("--class_id and --class_name are two names of the same; give one of them")
+            raise InputError("--class_id and --class_name both choose the classes; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +136,14 @@ class CalibrationSettings(Checked):
         "path of the dataset (default: datasets/)",
         exists="path",
         decides=(),
-        why="the same images may lie elsewhere",
+        why="the same images may be in another place",
     )
     crop: str | None = option(None, "crop of the dataset (default: the crop of the networks)", choices=CROPS)
     n_images: int = option(256, "number of real images, or of sampled paths, to measure on", least=2, most=10_000_000)
     paths: str = option(
         "data",
-        "where a plan is measured: on the forward process of real images (data), or where the full network samples "
-        "(sampled)",
+        "paths on which a plan is measured: data for the forward process of real images, sampled for the sampling "
+        "paths of the full network",
         choices=("data", "sampled"),
     )
     speedup: float | None = option(
@@ -186,10 +172,10 @@ class CalibrationSettings(Checked):
         super().__post_init__()
         given = [name for name in ("speedup", "seconds", "budget") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise InputError(f"--{given[0]} and --{given[1]} are two rules; give one of them")
+            raise InputError(f"--{given[0]} and --{given[1]} are two rules for one choice; give one of them")
 
     def check_for_switch(self) -> None:
-        """Raises InputError for what belongs to a plan alone."""
+        """Raises InputError for options that belong to a plan."""
         if self.paths != "data":
             raise InputError("--paths belongs to a plan (--plan); a switch is measured on real images")
         if self.seconds is not None:
@@ -202,53 +188,52 @@ class CalibrationSettings(Checked):
 
 
 INTERVALS = ("correct_every", "reuse_every", "hold_every")
-of_saving = partial(option, decides=(), why=AS_STAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavingSettings(Checked):
-    """How a stage saves work: what changes slowly is computed at every k-th step, and forecast at the steps between.
+    """How a stage saves work: it computes a slowly changing quantity at every k-th step and forecasts it between them.
 
     The order of a forecast is 0 to hold the last value, 1 to follow the line through the last two.
     """
 
-    correct_every: int = of_saving(
+    correct_every: int = as_stages(
         1,
         "run the full backbone at every n-th step, and between them the shallow one, corrected by a forecast of their "
         "difference; 1 turns this off",
         least=1,
         most=100_000,
     )
-    correct_order: int | None = of_saving(
+    correct_order: int | None = as_stages(
         None, "order of the forecast of --correct_every, 0 or 1 (default: 1)", least=0, most=1
     )
-    reuse_every: int = of_saving(
+    reuse_every: int = as_stages(
         1,
         "run the middle blocks at every n-th step of a stage, and between them reuse what they add; 1 turns this off",
         aliases=("--cache_interval",),
         least=1,
         most=100_000,
     )
-    reuse_order: int | None = of_saving(
+    reuse_order: int | None = as_stages(
         None, "order of the forecast of --reuse_every, 0 or 1 (default: 0)", least=0, most=1
     )
-    reuse_outer: int | None = of_saving(
+    reuse_outer: int | None = as_stages(
         None,
         "number of blocks at either end that run at every step (default: 1)",
         aliases=("--cache_outer",),
         least=1,
         most=999,
     )
-    hold_every: int = of_saving(
+    hold_every: int = as_stages(
         1,
         "run the network at every n-th step, and between them forecast the noise that it predicts; 1 turns this off",
         least=1,
         most=100_000,
     )
-    hold_order: int | None = of_saving(
+    hold_order: int | None = as_stages(
         None, "order of the forecast of --hold_every, 0 or 1 (default: 1)", least=0, most=1
     )
-    exit_layer: int | None = of_saving(
+    exit_layer: int | None = as_stages(
         None,
         "number of blocks after which all images leave an early-exit model; no probe runs then",
         least=0,
@@ -267,9 +252,7 @@ class SavingSettings(Checked):
             if interval in used and getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         if self.exit_layer is not None and self.reuse_every > 1:
-            raise InputError(
-                "exit_layer and reuse_every: the blocks after the exit do not run anyway; give one of them"
-            )
+            raise InputError("exit_layer and reuse_every are two ways to skip blocks; give one of them")
 
     @property
     def described(self) -> dict[str, int]:
@@ -281,86 +264,58 @@ class SavingSettings(Checked):
 class SamplerSettings(RunSettings):
     """Settings of sampler.py."""
 
-    checkpoint_path_late: Path | None = of_network(
-        None,
-        "weights of the full backbone; --checkpoint_path then names the shallow one",
-        decides=(),
-        why=AS_NETWORKS,
+    checkpoint_path_late: Path | None = as_networks(
+        None, "weights of the full backbone; --checkpoint_path then names the shallow one"
     )
-    config_path_late: Path | None = of_network(
-        None, "YAML file that describes the full backbone", exists="file", decides=(), why=AS_NETWORKS
-    )
-    download: str | None = of_network(
+    config_path_late: Path | None = as_networks(None, "YAML file that describes the full backbone", exists="file")
+    download: str | None = as_networks(
         None,
-        "repository of the Hugging Face hub, OWNER/NAME, to fetch --checkpoint_path from if it does not exist; a "
-        "folder of diffusers, of which descriptions and safetensors are taken",
+        "repository of the Hugging Face hub, OWNER/NAME, to download as --checkpoint_path if that is missing; a "
+        "folder of diffusers, of which only descriptions and safetensors are downloaded",
         metavar="REPO",
-        decides=(),
-        why=AS_NETWORKS,
     )
-    download_late: str | None = of_network(
-        None,
-        "repository to fetch --checkpoint_path_late from, as --download",
-        metavar="REPO",
-        decides=(),
-        why=AS_NETWORKS,
+    download_late: str | None = as_networks(
+        None, "repository to download as --checkpoint_path_late, see --download", metavar="REPO"
     )
     t_switch: int | Literal["auto"] | None = of_stages(
         None,
         "timestep of the switch: the shallow backbone runs at every t > t_switch, the full one at all others; auto "
-        "measures which is best",
+        "chooses it by measurement",
         least=-1,
         most=99_999,
-        decides=(),
-        why=AS_STAGES,
     )
     plan: str | None = of_stages(
         None,
-        "auto measures all that the networks can do, and runs the best plan for --speedup, --seconds or --budget",
+        "auto measures all ways to save work, and samples with the best plan for --speedup, --seconds or --budget",
         choices=("auto",),
-        decides=(),
-        why=AS_STAGES,
     )
     logsnr_switch: float | None = of_stages(
         None,
-        "switch at this log-SNR, log(alpha bar / (1 - alpha bar)), in place of --t_switch; it means the same under any "
+        "switch at this log-SNR, log(alpha bar / (1 - alpha bar)), instead of --t_switch; it is the same for any "
         "noise schedule",
         least=-100,
         most=100,
-        decides=(),
-        why=AS_STAGES,
     )
-    guidance_scale_late: float | None = of_samples(
-        None,
-        "guidance scale of the full backbone (default: --guidance_scale)",
-        least=0,
-        most=1000,
-        decides=(),
-        why=AS_STAGES,
+    guidance_scale_late: float | None = of_guidance(
+        None, "guidance scale of the full backbone (default: --guidance_scale)", least=0, most=1000
     )
-    guidance_t_min: int | None = of_samples(
+    guidance_t_min: int | None = of_guidance(
         None,
-        "lowest t with guidance; elsewhere the network runs once per step, not twice (default: 0)",
+        "lowest t with guidance; without guidance the network runs once per step, not twice (default: 0)",
         least=0,
         most=99_999,
-        decides=(),
-        why=AS_STAGES,
     )
-    guidance_t_max: int | None = of_samples(
-        None, "highest t with guidance (default: T - 1)", least=0, most=99_999, decides=(), why=AS_STAGES
-    )
+    guidance_t_max: int | None = of_guidance(None, "highest t with guidance (default: T - 1)", least=0, most=99_999)
     stages: Path | None = of_stages(
         None,
-        "YAML file that names any number of networks and their timesteps, in place of --checkpoint_path",
+        "YAML file that names any number of networks and their timesteps, instead of --checkpoint_path",
         aliases=("--schedule",),
         exists="file",
-        decides=(),
-        why=AS_STAGES,
     )
     offload: bool = of_network(
         False,
-        "hold a network in memory only in its own stages; when a stage begins, its network is read from its file (on "
-        "CUDA from host memory), which must not change during the run",
+        "keep a network in memory only during its own stages; when a stage begins, its network is read from its file "
+        "(on CUDA from host memory); the file must not change during the run",
         decides=(CONDITIONS,),
         why="it moves weights and changes none",
     )
@@ -373,32 +328,28 @@ class SamplerSettings(RunSettings):
         self._check_calibration()
         self._check_guidance()
         if self.offload and self.speed.compile:
-            raise InputError("--offload moves the weights that --compile records the places of; give one of them")
+            raise InputError("--offload moves the weights, but --compile records their addresses; give one of them")
 
     def _check_networks(self) -> None:
         """Raises InputError if the flags name no network, or name one twice."""
         of_two = ("config_path_late", "guidance_scale_late", "download_late")
         if self.stages:
-            others = (
-                "checkpoint_path",
-                "config_path",
-                "checkpoint_path_late",
-                "t_switch",
-                "logsnr_switch",
-                "plan",
-                "download",
-            )
-            for name in (*others, *of_two):
+            networks = ("checkpoint_path", "config_path", "checkpoint_path_late", "download", *of_two)
+            for name in (*networks, "t_switch", "logsnr_switch", "plan"):
                 if getattr(self, name) is not None:
-                    raise InputError(f"--{name} and --stages, which says which networks run when: give one of them")
+                    raise InputError(
+                        f"--{name} and --stages, which assigns the networks to timesteps: give one of them"
+                    )
             for name in self.saving.described:
                 if not name.startswith("reuse_"):
-                    raise InputError(f"--{name} and --stages, which says how each stage saves work: give one of them")
+                    raise InputError(
+                        f"--{name} and --stages, which defines how each stage saves work: give one of them"
+                    )
             return
         if not self.checkpoint_path:
             raise InputError("give --checkpoint_path, or --stages")
         if self.t_switch is not None and self.logsnr_switch is not None:
-            raise InputError("--t_switch and --logsnr_switch are two names of one point; give one of them")
+            raise InputError("--t_switch and --logsnr_switch both set the switch; give one of them")
         if self.plan is not None:
             self._check_plan()
         elif (self.checkpoint_path_late is None) != (self.t_switch is None and self.logsnr_switch is None):
@@ -423,11 +374,11 @@ class SamplerSettings(RunSettings):
         """Raises InputError for options that --plan auto decides, or does not support."""
         for name in ("t_switch", "logsnr_switch", "guidance_scale_late", "guidance_t_min", "guidance_t_max"):
             if getattr(self, name) is not None:
-                raise InputError(f"--{name} and --plan auto, which chooses what runs when: give one of them")
+                raise InputError(f"--{name} and --plan auto, which chooses the stages: give one of them")
         for name in self.saving.described:
             raise InputError(f"--{name} and --plan auto, which chooses how to save work: give one of them")
         if self.offload:
-            raise InputError("--plan auto measures all networks side by side; not with --offload")
+            raise InputError("--plan auto needs all networks in memory at once; leave out --offload")
 
     def _check_guidance(self) -> None:
         """Raises InputError for an interval of guidance without guidance."""
@@ -449,11 +400,13 @@ class SamplerSettings(RunSettings):
         self.calibration.check_images("--t_switch auto:")
         of_stages = (self.guidance_scale_late, self.guidance_t_min, self.guidance_t_max)
         if used := [name for name in self.saving.described if name.endswith("_every") or name == "exit_layer"]:
-            raise InputError(f"--t_switch auto: not with --{used[0]}; run calibrate.py first, or give --plan auto")
+            raise InputError(
+                f"--t_switch auto does not support --{used[0]}; run calibrate.py first, or give --plan auto"
+            )
         if self.offload or of_stages != (None, None, None):
             raise InputError(
-                "--t_switch auto: not with --offload, --guidance_scale_late, --guidance_t_min or --guidance_t_max; run "
-                "calibrate.py first"
+                "--t_switch auto does not support --offload, --guidance_scale_late, --guidance_t_min or "
+                "--guidance_t_max; run calibrate.py first"
             )
 
 
@@ -470,7 +423,7 @@ class EarlyExitSettings(RunSettings):
         least=1,
         most=MOST_BATCH,
         decides=(CONDITIONS,),
-        why="it changes the time alone",
+        why="it changes only the time",
     )
 
     def __post_init__(self) -> None:
@@ -479,6 +432,4 @@ class EarlyExitSettings(RunSettings):
             raise InputError("give --checkpoint_path")
         check_there("checkpoint_path", self.checkpoint_path)
         if self.min_group > self.batch_size:
-            raise InputError(
-                f"--min_group {self.min_group}: --batch_size {self.batch_size} never has so many to wait for"
-            )
+            raise InputError(f"--min_group {self.min_group}: --batch_size {self.batch_size} has fewer images")

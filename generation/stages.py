@@ -2,8 +2,8 @@
 
     stages:                            # from the noisiest timesteps to the cleanest
       - checkpoint_path: shallow.pth   # relative to the folder of this file, or absolute
-        config_path: shallow.yaml      # optional; for weights that came without a description
-        t_min: 400                     # the lowest and the highest timestep at which it runs
+        config_path: shallow.yaml      # optional; for weights without a description
+        t_min: 400                     # the lowest and the highest timestep of the stage
         t_max: 999
         guidance_scale: 0.4            # optional (default: the run's own)
         guidance_t_min: 500            # optional, with guidance_t_max: guidance is off at t outside of these
@@ -66,7 +66,7 @@ class StageEntry(SavingSettings):
         if self.correct_with is not None and self.correct_every == 1:
             raise InputError("correct_with needs a correct_every of 2 or more")
         if self.correct_with_config is not None and self.correct_with is None:
-            raise InputError("correct_with_config describes the network of correct_with; give that too")
+            raise InputError("correct_with_config describes the network of correct_with; give correct_with too")
         if self.t_min > self.t_max:
             raise InputError(f"t_min={self.t_min}, t_max={self.t_max}: wanted t_min <= t_max")
 
@@ -84,7 +84,7 @@ class StageFile:
             raise InputError("no stages; wanted at least one network")
         for n, (above, below) in enumerate(zip(self.stages, self.stages[1:], strict=False), 1):
             if below.t_max != above.t_min - 1:
-                fault = "overlap, or do not fall" if below.t_max >= above.t_min else "leave a gap"
+                fault = "overlap, or do not go downwards" if below.t_max >= above.t_min else "leave a gap"
                 raise InputError(
                     f"stages {n} and {n + 1} {fault}: the first ends at t_min={above.t_min}, the second must begin at "
                     f"t_max={above.t_min - 1}, not {below.t_max}"
@@ -178,7 +178,7 @@ class Plan:
             about: dict[str, Any] = {"network": stage.network, "t_min": stage.t_min, "t_max": t_max}
             about["guidance_scale"] = stage.guidance_scale
             interval = {name: getattr(stage, name) for name in ("guidance_t_min", "guidance_t_max")}
-            if stage.guidance_scale:  # or else it decides nothing
+            if stage.guidance_scale:  # without guidance the interval has no effect
                 about |= {name: t for name, t in interval.items() if t is not None}
             about |= stage.saving.described
             if stage.cheap is not None:
@@ -195,7 +195,8 @@ class Plan:
         """Raises InputError unless the stages cover the networks' number of timesteps."""
         if self.num_timesteps not in (None, num_timesteps):
             raise InputError(
-                f"{self.source}: stages from t = {self.num_timesteps - 1} on, the networks' are {num_timesteps - 1}..0"
+                f"{self.source}: the stages begin at t = {self.num_timesteps - 1}, but the networks at t = "
+                f"{num_timesteps - 1}"
             )
         if (t_switch := self.stages[0].t_min - 1) >= num_timesteps:
             raise InputError(f"--t_switch {t_switch} is out of range, wanted -1..{num_timesteps - 1}")
@@ -211,17 +212,14 @@ def one_stage(settings: RunSettings, guidance_t_min: int | None = None, guidance
 
 def stages_described(described: Sequence[Any], folder: Path) -> list[PlannedStage]:
     """The stages that `Plan.described` describes. Raises InputError, which names the folder, for anything else."""
-    stages = []
+    where, stages = f"{folder}: report/run.json", []
     for about in described:
-        known = build(_Described, about, f"{folder}: report/run.json: stages") if isinstance(about, dict) else None
-        if known is None:
-            raise InputError(f"{folder}: report/run.json does not describe stages")
-        interval = known.guidance_t_min, known.guidance_t_max
+        if not isinstance(about, dict):
+            raise InputError(f"{where} does not describe stages")
+        known = build(_Described, about, f"{where}: stages")
+        guidance = known.guidance_scale, "--guidance_scale", known.guidance_t_min, known.guidance_t_max
         saving = SavingSettings(**known.described)
-        scale = known.guidance_scale
-        stages.append(
-            PlannedStage(known.network, known.t_min, scale, "--guidance_scale", *interval, saving, known.correct_with)
-        )
+        stages.append(PlannedStage(known.network, known.t_min, *guidance, saving, known.correct_with))
     return stages
 
 
@@ -239,7 +237,7 @@ class _Described(SavingSettings):
 
 
 def in_every_stage(saving: SavingSettings) -> SavingSettings:
-    """The part of the flags that holds for stages before the last too: the middle of any network can be reused."""
+    """The part of the flags that also applies to stages before the last: reuse, which works for any network."""
     return replace(saving, correct_every=1, correct_order=None, hold_every=1, hold_order=None, exit_layer=None)
 
 
@@ -279,12 +277,12 @@ def _plan_of_file(path: Path, settings: SamplerSettings) -> Plan:
     # The last network is that of a stage: its noise schedule is the sampler's.
     files = list(dict.fromkeys([*(file for file in cheap if file and file not in used), *used]))
     if settings.offload and len(files) == 1:
-        raise InputError(f"--offload keeps idle networks away; {path} names one alone")
+        raise InputError(f"--offload needs several networks; {path} names only one")
     stages = []
     for n, (file, other, stage) in enumerate(zip(used, cheap, content.stages, strict=True), 1):
         if file == other:
             raise InputError(
-                f"{path}: stages {n}: correct_every needs a cheaper network beside its own; name it by correct_with"
+                f"{path}: stages {n}: correct_every needs a second, cheaper network; name it in correct_with"
             )
         scale, option = stage.guidance_scale, f"{path}: guidance_scale"
         if scale is None:

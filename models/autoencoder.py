@@ -74,8 +74,8 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
         if channels in (1, 3):
             return lambda x0: x0
         raise InputError(
-            f"{channels} channels, neither grey (1) nor RGB (3): the network makes latents; give the "
-            "autoencoder they are of with --autoencoder_checkpoint_path"
+            f"{channels} channels, neither grey (1) nor RGB (3): the network makes latents; give "
+            "their autoencoder with --autoencoder_checkpoint_path"
         )
     if autoencoder.checkpoint_path is None:
         raise InputError("the network makes latents: give the autoencoder with --autoencoder_checkpoint_path")
@@ -83,13 +83,13 @@ def image_maker(config: Config, device: torch.device) -> Callable[[Tensor], Tens
     if decoder.latent_channels != channels:
         raise InputError(
             f"{autoencoder.checkpoint_path} has {decoder.latent_channels} latent channels, the "
-            f"network {channels} channels: they do not belong together"
+            f"network has {channels} channels: they do not fit"
         )
     return decoder.decode
 
 
 def load_autoencoder(path: Path, scale_factor: float, device: torch.device | str = "cpu") -> Autoencoder:
-    """path: the public autoencoder_kl.pth, or a diffusers folder. Raises InputError for others."""
+    """path: the public autoencoder_kl.pth, or a diffusers folder. Raises InputError for other files."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if not path.exists():
@@ -113,7 +113,7 @@ def _fill_from_ldm(network: AutoencoderKL, path: Path) -> None:
     try:
         translated = convert_ldm_vae_checkpoint(weights, dict(network.config))
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: holds no KL autoencoder under its public names ({error!s:.80})") from None
+        raise InputError(f"{path}: has no KL autoencoder with the public names ({error!s:.80})") from None
     wanted = network.state_dict()
     wrong = sorted(wanted.keys() - translated.keys())
     wrong += [key for key in wanted if key in translated and translated[key].shape != wanted[key].shape]

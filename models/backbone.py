@@ -9,11 +9,11 @@ from common.config import DiffusersConfig, DiTConfig, UViTConfig
 
 
 class Backbone(nn.Module):
-    """Predicts what `parametrization` says from a noisy image, its timestep and its class."""
+    """Predicts the output named by `parametrization` from a noisy image, its timestep and its class."""
 
     config: UViTConfig | DiTConfig | DiffusersConfig
-    has_middle = True  # it runs around its middle, see `middle`
-    time_dtype: torch.dtype | None = None  # of the time tokens in a sampler; None: that of the weights
+    has_middle = True  # whether it supports `middle` and `denoise_around`
+    time_dtype: torch.dtype | None = None  # dtype of the time tokens in a sampler; None: that of the weights
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,15 +25,15 @@ class Backbone(nn.Module):
         return self.denoise(x, self.time_tokens(per_image(timesteps, x)), y)
 
     def time_tokens(self, timesteps: Tensor) -> Tensor:
-        """What the network is told of the noise level: timesteps (B,) -> (B, D)."""
+        """The input that encodes the noise level: timesteps (B,) -> (B, D)."""
         raise NotImplementedError
 
     def denoise(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
-        """`forward` for those who have the `time_tokens` already, (B, D), or (1, D) for all."""
+        """`forward` with precomputed `time_tokens`, (B, D), or (1, D) for all."""
         raise NotImplementedError
 
     def middle(self, outer: int) -> range:
-        """The layers without the first and the last `outer`; empty where there are no more.
+        """The layers without the first and the last `outer`; empty if there are no more.
 
         Raises InputError for a network that does not run around its middle.
         """

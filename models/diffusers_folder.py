@@ -1,11 +1,11 @@
-"""Networks in folders as diffusers saves them: a model, or a pipeline with its scheduler and autoencoder.
+"""Networks in folders of diffusers: a model, or a pipeline with its scheduler and autoencoder.
 
     config.json                          of a model; or
     model_index.json                     of a pipeline, whose network is in unet/ or transformer/
     scheduler/scheduler_config.json      noise schedule, meaning of the output
     vae/                                 the autoencoder of a pipeline of latents
 
-Weights are read from safetensors alone; nothing is downloaded, and no code of a folder is run.
+Weights are read only from safetensors; nothing is downloaded, and no code in a folder is run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DiffusersBackbone(Backbone):
 
     config: DiffusersConfig
     has_middle = False
-    time_dtype = torch.float32  # the network makes sinusoids of them
+    time_dtype = torch.float32  # the network computes sinusoids of the time tokens
 
     def __init__(self, network: nn.Module, config: DiffusersConfig):
         super().__init__()
@@ -69,9 +69,7 @@ class DiffusersBackbone(Backbone):
         return output[:, : config.in_channels]
 
     def middle(self, outer: int) -> range:
-        raise InputError(
-            f"--reuse_every: a {self.config.network} of diffusers does not run around its middle; leave it out"
-        )
+        raise InputError(f"--reuse_every: a {self.config.network} of diffusers does not support it; leave it out")
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Folder:
 
 
 def read_folder(path: Path) -> Folder:
-    """Describe the network in a folder. Raises InputError for one that is not known here."""
+    """Describe the network in a folder. Raises InputError for an unsupported one."""
     network, name = _find_network(path)
     about = _mapping(network / "config.json")
     description: dict[str, Any] = {"model": "diffusers", "model_params": _params(about, name, network / "config.json")}
@@ -112,12 +110,12 @@ def pretrained(cls: type[M], path: Path, what: str) -> M:
     pickles alone, or weights that do not fit or are not finite.
     """
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json in it, so it is not {what} as diffusers saves it")
+        raise InputError(f"{path}: not {what} in the format of diffusers: config.json is missing")
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         pickles = [part.name for part in sorted(path.iterdir()) if part.suffix in PICKLES]
-        found = f"holds pickles alone ({pickles[0]})" if pickles else "holds no weights"
-        raise InputError(f"{path}: {found}; wanted .safetensors, as save_pretrained writes them")
+        found = f"has only pickles ({pickles[0]})" if pickles else "has no weights"
+        raise InputError(f"{path}: {found}; wanted .safetensors, the default of save_pretrained")
     for part in weights:
         check_regular(part)
     of_diffusers: Any = cls  # with the methods of its mixins
@@ -134,7 +132,7 @@ def pretrained(cls: type[M], path: Path, what: str) -> M:
             )
     except (MemoryError, InputError):
         raise
-    except Exception as error:  # diffusers meets any settings there are, and fails in any way there is
+    except Exception as error:  # unknown settings make diffusers raise any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not readable as {what} ({reason:.160})") from None
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]:
@@ -167,10 +165,10 @@ def _find_network(path: Path) -> tuple[Path, str]:
         }
         known = [part for part, name in parts.items() if name in NETWORKS and Path(part).name == part != ".."]
         if len(known) != 1:
-            raise InputError(f"{index}: holds {_names(parts.values())}; wanted one {_wanted()}")
+            raise InputError(f"{index}: names {_names(parts.values())}; wanted one {_wanted()}")
         return path / known[0], NETWORKS[parts[known[0]]]
     if not (path / "config.json").is_file():
-        raise InputError(f"{path}: is a folder, and of no network: there is no config.json or model_index.json in it")
+        raise InputError(f"{path}: is a folder without a network: config.json and model_index.json are missing")
     name = _mapping(path / "config.json").get("_class_name")
     if not isinstance(name, str) or name not in NETWORKS:
         raise InputError(f"{path / 'config.json'}: describes {shown(name)}; wanted a {_wanted()}")
@@ -178,7 +176,7 @@ def _find_network(path: Path) -> tuple[Path, str]:
 
 
 def _params(about: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
-    """The fields of DiffusersConfig, from the network's config.json. Raises InputError for what is not run here."""
+    """The fields of DiffusersConfig, from the network's config.json. Raises InputError for unsupported ones."""
     side, channels = about.get("sample_size"), about.get("in_channels", 4 if name != "UNet2DModel" else 3)
     if isinstance(side, list) and len(side) == 2 and side[0] == side[1]:
         side = side[0]
@@ -193,7 +191,7 @@ def _params(about: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:
         "norm_type": about.get("norm_type", "ada_norm_zero") != "ada_norm_zero",
     }
     if wrong := [key for key, is_refused in refused.items() if is_refused]:
-        raise InputError(f"{where}: a {name} with {wrong[0]} {shown(about.get(wrong[0]))} is not known here")
+        raise InputError(f"{where}: a {name} with {wrong[0]} {shown(about.get(wrong[0]))} is not supported")
     params = {"network": name, "sample_size": side, "in_channels": channels}
     if name == "UNet2DModel":
         return params | {

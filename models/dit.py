@@ -105,7 +105,7 @@ class DiT(Backbone):
     guide all of them.
 
     The network draws no random numbers, in training neither: class_dropout_prob says whether there is a vector for
-    "no class", and who makes the batch puts that class (`config.no_class`) in the place of some.
+    "no class": the code that makes the batch replaces some classes by `config.no_class`.
     """
 
     config: DiTConfig

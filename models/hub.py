@@ -35,21 +35,21 @@ def download(repo: str, folder: Path, *, quiet: bool = False) -> None:
         _fetch(repo, described, DESCRIPTIONS, folder, quiet=True)
         part = _network_in(repo, described)
         weights = [(place / name).as_posix() for place in (part, Path("vae")) for name in WEIGHTS]
-        # Into another folder, because the hub's client takes a folder with files in it for whole if it is cut off.
+        # Into another folder, because the client of the hub considers a folder with files complete.
         _fetch(repo, whole, (*DESCRIPTIONS, *weights), folder, quiet=quiet)
         if not any((whole / part).glob("*.safetensors")):
-            raise InputError(f"--download {repo}: has no weights in safetensors, and pickles are not fetched")
+            raise InputError(f"--download {repo}: has no weights in safetensors, and pickles are not downloaded")
         shutil.rmtree(whole / ".cache", ignore_errors=True)  # of the hub's client
         whole.rename(folder)
 
 
 def _network_in(repo: str, folder: Path) -> Path:
-    """The part of the repository that is the network, relative to it. Raises InputError for one not known here."""
+    """The part of the repository that is the network, relative to it. Raises InputError for an unsupported one."""
     try:
         return read_folder(folder).network.relative_to(folder)
     except InputError as error:
         reason = str(error).replace(str(folder), repo)
-        raise InputError(f"--download {repo}: no network that runs here ({reason})") from None
+        raise InputError(f"--download {repo}: it has no supported network ({reason})") from None
 
 
 def _fetch(repo: str, into: Path, patterns: Sequence[str], wanted: Path, *, quiet: bool) -> None:
@@ -65,14 +65,14 @@ def _fetch(repo: str, into: Path, patterns: Sequence[str], wanted: Path, *, quie
     try:
         snapshot_download(repo, local_dir=into, allow_patterns=list(patterns))
     except HFValidationError:
-        raise InputError(f"--download {repo}: no name of a repository; wanted OWNER/NAME") from None
+        raise InputError(f"--download {repo}: not the name of a repository; wanted OWNER/NAME") from None
     except RepositoryNotFoundError:
-        raise InputError(f"--download {repo}: no such repository on the hub, or not for everyone") from None
-    except Exception as error:  # without a network the client fails in any way there is
+        raise InputError(f"--download {repo}: no such repository on the hub, or it is not public") from None
+    except Exception as error:  # without a connection the client raises any error
         if isinstance(error, OSError) and error.errno is not None and error.errno in NO_ROOM:
             raise WriteError(wanted, error.errno) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--download {repo}: not fetched ({reason:.120}); is there a network?") from None
+        raise InputError(f"--download {repo}: the download failed ({reason:.120}); is this machine online?") from None
     finally:
         if quiet and shown:
             enable_progress_bars()

@@ -69,7 +69,7 @@ class BackboneDenoiser:
     def around(self, outer: int) -> Around:
         """The denoiser around a given middle: (x_t, t, y, residual) -> model output, residual.
 
-        See `Backbone.denoise_around`: the residual (B, N, D) is None where the middle is to run.
+        See `Backbone.denoise_around`: the residual (B, N, D) is None if the middle is to run.
         """
         denoise = self._prepared(self.backbone.denoise_around)
 
@@ -80,7 +80,7 @@ class BackboneDenoiser:
         return run
 
     def _prepared(self, denoise: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, compiled for batches of the first size if that is wanted."""
+        """The function, compiled for batches of the first size if `compiled` is set."""
         if not self.compiled:
             return denoise
         compiled = torch.compile(denoise, dynamic=False, mode="reduce-overhead" if self.graphs else "default")

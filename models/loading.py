@@ -58,11 +58,9 @@ def name_of(kind: type[nn.Module]) -> str:
 
 
 def build_network(config: Config) -> UViT | DiT | EarlyExitUViT:
-    """A network with fresh weights. Raises InputError for one that exists in its folder alone."""
+    """A network with fresh weights. Raises InputError for one that exists only in its folder."""
     if isinstance(config.model_params, DiffusersConfig):
-        raise InputError(
-            "model diffusers: such a network lies in a folder with its weights; give --checkpoint_path DIR"
-        )
+        raise InputError("model diffusers: such a network is a folder with its weights; give --checkpoint_path DIR")
     backbone = (DiT if config.model == "dit" else UViT)(**plain(config.model_params))
     backbone.time_scale, backbone.time_shift = config.diffusion_params.time_line
     if config.classifier_type is None:
@@ -107,8 +105,8 @@ def load_network(
         stated = merge({"model": name_of(kind)}, stated)
         if not stated.get("model_params") or (stated["model"] != "dit" and not stated["model_params"].get("img_size")):
             raise InputError(
-                f"{path} does not say what network it belongs to; give its --config_path, or its --img_size, "
-                "--patch_size and whatever else differs from the defaults"
+                f"{path} has no description of its network; give --config_path, or --img_size, --patch_size and "
+                "all other options that differ from their defaults"
             )
         config = build_config(stated, described)
     else:
@@ -117,12 +115,12 @@ def load_network(
 
 
 def _agreed(path: Path, carried: Mapping[str, Any], stated: Mapping[str, Any], described: str) -> Config:
-    """The description that a file carries, with what is stated beside it. Raises InputError where they differ."""
+    """The description in a file, merged with the stated one. Raises InputError if they differ."""
     check_types(Config, {**stated, "model": carried["model"]}, described)
     if different := contradictions(carried, stated):
         raise InputError(
             f"{path} differs from --config_path or the flags in {', '.join(different)}; "
-            "it carries its own settings, so those can be left out"
+            "the file has its own settings, so leave these out"
         )
     return build_config(merge(stated, carried), str(path))
 
@@ -161,7 +159,7 @@ def _load_folder(
     return Network(network, config, "unknown", None, path, stored)
 
 
-Runnable = Backbone | EarlyExitUViT  # what sampler.py runs: the second without its probes
+Runnable = Backbone | EarlyExitUViT  # the networks of sampler.py; it ignores the probes of the second
 
 
 def load_together(
@@ -178,7 +176,7 @@ def load_together(
 
     files: weights, and a YAML file for weights without a description. given: the description on the command line; its
     architecture applies only to the first network. with_exits: the numbers of the early-exit models, all others must
-    be backbones; None: as the files say. process_of, offload: see `load_network`. Raises InputError unless every
+    be backbones; None: according to the files. process_of, offload: see `load_network`. Raises InputError unless every
     network fits the last.
     """
     of_all = {key: value for key, value in given.items() if key != "model_params"}
@@ -333,6 +331,6 @@ def check_range(network: Network[nn.Module], timesteps: Sequence[float], advice:
     if outside := [t for t in timesteps if not knows(network, t)]:
         shown = ", ".join(f"{t:g}" for t in outside[:3]) + (", ..." if len(outside) > 3 else "")
         raise InputError(
-            f"{network.path} was trained on t = {trained[0]}..{trained[-1]} alone, and would run at t = {shown}; "
+            f"{network.path} was trained only on t = {trained[0]}..{trained[-1]}, but would run at t = {shown}; "
             f"{advice}"
         )

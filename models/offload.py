@@ -30,12 +30,14 @@ class StoredWeights:
 
     def __call__(self) -> dict[str, Tensor]:
         if _versions(self.path) != self.versions:
-            raise InputError(f"{self.path} was changed or removed while --offload needs it; leave it, and start again")
+            raise InputError(
+                f"{self.path} was changed or removed, but --offload needs it during the run; restore it and start again"
+            )
         return {name: _as_allocated(weight.float()) for name, weight in self.read().items()}
 
 
 def _versions(path: Path) -> dict[Path, tuple[int, ...]]:
-    """What tells an unchanged file, or folder of weights, from a changed one: no content is read."""
+    """Values that change when a file, or a folder of weights, changes; no content is read."""
     patterns = ("*.safetensors", "config.json")
     files = [file for pattern in patterns for file in path.rglob(pattern)] if path.is_dir() else [path]
     found: dict[Path, tuple[int, ...]] = {}
@@ -78,7 +80,7 @@ def session_of(
 
 @contextmanager
 def _resident(network: nn.Module, read: Read, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    with torch.inference_mode(False):  # sampling is in inference mode, and its tensors are of no use elsewhere
+    with torch.inference_mode(False):  # sampling is in inference mode, whose tensors cannot be used outside of it
         _fill(network, {name: w.to(device, dtype, non_blocking=w.is_pinned()) for name, w in read().items()})
     try:
         yield
@@ -88,13 +90,13 @@ def _resident(network: nn.Module, read: Read, dtype: torch.dtype, device: torch.
 
 
 def empty(network: nn.Module) -> None:
-    """Leave a network the shapes of its weights alone. Its other buffers stay."""
+    """Remove the weights of a network, but keep their shapes. Its other buffers stay."""
     with torch.inference_mode(False):
         _fill(network, {name: weight.to("meta") for name, weight in network.state_dict().items()})
 
 
 def _give_back() -> None:
-    """Return freed memory to the system. glibc keeps what lies below something in use, up to a whole network."""
+    """Return freed memory to the system. glibc keeps memory below a block in use, up to a whole network."""
     if sys.platform == "linux":
         with suppress(AttributeError, OSError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)

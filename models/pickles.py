@@ -1,6 +1,6 @@
-"""A look at a torch file before it is read: what it would call, and how large it would become.
+"""Checks of a torch file before it is read: the functions that it would call, and its size in memory.
 
-torch's restricted unpickler runs no code of a file's. But it admits a few calls that turn a number into as many bytes,
+torch's restricted unpickler runs no code from a file. But it allows a few calls that turn a number into as many bytes,
 and unpacks archives of any size, so that a file of a few bytes could fill the memory.
 """
 
@@ -14,19 +14,19 @@ from typing import IO
 
 from common.files import check_regular
 
-# What state dicts and training states are made of, as the pickle names it: module, space, name.
+# The names in pickles of state dicts and training states: module, space, name.
 ADMITTED = re.compile(
     r"collections OrderedDict|torch (Size|device|\w+Storage|bool|b?float\w+|u?int\w+|complex\w+)"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch\.storage \w+Storage"
     r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout|_codecs encode|argparse Namespace"
 )
-LEGACY_PICKLES = 5  # of a file as torch wrote it before 1.6: magic number, version, machine, content, storages
+LEGACY_PICKLES = 5  # number of pickles in a file of torch before 1.6: magic number, version, machine, content, storages
 
 
 def check_pickles(path: Path) -> None:
-    """Raises ValueError, or what the standard library raises on damaged files, for a file that is not to be read.
+    """Raises ValueError, or an error of the standard library, for a file that must not be read.
 
-    Raises InputError for what is no file.
+    Raises InputError for a folder, pipe or device.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -34,7 +34,7 @@ def check_pickles(path: Path) -> None:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
                 if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                    raise ValueError("it is compressed, which torch does not do")
+                    raise ValueError("it is compressed, but torch writes no compressed files")
                 if sum(member.file_size for member in members) > path.stat().st_size:
                     raise ValueError("its parts overlap")
                 for member in members:
@@ -47,20 +47,20 @@ def check_pickles(path: Path) -> None:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether torch reads it as an archive, which it has written since 1.6."""
+    """Whether the file is an archive, the format of torch since 1.6."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def check_sums(path: Path) -> None:
-    """Raises ValueError for a file with a byte that is not what was written. torch does not look at the sums."""
+    """Raises ValueError for an entry with a wrong checksum, which torch does not check."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"damaged: {damaged} is not what was written")
+                raise ValueError(f"damaged: {damaged} has a wrong checksum")
 
 
 def _check(file: IO[bytes]) -> None:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST") and not ADMITTED.fullmatch(name := str(argument)):
-            raise ValueError(f"it asks for {name.replace(' ', '.')}")
+            raise ValueError(f"it imports {name.replace(' ', '.')}")

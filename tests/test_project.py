@@ -44,6 +44,7 @@ REFUSALS = {
     "script, argv, status, said",
     [(script, "--help", 0, f"usage: {script}") for script in SCRIPTS]
     + [(script, "--help", 0, "usage: pack.py") for script in ("pack.py", "data/pack.py")]
+    + [(script, "--help", 0, "usage: export.py") for script in ("export.py", "training/checkpoint.py")]
     + [(f"experiments/{name}.py", "--help", 0, f"usage: {name}.py") for name in ("results", "plans")]
     + [("pack.py", argv, 2, said) for argv, said in REFUSALS.items()],
 )

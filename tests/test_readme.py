@@ -413,7 +413,7 @@ def test_networks_for_their_part(walk):
 
 @pytest.mark.slow
 def test_the_best_plan(walk):
-    assert "the whole plan along fresh paths" in printed_by(walk, "calibrate.py", "--plan")
+    assert "the whole plan on other paths" in printed_by(walk, "calibrate.py", "--plan")
     assert json.loads(Path("out/plan/report/statistics.json").read_text())["stages"]
 
 

@@ -51,7 +51,7 @@ class Draws:
 class BatchMaker:
     """Adds noise to images. The batch depends only on the seed, the step and the images.
 
-    part: the rows of each batch for this process. label_dropout: the probability of "no class" in place of the class.
+    part: the rows of each batch for this process. label_dropout: the probability of "no class" instead of the class.
     """
 
     def __init__(

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # python -m training.checkpoint export IN OUT is python export.py IN OUT
+    from training.export import main
+
+    main(sys.argv[1 + (sys.argv[1:2] == ["export"]) :])
+    sys.exit()
+
 import itertools
 import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.config import Config
 from common.errors import InputError
 from common.files import lock, replacing
 from common.settings import check_types, shown
 from models.pickles import check_pickles
-from models.weights import FORMAT, check_numbers, read_pth
+from models.weights import FORMAT, check_numbers, read_pth, tensors_in
 
 log = logging.getLogger(__name__)
-
 
 # The entries of the state of a run, and their types.
 TRAINING_STATE: dict[str, type | UnionType] = {
@@ -45,10 +50,10 @@ class CheckpointFolder:
     def claim(self) -> None:
         """Lock the folder, if it exists, until this process ends.
 
-        Raises InputError if another training has it, because each would remove the temporary files of the other.
+        Raises InputError if another run has the lock, because each would remove the temporary files of the other.
         """
         if self._lock is None and self.folder.is_dir():
-            self._lock = lock(self.folder / ".lock", f"{self.folder}: another training is at work there")
+            self._lock = lock(self.folder / ".lock", f"{self.folder}: another training run uses this folder")
 
     def at_step(self, step: int) -> Path:
         return self.folder / f"{self.prefix}_step-{step}.pth"
@@ -74,13 +79,15 @@ class CheckpointFolder:
         """The newest complete checkpoint. Damaged newer ones are renamed, with a warning."""
         for path in self.newest_first():
             if not os.access(path, os.R_OK):
-                raise InputError(f"{path}: no permission to read it")
+                raise InputError(f"{path}: permission to read denied")
             try:
                 read_checkpoint(path)
                 return path
             except InputError as error:
-                log.warning("skipped a damaged checkpoint, now %s: %s", set_aside(path).name, error)
-        raise InputError(f"--resume: no checkpoint of {self.prefix} in {self.folder}; to begin, leave --resume out")
+                log.warning("skipped a damaged checkpoint and renamed it to %s: %s", set_aside(path).name, error)
+        raise InputError(
+            f"--resume: no checkpoint of {self.prefix} in {self.folder}; to start a new run, leave out --resume"
+        )
 
     def tidy(self, newest: Path, keep: int | None) -> None:
         """Finish the work of a killed training: copy the newest checkpoint to `_last.pth`, and remove old ones."""
@@ -116,7 +123,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with a training state. Raises InputError for other files."""
     content = read_pth(path)
     if content.get("format") != FORMAT:
-        raise InputError(f"{path}: holds weights but no training state of this project")
+        raise InputError(f"{path}: has weights but no training state of this project")
     check_state(content, path)
     return content
 
@@ -143,28 +150,10 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises InputError if a number is not finite, WriteError if the disk is full or fails; the old file stays.
     """
-    if not all_finite(content):
+    if not all(tensor.isfinite().all() for tensor in tensors_in(content) if tensor.is_floating_point()):
         raise InputError(
             f"step {content['step']}: the weights are not finite, so {path.name} was not written; the training "
-            "diverged. Go on from an earlier checkpoint, with a lower --lr or without fp16"
+            "diverged. Continue from an earlier checkpoint, with a lower --lr or without fp16"
         )
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
-
-
-def all_finite(content: Any) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors_in(content) if tensor.is_floating_point())
-
-
-def tensors_in(content: Any) -> Iterator[Tensor]:
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, Mapping | list | tuple):
-        for value in content.values() if isinstance(content, Mapping) else content:
-            yield from tensors_in(value)
-
-
-if __name__ == "__main__":  # python -m training.checkpoint export IN OUT
-    from training.export import main
-
-    main(sys.argv[2:])

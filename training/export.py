@@ -18,7 +18,7 @@ from common.settings import Checked, in_words, option
 if TYPE_CHECKING:
     from models.weights import Weights
 
-WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")  # what nobody calls a folder
+WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")  # suffixes of files; a folder with such a name is probably a mistake
 KINDS = {"ema": "averaged (EMA)", "raw": "of the last step"}
 SCORES = ("fid", "kid", "kid_std", "is", "is_std", "precision", "recall")
 
@@ -29,7 +29,7 @@ class ExportSettings(Checked):
 
     source: Path = option(help="checkpoint to read", exists="file", positional=True, metavar="IN")
     target: Path = option(
-        help="file to write, ending in .safetensors, or folder, which gets a model card too; it replaces an older one",
+        help="file to write, ending in .safetensors, or folder, which also gets a model card; replaces an older export",
         positional=True,
         metavar="OUT",
     )
@@ -40,7 +40,7 @@ class ExportSettings(Checked):
         choices=PRECISIONS,
     )
     scores: Path | None = option(
-        None, "report/metrics.json of samples of this network, whose scores the model card tells", exists="file"
+        None, "report/metrics.json of samples of this network, for the scores in the model card", exists="file"
     )
 
 
@@ -63,7 +63,7 @@ def export(source: Path, target: Path, weights: str, scores: Path | None = None,
     """Write the weights of a checkpoint, and the description, as safetensors, or as a folder with a model card.
 
     scores: metrics.json of samples of the network, for the card. precision: one of PRECISIONS, to which the weights are
-    rounded; None leaves them. Returns what was written.
+    rounded; None leaves them. Returns a description of the written weights.
     """
     from common.devices import DTYPES
     from models.weights import IN_FOLDER, check_numbers, is_exported, read_weights
@@ -77,19 +77,19 @@ def export(source: Path, target: Path, weights: str, scores: Path | None = None,
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder")
     if file.exists() and file.samefile(source):
-        raise InputError(f"{file} is the file to read from; give another name to write to")
+        raise InputError(f"{file} is the file to read; give another name for the export")
     if in_folder and target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_exported(target))):
-        raise InputError(f"{target} is there already, and of no export; choose another name")
+        raise InputError(f"{target} exists already and is not from export.py; choose another name")
     read = read_weights(source, weights)
     description = read.settings
     if description is None:
         raise InputError(f"{source} has no description of its network; only checkpoints of this project have one")
     if read.kind != weights:
-        raise InputError(f"{source} holds {read.kind} weights alone; give --weights {read.kind}")
+        raise InputError(f"{source} has only {read.kind} weights; give --weights {read.kind}")
     check_numbers(read.state_dict, source)
     if precision is not None:
         rounded = {name: value.to(DTYPES[precision]) for name, value in read.state_dict.items()}
-        check_numbers(rounded, f"{source} rounded to {precision}")  # what is too large for fp16 is infinite
+        check_numbers(rounded, f"{source} rounded to {precision}")  # values too large for fp16 become infinite
         read = read._replace(state_dict=rounded)
     if in_folder:
         card = model_card(read, description, target, scores)
@@ -111,7 +111,7 @@ def _write_file(read: Weights, file: Path) -> None:
 def _write_folder(read: Weights, folder: Path, card: str) -> None:
     from models.weights import FORMAT, IN_FOLDER
 
-    # First, so that a folder that was cut short is known for an export by the next.
+    # Written first, so that the next export recognises and replaces an incomplete folder.
     write_json(
         folder / "config.json", {"format": FORMAT, "weights": read.kind, "step": read.step, "config": read.settings}
     )
@@ -121,9 +121,9 @@ def _write_folder(read: Weights, folder: Path, card: str) -> None:
 
 
 def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scores: Path | None) -> str:
-    """README.md of a folder: what the network is and was trained on, how it scored, how to sample from it.
+    """README.md of a folder: the network, its training data, its scores, and the command that samples.
 
-    description: of the network, see common.config. scores: metrics.json. Raises InputError for one of other networks.
+    description: of the network, see common.config. scores: metrics.json. Raises InputError for other scores.
     """
     from models.loading import sampler_of
 
@@ -153,23 +153,21 @@ def model_card(read: Weights, description: Mapping[str, Any], folder: Path, scor
     parts = [
         f"# {folder.resolve().name}\n\nA diffusion model of DuoDiff.",
         _markdown(("", ""), rows),
-        *(
-            [f"## Scores\n\n{_scores({**description, 'step': read.step, 'weights': read.kind}, scores)}"]
-            if scores
-            else []
-        ),
-        f"## Sampling\n\n```\n{shlex.join(words)}\n```",
     ]
+    if scores:
+        own = {**description, "step": read.step, "weights": read.kind}
+        parts.append(f"## Scores\n\n{_scores(own, scores)}")
+    parts.append(f"## Sampling\n\n```\n{shlex.join(words)}\n```")
     return "\n\n".join(parts) + "\n"
 
 
 def precisions_of(read: Weights) -> str:
-    """The precision of the weights, as their type is called in torch."""
+    """The precision of the weights, by the name of their torch type."""
     return ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in read.state_dict.values()}))
 
 
 def _scores(own: Mapping[str, Any], path: Path) -> str:
-    """The scores as a table, with what they depend on.
+    """The scores as a table, with the settings that they depend on.
 
     own: the network's description, step and kind of weights. Raises InputError for scores of other networks.
     """
@@ -192,7 +190,7 @@ def _scores(own: Mapping[str, Any], path: Path) -> str:
 
 
 def _mapping_in(content: object, key: str) -> dict[str, Any]:
-    """The mapping under a key, empty where there is none."""
+    """The mapping under a key; empty if it is missing."""
     value = content.get(key) if isinstance(content, dict) else None
     return value if isinstance(value, dict) else {}
 

@@ -23,13 +23,13 @@ REASONS = (
     *(Reason(signal.Signals(number).name, 128 + number) for number in ASKING_TO_END),
     *(Reason("Ctrl-C", 130), Reason("--max_hours", 0)),
 )
-SIGTERM, CTRL_C, MAX_HOURS = SIGNALS.index(signal.SIGTERM), SIGNALS.index(signal.SIGINT), len(SIGNALS)
+SIGTERM, MAX_HOURS = SIGNALS.index(signal.SIGTERM), len(SIGNALS)
 
 
 class StopRequests:
-    """A context that records signals and Ctrl-C in place of ending the process; a second Ctrl-C ends it.
+    """A context that records signals and Ctrl-C instead of ending the process; a second Ctrl-C ends it.
 
-    deadline: the time.monotonic() after which the run shall stop too.
+    deadline: the time.monotonic() after which the run should also stop.
     """
 
     def __init__(self, deadline: float | None):
@@ -53,10 +53,10 @@ class StopRequests:
             raise KeyboardInterrupt
         self.signalled.add(number)
         if is_main():
-            hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+            hint = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
             say_in_handler(f"\nfinishing the step, then saving{hint}\n")
 
     def asked(self) -> list[float]:
-        """For each of REASONS 1 if this process shall stop for it, else 0."""
+        """For each of REASONS 1 if this process should stop for it, else 0."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
         return [*(float(number in self.signalled) for number in SIGNALS), float(late)]

@@ -1,7 +1,7 @@
 """The training loop.
 
-Learning rate, data order, timesteps, noise and flips are functions of the seed and the step, so a run that goes on
-from a checkpoint is the run that was never interrupted.
+Learning rate, data order, timesteps, noise and flips are functions of the seed and the step, so a run that continues
+from a checkpoint equals a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def save(run: Training, stays: bool) -> None:
 def reason_to_stop(run: Training, step: int, status: list[float]) -> Reason | None:
     """The reason to stop now, if any. Raises InputError after too many bad steps in a row.
 
-    status: after `step`, the bad steps in a row, and for each of REASONS the number of processes that shall stop.
+    status: after `step`, the bad steps in a row, and for each of REASONS the number of processes that should stop.
     """
     bad_in_row, *asked = status
     if bad_in_row >= run.settings.max_bad_steps:
@@ -203,4 +203,4 @@ def how_to_go_on(settings: TrainingSettings) -> str:
             del words[i : i + (1 if "=" in word else 2)]
             break
     start = "python" if world_size() == 1 else "torchrun ..."
-    return f"go on with: {start} {shlex.join([*words, '--resume'])}"
+    return f"continue with: {start} {shlex.join([*words, '--resume'])}"

@@ -46,7 +46,7 @@ def _shard(network: nn.Module, device: torch.device) -> None:
             fully_shard(module, mesh=mesh)
     # Reshard the rest after each forward too, because previews replace the weights by the averaged ones.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    if hasattr(network, "early_exit"):  # previews call it in place of forward
+    if hasattr(network, "early_exit"):  # previews call it instead of forward
         register_fsdp_forward_method(network, "early_exit")
 
 
@@ -63,7 +63,7 @@ def gradients_shared(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def in_pieces(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor, by one of its methods, because the import of its module takes a second."""
+    """Whether a tensor is a DTensor. It looks for a method, because importing the class takes a second."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -73,9 +73,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(content: Any) -> Any:
-    """Nested dicts and lists with whole tensors in place of shards, on the CPU of process 0.
+    """Nested dicts and lists with whole tensors instead of shards, on the CPU of process 0.
 
-    All processes must call it; the others get None in place of sharded tensors.
+    All processes must call it; the others get None instead of sharded tensors.
     """
     if isinstance(content, dict):
         return {key: whole(value) for key, value in content.items()}

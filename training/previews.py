@@ -37,7 +37,7 @@ def preview_maker(
     trained = config.trained_timesteps
     if not all(t in trained for t in timesteps):
         log.warning(
-            "no previews: the network learns t = %d..%d, and an image needs every t",
+            "no previews: the network is trained on t = %d..%d, but an image needs every t",
             trained[0],
             trained[-1],
         )
@@ -48,7 +48,7 @@ def preview_maker(
         return None
     decode = image_maker(config, device)
     parametrization = config.parametrization
-    if parametrization == "predict_velocity":  # of an image that is scaled otherwise
+    if parametrization == "predict_velocity":  # the velocity belongs to a differently scaled image
         denoiser = predicting_noise(denoiser, schedule, parametrization, config.diffusion_params.toward_data)
         parametrization = "predict_noise"
     solver, stages = Solver("ddim", schedule, parametrization), [Stage(denoiser, timesteps)]

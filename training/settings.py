@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from data import CROPS, DATASETS
 
 MOST_STEPS = 10**9
 HOW = (CONDITIONS,)
-DESCRIBED = "the network's description has it"
-ONE_START = "it is of one start, and a run may go on without it"
+of_description = partial(option, decides=(), why="the network's description has it")
+of_start = partial(option, decides=(), why="it belongs to one start; the run may continue without it")
+of_place = partial(option, decides=(), why="it is only the place of the checkpoint")
+of_saving = partial(option, least=1, most=MOST_STEPS, decides=HOW, why="saving changes no weight")
+of_previews = partial(option, decides=HOW, why="previews change no weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +36,20 @@ class DataSettings(Checked):
         "path of the dataset (default: datasets/)",
         exists="path",
         decides=HOW,
-        why="the same images may lie elsewhere",
+        why="the same images may be in another place",
     )
-    crop: str | None = option(
-        None,
-        "crop that makes images square (default: the crop of the dataset)",
-        choices=CROPS,
-        decides=(),
-        why=DESCRIBED,
+    crop: str | None = of_description(
+        None, "crop that makes images square (default: the crop of the dataset)", choices=CROPS
     )
-    random_flip: bool | None = option(None, "mirror half of the images at random (default: as the dataset has it)")
+    random_flip: bool | None = option(None, "mirror half of the images at random (default: depends on the dataset)")
     label_dropout: float | None = option(
         None,
-        'probability of training with "no class" in place of the label, for guidance; needs a network with that class '
+        'probability of training with "no class" instead of the label, for guidance; needs a network with that class '
         "(default: --class_dropout_prob of a dit, else 0)",
         least=0,
         most=1,
     )
-    download: bool = option(False, "download the dataset first, if it is missing", decides=(), why=ONE_START)
+    download: bool = of_start(False, "download the dataset first, if it is missing")
     num_workers: int | None = option(
         None,
         "number of processes that load images for each training process (default: 0 for images in memory, else one per "
@@ -81,7 +81,7 @@ class OptimisationSettings(Checked):
         False,
         "compile the network first (torch.compile), which takes about a minute",
         decides=HOW,
-        why="a compiled network differs in rounding alone",
+        why="compilation changes only the rounding",
     )
     grad_checkpointing: bool = option(
         False,
@@ -103,58 +103,19 @@ class LogSettings(Checked):
         decides=HOW,
         why="logging changes no weight",
     )
-    save_every_n_steps: int = option(
-        25_000,
-        "steps between replacements of the last checkpoint",
-        least=1,
-        most=MOST_STEPS,
-        decides=HOW,
-        why="saving changes no weight",
+    save_every_n_steps: int = of_saving(25_000, "steps between replacements of the last checkpoint")
+    save_new_every_n_steps: int = of_saving(100_000, "steps between checkpoints that are kept")
+    keep_last: int | None = of_saving(None, "number of checkpoints that are kept (default: all)", most=10**6)
+    n_samples: int = of_previews(16, "number of images in a preview", least=1, most=1024)
+    preview_steps: int = of_previews(
+        20, "number of DDIM steps of a preview; 0 turns previews off", least=0, most=100_000
     )
-    save_new_every_n_steps: int = option(
-        100_000,
-        "steps between checkpoints that are kept",
-        least=1,
-        most=MOST_STEPS,
-        decides=HOW,
-        why="saving changes no weight",
+    preview_threshold: float | None = of_previews(
+        None, "exit threshold in the previews of an early-exit model (default: 0.1)", least=0, most=1
     )
-    keep_last: int | None = option(
-        None,
-        "number of checkpoints that are kept (default: all)",
-        least=1,
-        most=10**6,
-        decides=HOW,
-        why="saving changes no weight",
-    )
-    n_samples: int = option(
-        16, "number of images in a preview", least=1, most=1024, decides=HOW, why="previews change no weight"
-    )
-    preview_steps: int = option(
-        20,
-        "number of DDIM steps of a preview; 0 turns previews off",
-        least=0,
-        most=100_000,
-        decides=HOW,
-        why="previews change no weight",
-    )
-    preview_threshold: float | None = option(
-        None,
-        "exit threshold in the previews of an early-exit model (default: 0.1)",
-        least=0,
-        most=1,
-        decides=HOW,
-        why="previews change no weight",
-    )
-    sample_seed: int = option(
-        0, "seed of the previews", least=0, most=MOST_SEED, decides=HOW, why="previews change no weight"
-    )
-    autoencoder_checkpoint_path: Path | None = option(
-        None,
-        "autoencoder for the previews of a network of latents",
-        exists="path",
-        decides=HOW,
-        why="previews change no weight",
+    sample_seed: int = of_previews(0, "seed of the previews", least=0, most=MOST_SEED)
+    autoencoder_checkpoint_path: Path | None = of_previews(
+        None, "autoencoder for the previews of a network of latents", exists="path"
     )
 
 
@@ -162,20 +123,14 @@ class LogSettings(Checked):
 class TeacherSettings(Checked):
     """Learning from a full network (--model uvit or dit)."""
 
-    init_from: Path | None = option(
+    init_from: Path | None = of_start(
         None,
         "start from the weights of this deeper or shallower U-ViT: its embeddings, head and middle block, and evenly "
         "spaced others of its blocks; blocks that a shallower one lacks begin as the identity",
         exists="file",
-        decides=(),
-        why=ONE_START,
     )
     distill_from: Path | None = option(
-        None,
-        "also learn the predictions of this network",
-        exists="file",
-        decides=HOW,
-        why="recorded by its SHA-256",
+        None, "also learn the predictions of this network", exists="file", decides=HOW, why="recorded by its SHA-256"
     )
     distill_weight: float | None = option(
         None,
@@ -197,9 +152,7 @@ class TeacherSettings(Checked):
 class ExitSettings(Checked):
     """Early exit (--model deediff_uvit)."""
 
-    load_backbone: Path | None = option(
-        None, "weights of the trained full backbone", exists="file", decides=(), why=ONE_START
-    )
+    load_backbone: Path | None = of_start(None, "weights of the trained full backbone", exists="file")
     freeze_backbone: bool = option(False, "train only probes and exit heads")
     use_unweighted_loss: bool = option(False, "add the unweighted squared errors of the exits to the loss")
 
@@ -208,46 +161,31 @@ class ExitSettings(Checked):
 class TrainingSettings(Checked):
     """Settings of train.py and main.py."""
 
-    model: str | None = option(help="kind of network", choices=TRAINABLE, decides=(), why=DESCRIBED)
+    model: str | None = of_description(help="kind of network", choices=TRAINABLE)
     n_steps: int = option(
         help="number of optimiser steps",
         least=1,
         most=MOST_STEPS,
         decides=(),
-        why="recorded by itself: a run may be made longer",
+        why="recorded separately, because a run may be extended",
     )
     batch_size: int = option(128, "number of images per optimiser step, over all processes", least=1, most=MOST_BATCH)
     grad_accum_steps: int = option(
-        1, "number of equal parts of a batch, which are computed one after the other", least=1, most=MOST_BATCH
+        1, "number of parts of a batch, which are computed one after the other to save memory", least=1, most=MOST_BATCH
     )
     seed: int = option(
         0, "seed of the weights, the order of the data, the noise and the timesteps", least=0, most=MOST_SEED
     )
-    log_path: Path = option(
-        Path("logs"), "folder that contains the runs", decides=(), why="it is the place of the checkpoint"
-    )
-    exp_name: str | None = option(
+    log_path: Path = of_place(Path("logs"), "folder that contains the runs")
+    exp_name: str | None = of_place(None, "name of the run's folder (default: <dataset>_<model>_<blocks>)")
+    resume: bool = of_start(False, "continue from the newest checkpoint in the run's folder")
+    load_checkpoint_path: Path | None = of_start(
         None,
-        "name of the run's folder (default: <dataset>_<model>_<blocks>)",
-        decides=(),
-        why="it is the place of the checkpoint",
-    )
-    resume: bool = option(False, "continue from the newest checkpoint in the run's folder", decides=(), why=ONE_START)
-    load_checkpoint_path: Path | None = option(
-        None,
-        "start from the weights, optimiser state and step of this checkpoint; at step 0 from a file of weights alone",
+        "start from the weights, optimiser state and step of this checkpoint; a file of weights starts at step 0",
         exists="file",
-        decides=(),
-        why=ONE_START,
     )
-    max_hours: float | None = option(
-        None,
-        "save and stop after this many hours, for queues with a time limit",
-        least=0,
-        most=1e6,
-        above=True,
-        decides=(),
-        why=ONE_START,
+    max_hours: float | None = of_start(
+        None, "save and stop after this many hours, for queues with a time limit", least=0, most=1e6, above=True
     )
     max_bad_steps: int = option(
         10,
@@ -261,19 +199,17 @@ class TrainingSettings(Checked):
         False,
         "under torchrun, shard parameters, optimiser state and averaged weights over the processes",
         decides=HOW,
-        why="pieces and copies differ in rounding alone",
+        why="sharding changes only the rounding",
     )
-    config_path: Path | None = option(
-        None, "YAML file that describes the network", exists="file", decides=(), why=DESCRIBED
+    config_path: Path | None = of_description(None, "YAML file that describes the network", exists="file")
+    sample_height: int | None = of_description(
+        None, "height of the images, which must be that of the network", least=1, most=4096
     )
-    sample_height: int | None = option(
-        None, "height of the images, which must be that of the network", least=1, most=4096, decides=(), why=DESCRIBED
+    sample_width: int | None = of_description(
+        None, "width of the images, which must be that of the network", least=1, most=4096
     )
-    sample_width: int | None = option(
-        None, "width of the images, which must be that of the network", least=1, most=4096, decides=(), why=DESCRIBED
-    )
-    described: Mapping[str, Any] = option({}, flag=False, decides=(), why=DESCRIBED)  # the network's own flags, nested
-    command: tuple[str, ...] = option((), flag=False, decides=(), why=ONE_START)  # the words of the command line
+    described: Mapping[str, Any] = of_description({}, flag=False)  # the network's own flags, nested
+    command: tuple[str, ...] = of_start((), flag=False)  # the command line, word by word
     data: DataSettings = section("data")
     optimisation: OptimisationSettings = section("optimisation", OptimisationSettings())
     logs: LogSettings = section("logs and checkpoints", LogSettings())
@@ -294,10 +230,10 @@ class TrainingSettings(Checked):
         if self.fsdp and processes == 1:
             raise InputError("--fsdp needs several processes; start the script with torchrun --nproc_per_node=N")
         if self.resume and self.load_checkpoint_path:
-            raise InputError("--resume and --load_checkpoint_path both say where to go on from; give one")
+            raise InputError("--resume and --load_checkpoint_path both choose the start; give one of them")
         if self.teacher.init_from and (self.resume or self.load_checkpoint_path):
             raise InputError(
-                "--init_from begins a new run, --resume and --load_checkpoint_path go on with one; give one"
+                "--init_from starts a new run, --resume and --load_checkpoint_path continue one; give one of them"
             )
         if self.exp_name is not None and (Path(self.exp_name).name != self.exp_name or self.exp_name == ".."):
             raise InputError(f"--exp_name {self.exp_name}: wanted the name of a folder, not a path")
@@ -317,7 +253,7 @@ class TrainingSettings(Checked):
                 raise InputError("--distill_from belongs to --model uvit or dit")
             if self.exits.freeze_backbone and not self.exits.load_backbone:
                 raise InputError(
-                    "--freeze_backbone needs --load_backbone: a backbone with fresh weights is of no use frozen"
+                    "--freeze_backbone needs --load_backbone: a backbone with fresh weights would learn nothing"
                 )
 
 
@@ -325,12 +261,10 @@ class TrainingSettings(Checked):
 class BackboneSettings(TrainingSettings):
     """Settings of train.py."""
 
-    model: str | None = option(
+    model: str | None = of_description(
         None,
         "kind of network; main.py trains early-exit models (default: that of --config_path, else uvit)",
         choices=BACKBONES,
-        decides=(),
-        why=DESCRIBED,
     )
 
 

@@ -128,7 +128,7 @@ def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
         warm_start(network, load_relative(teacher.init_from, config).module, teacher.init_from)
     objective: Objective = backbone_objective
     if teacher.distill_from:
-        assert teacher.distill_weight is not None, "TeacherSettings fills it in"
+        assert teacher.distill_weight is not None, "TeacherSettings sets it"
         model = load_teacher(teacher.distill_from, config, device, compiled=settings.optimisation.compile)
         objective = distillation_objective(model, teacher.distill_weight)
     return config, network, objective, network
@@ -151,7 +151,7 @@ def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
     if exits.load_backbone:
         network.uvit.load_state_dict(backbone.module.state_dict())
     if exits.freeze_backbone:
-        check_range(backbone, config.trained_timesteps, "give --t_min and --t_max, or train it along")
+        check_range(backbone, config.trained_timesteps, "give --t_min and --t_max, or leave out --freeze_backbone")
     network.uvit.requires_grad_(not exits.freeze_backbone)
     threshold = 0.1 if settings.logs.preview_threshold is None else settings.logs.preview_threshold
 
@@ -172,8 +172,8 @@ def load_teacher(path: Path, config: Config, device: torch.device, *, compiled: 
     """
     teacher = load_relative(path, config, device)
     if different := task_differences(config, teacher.config):
-        raise InputError(f"--distill_from {path} is no teacher here: it differs in {', '.join(different)}")
-    check_range(teacher, config.trained_timesteps, "it can teach nothing there; give --t_min and --t_max")
+        raise InputError(f"--distill_from {path} cannot be the teacher: it differs in {', '.join(different)}")
+    check_range(teacher, config.trained_timesteps, "it cannot teach these timesteps; give --t_min and --t_max")
     return torch.compile(teacher.module, dynamic=False) if compiled else teacher.module
 
 
@@ -209,7 +209,7 @@ def open_data(settings: TrainingSettings, config: Config) -> tuple[Config, Image
     config = match_latents(count_real_classes(config, dataset, given), dataset, given)
     if settings.data.label_dropout and config.no_class is None:
         raise InputError(
-            f'--label_dropout {settings.data.label_dropout:g}: the network has no class that stands for "no class"; '
+            f'--label_dropout {settings.data.label_dropout:g}: the network has no "no class"; '
             f"num_classes must be one more than the classes of {name}"
         )
     if settings.batch_size > len(dataset):
@@ -266,7 +266,8 @@ def find_start(settings: TrainingSettings, checkpoints: CheckpointFolder) -> Pat
     there, start = checkpoints.newest_first(), settings.load_checkpoint_path
     if there and not (start and start.samefile(there[0])):
         raise InputError(
-            f"{checkpoints.folder} holds a run already; go on with --resume, or choose another --exp_name or --log_path"
+            f"{checkpoints.folder} already contains a run; continue with --resume, or choose another --exp_name or "
+            "--log_path"
         )
     return start
 
@@ -299,10 +300,12 @@ def go_on(run: Training, path: Path, content: Mapping[str, Any]) -> None:
         ]
         others = differences(content["conditions"], run.conditions())
     if obstacles:
-        also = f" (also other, but no obstacle: {', '.join(others)})" if others else ""
-        raise InputError(f"{path} was made with other settings: {', '.join(obstacles)}; go on with the same{also}")
+        also = f" (also different, but allowed: {', '.join(others)})" if others else ""
+        raise InputError(
+            f"{path} was made with other settings: {', '.join(obstacles)}; continue with the same settings{also}"
+        )
     if others:
-        log.warning("%s was made with other settings, which leave the result as it is: %s", path, ", ".join(others))
+        log.warning("%s was made with other settings, which do not change the result: %s", path, ", ".join(others))
     restore(run, path, content)
     if not same_run:
         run.learner.counters.begin_sums()  # do not average over the losses of two runs
@@ -323,14 +326,18 @@ def restore(run: Training, path: Path, content: Mapping[str, Any]) -> None:
     """Load the state of a checkpoint. Raises InputError if it does not fit this run."""
     learner, settings = run.learner, run.settings
     if (content["ema"] is None) != (learner.ema is None):
-        raise InputError(f"{path} was made {'without' if learner.ema else 'with'} --ema_decay; give the same")
+        raise InputError(
+            f"{path} was made {'without' if learner.ema else 'with'} --ema_decay; continue in the same way"
+        )
     try:
         learner.load_state_dict(content)
-    # For instance a backbone that was frozen before, or a forged checkpoint.
+    # For instance if the backbone was frozen before, or the checkpoint is forged.
     except MISFITS as error:
         raise InputError(f"{path}: its training state does not fit this run ({error!s:.120})") from None
     done = learner.step == settings.n_steps
     if settings.optimisation.lr_schedule == "cosine" and content["n_steps"] != settings.n_steps and not done:
         log.warning("the learning rate now falls to 0 at step %d, not %d", settings.n_steps, content["n_steps"])
     if learner.step > settings.n_steps or (done and not settings.resume):  # a queue may repeat a command
-        raise InputError(f"{path} is at step {learner.step} already; --n_steps {settings.n_steps} leaves nothing to do")
+        raise InputError(
+            f"{path} is at step {learner.step} already, so --n_steps {settings.n_steps} needs no more steps"
+        )

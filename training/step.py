@@ -19,7 +19,8 @@ from training.losses import Model, Objective
 from training.parallel import gradients_shared, in_pieces, like, spread, whole
 from training.settings import OptimisationSettings
 
-MISFITS = (LookupError, ValueError, RuntimeError, TypeError, AttributeError, OverflowError)  # of `load_state_dict`
+# Errors of `load_state_dict`.
+MISFITS = (LookupError, ValueError, RuntimeError, TypeError, AttributeError, OverflowError)
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Learner:
         """A context for a step, backward pass included, that chooses the kernels of attention.
 
         On a CPU in half precision the gradient of the fused kernel takes longer than all else (57 % of a step with 51
-        tokens, torch 2.14), so there attention is plain products of matrices.
+        tokens, torch 2.14), so attention uses plain matrix products there.
         """
         plain = self.settings.use_amp and self.device.type == "cpu"
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
@@ -121,7 +122,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.optimizer.defaults["fused"]:
-            # The kernel reads it, as with GradScaler.
+            # The fused kernel reads `found_inf`, as with GradScaler.
             self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # which torch sets, too
             self.optimizer.step()
         elif taken:
@@ -151,7 +152,7 @@ class Learner:
             self.ema.load(state["ema"])
         fused = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(self._in_pieces(state["optimizer"]))
-        for group in self.optimizer.param_groups:  # the state is the checkpoint's, the settings are this run's
+        for group in self.optimizer.param_groups:  # keep the settings of this run, not those of the checkpoint
             betas = (self.settings.beta1, self.settings.beta2)
             group.update(betas=betas, weight_decay=self.settings.weight_decay, fused=fused)
         self.scaler.load_state_dict(state["scaler"])

@@ -1,4 +1,4 @@
-"""Latents of an autoencoder in place of pixels: pack.py encodes them once, and training samples from them. Calibration
+"""Latents of an autoencoder instead of pixels: pack.py encodes them once, and training samples from them. Calibration
 encodes the few images that it needs.
 
 A row is float16 (2, 2, C, h, w): the image and its mirror image, each with the mean and the standard deviation of its

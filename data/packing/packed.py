@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.files import check_regular, read_json
+from common.files import read_json
 from common.settings import check_types, differences
 from data import DEFAULT_PATH
 from data.dataset import ImageDataset, check_labels, say_left_out
 from data.files import image_names
-from data.rows import RowsFile
+from data.rows import RowsFile, load_npy
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ class PackedDataset(ImageDataset):
         self.row_shape = manifest.shape[1:]
         self.images = RowsFile.of_npy(folder / IMAGES)
         if self.images.shape != manifest.shape or self.images.dtype != self.dtype:
-            raise _disagree(folder / IMAGES, f"it holds {self.images.shape} {self.images.dtype}, not {manifest.shape}")
+            raise _disagree(
+                folder / IMAGES, f"it contains {self.images.shape} {self.images.dtype}, not {manifest.shape}"
+            )
         if block_checksums(folder / IMAGES) != manifest.blocks_crc32:
             raise _disagree(folder / IMAGES, "its bytes were changed")
         if manifest.labels_sha256 is not None:
@@ -119,7 +121,7 @@ def find_packed(
     if problem := _misfit(manifest, {"dataset": name, **wanted}, num_classes, look_at_source=not given):
         if given:
             raise InputError(f"{folder}: the packed dataset does not fit: {problem}")
-        log.warning("%s is not used: %s", folder, problem)
+        log.warning("ignoring %s: %s", folder, problem)
         return None
     log.warning("using the packed dataset %s", folder)
     say_left_out(manifest.left_out, folder)
@@ -175,13 +177,9 @@ def block_checksums(path: Path) -> tuple[int, ...]:
 
 
 def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
-    check_regular(path)
-    try:
-        labels: np.ndarray = np.load(path, allow_pickle=False)
-    except Exception as error:  # damaged bytes make numpy raise any error
-        raise InputError(f"{path}: not readable as .npy, or cut short ({error})") from None
+    labels = load_npy(path)
     if labels.shape != manifest.shape[:1] or labels.dtype != np.int64:
-        raise _disagree(path, f"it holds {labels.shape} {labels.dtype}, not a label for each image")
+        raise _disagree(path, f"it contains {labels.shape} {labels.dtype}, not a label for each image")
     if hashlib.sha256(labels.data).hexdigest() != manifest.labels_sha256:
         raise _disagree(path, "its bytes were changed")
     return labels
@@ -190,13 +188,13 @@ def _read_labels(path: Path, manifest: Manifest) -> np.ndarray:
 def _check_numbering(folder: Path, manifest: Manifest, labels: np.ndarray) -> None:
     """Raises InputError for labels that an earlier version packed from the downsampled batches of ImageNet.
 
-    They have the numbers of the devkit, not the places of the sorted WordNet ids. The batches are in random order; what
-    is packed from class folders rises.
+    They have the numbers of the devkit, not the positions of the sorted WordNet ids. The batches are in random order;
+    labels from class folders rise.
     """
     older = manifest.source.get("dataset") == "imagenet64" and "labels" not in manifest.source
     if older and (np.diff(labels) < 0).any():
         raise InputError(
-            f"{folder} has the labels of the devkit of ImageNet, which are numbered otherwise than classes are here; "
+            f"{folder} has the labels of the devkit of ImageNet, which have another order than the classes here; "
             "remove the folder and pack again"
         )
 

@@ -1,4 +1,4 @@
-"""The work of packing: chunks of images are decoded side by side, and a run that was stopped goes on."""
+"""The work of packing: processes decode chunks of images in parallel, and a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ FILES_PER_WORKER = 2  # open in this process: the ends of pipes
 
 
 class Useless(InputError):
-    """Nothing of what was packed so far can serve; it is removed."""
+    """The images packed so far are useless, and are removed."""
 
 
 def pack(dataset: ImageDataset, output: Path, num_workers: int = 0, quiet: bool = True) -> Manifest:
-    """Make the folder `output`, see data.packing.packed; goes on where an earlier attempt stopped.
+    """Make the folder `output`, see data.packing.packed; continues an earlier attempt.
 
-    It grows as <output>.partial beside it and is renamed when it is complete. num_workers: processes that
-    decode image files; what needs no decoding is copied by this one. Raises InputError where `output` or the
-    partial folder is of another source or transform, or something else, and where the disk is full.
+    The files are written to <output>.partial, which is renamed when it is complete. num_workers: processes that
+    decode image files; this process copies images that need no decoding. Raises InputError if `output` or the partial
+    folder has another source or transform or other files, and if the disk is full.
     """
     output, source = output.resolve(), dataset.describe()
     if manifest := _finished(output, dataset, source):
@@ -61,18 +61,19 @@ def pack(dataset: ImageDataset, output: Path, num_workers: int = 0, quiet: bool 
     place, partial = writable_folder(output.parent), output.with_name(f"{output.name}.partial")
     if not partial.exists():
         _check_space(place, len(dataset) * dataset.row_bytes)
-    lock_file = output.with_name(f"{output.name}.lock")  # not in a folder that is renamed: Windows refuses that
+    # Not in the folder itself: Windows cannot rename a folder with an open file.
+    lock_file = output.with_name(f"{output.name}.lock")
     with lock(lock_file, f"{partial}: another process is packing it"), _explaining_a_full_disk(partial):
         try:
             return _finished(output, dataset, source) or _go_on(dataset, source, partial, output, num_workers, quiet)
         finally:
             if not partial.exists():
-                with suppress(OSError):  # Windows: it is open
+                with suppress(OSError):  # Windows: the file is open
                     lock_file.unlink()
 
 
 def _finished(output: Path, dataset: ImageDataset, source: dict[str, Any]) -> Manifest | None:
-    """What is packed there already."""
+    """The manifest of an existing packed dataset; None if there is none."""
     if (output / MANIFEST).is_file():
         manifest = read_manifest(output)
         _refuse_another(output, manifest.source, source)
@@ -80,7 +81,7 @@ def _finished(output: Path, dataset: ImageDataset, source: dict[str, Any]) -> Ma
             raise InputError(f"{output} was packed without labels; remove it, or give another --output")
         return manifest
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is something else, not a packed dataset; give another --output")
+        raise InputError(f"{output} is not a packed dataset; give another --output")
     return None
 
 
@@ -89,7 +90,7 @@ def _go_on(
 ) -> Manifest:
     """Fill the partial folder and turn it into the packed dataset."""
     remove_leftovers(writable_folder(partial))
-    if (partial / MANIFEST).exists():  # the attempt before was stopped at the very end
+    if (partial / MANIFEST).exists():  # the earlier attempt was stopped just before its end
         _refuse_another(partial, read_manifest(partial).source, source)
         return _settle(partial, output)
     work = _Work.begin_or_go_on(partial, dataset, source)
@@ -101,7 +102,7 @@ def _go_on(
         shutil.rmtree(partial)
         raise
     finally:
-        work.rows.close()  # Windows renames no folder in which a file is open
+        work.rows.close()  # Windows cannot rename a folder with an open file
     return _settle(partial, output)
 
 
@@ -114,20 +115,20 @@ def _explaining_a_full_disk(partial: Path) -> Iterator[None]:
             raise
         why = str(error) if isinstance(error, WriteError) else f"{partial}: {error.strerror}"
         raise InputError(
-            f"{why}; the images packed so far are kept in {partial}: make room, and the same command goes on from them"
+            f"{why}; the images packed so far are kept in {partial}: make room, then give the same command again"
         ) from None
 
 
 class Chunk(NamedTuple):
-    """A finished chunk, as a line of the journal holds it."""
+    """A finished chunk: the content of a line of the journal."""
 
     number: int
     crc32: int
-    broken: dict[str, str]  # index of an image -> why; not int, for JSON's sake
+    broken: dict[str, str]  # the reason, by the index of the image; a str, because JSON has no other keys
 
 
 class _Work:
-    """A partial folder: images.npy at its full length, and a journal of the chunks that are in it."""
+    """A partial folder: images.npy at its full length, and a journal of the finished chunks."""
 
     def __init__(self, partial: Path, num_images: int, chunk_images: int):
         self.partial, self.num_images, self.chunk_images = partial, num_images, chunk_images
@@ -142,9 +143,9 @@ class _Work:
             _refuse_another(partial, there, source)
             work = cls(partial, len(dataset), chunk_images)
             if work.rows.shape != (len(dataset), *dataset.row_shape):
-                raise InputError(f"{partial}: its images are not those of its plan; remove it and pack again")
+                raise InputError(f"{partial}: its images do not fit its plan; remove it and pack again")
             return work
-        # The plan comes last: what lies here without one was begun a moment ago, and is begun anew.
+        # The plan is written last: a folder without one is begun again.
         (partial / JOURNAL).write_bytes(b"")
         shape = (len(dataset), *dataset.row_shape)
         np.lib.format.open_memmap(partial / IMAGES, mode="w+", dtype=dataset.dtype, shape=shape)
@@ -159,10 +160,10 @@ class _Work:
         return range(chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, self.num_images))
 
     def _intact(self) -> Iterator[Chunk]:
-        """Chunks that the journal names and that really are on disk: a power cut may have kept them from it."""
+        """The chunks of the journal that are complete on disk; after a power cut some may be missing."""
         check_regular(self.partial / JOURNAL)
         lines = (self.partial / JOURNAL).read_bytes().split(b"\n")
-        for line in lines[:-1]:  # what follows the last line break was cut off
+        for line in lines[:-1]:  # the text after the last line break is incomplete
             try:
                 chunk = Chunk(**json.loads(line))
                 whole = chunk.number in range(self.num_chunks) and all(int(i) < self.num_images for i in chunk.broken)
@@ -172,14 +173,14 @@ class _Work:
                 yield chunk
 
     def decode(self, dataset: ImageDataset, num_workers: int, quiet: bool) -> None:
-        """Decode what is not done yet; each finished chunk is noted in the journal at once."""
+        """Decode the missing chunks; each finished chunk is noted in the journal at once."""
         to_do = [(number, self.range_of(number)) for number in range(self.num_chunks) if number not in self.done]
         finished = self.num_images - sum(len(images) for _, images in to_do)
         with (
             (self.partial / JOURNAL).open("ab") as journal,
             Progress("packing", self.num_images, initial=finished, quiet=quiet) as bar,
         ):
-            journal.write(b"\n")  # ends a line that was cut off
+            journal.write(b"\n")  # ends an incomplete line
             checked = False
             for chunk in _run(dataset, self.rows, to_do, num_workers if dataset.needs_decoding else 0):
                 checked = checked or self._check_rows(dataset, chunk)
@@ -189,7 +190,7 @@ class _Work:
                 bar.update(len(self.range_of(chunk.number)))
 
     def _check_rows(self, dataset: ImageDataset, chunk: Chunk) -> bool:
-        """Whether the chunk has whole images to judge by. Raises Useless where they cannot be right."""
+        """Whether the chunk has readable images for a check. Raises Useless if they cannot be right."""
         whole = [i for i in self.range_of(chunk.number) if str(i) not in chunk.broken]
         if whole:
             try:
@@ -242,41 +243,42 @@ class _Work:
 
 
 def _read_plan(path: Path) -> tuple[dict[str, Any], int]:
-    """The source, and the images in a chunk."""
+    """The source, and the number of images in a chunk."""
     plan = read_json(path)
     if isinstance(plan, dict):
         source, chunk_images = plan.get("source"), plan.get("chunk_images")
         if isinstance(source, dict) and type(chunk_images) is int and 1 <= chunk_images <= CHUNK_IMAGES:
             return source, chunk_images
-    raise InputError(f"{path}: not as pack.py writes it; remove the folder and pack again")
+    raise InputError(f"{path}: not in the format of pack.py; remove the folder and pack again")
 
 
 def _settle(partial: Path, output: Path) -> Manifest:
-    """Turn a partial folder that has its manifest into the packed dataset. May be stopped and done again."""
+    """Turn a partial folder that has its manifest into the packed dataset. May be stopped and repeated."""
     if (partial / COMPACT).exists():
         (partial / COMPACT).replace(partial / IMAGES)
     for name in (JOURNAL, PLAN):
         (partial / name).unlink(missing_ok=True)
     if output.exists():
-        output.rmdir()  # it was found empty
+        output.rmdir()  # it is empty
     partial.rename(output)
     return read_manifest(output)
 
 
 def _refuse_another(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises InputError where a folder's images are of another source or transform; where it lies is no matter."""
+    """Raises InputError if the images of a folder have another source or transform; its path does not matter."""
     place = {"source": None}
     if different := differences(there | place, wanted | place):
         raise InputError(
-            f"{folder} is of another source or transform ({', '.join(different)}); remove it or give --output"
+            f"{folder} was packed from another source or with another transform ({', '.join(different)}); "
+            "remove it or give --output"
         )
 
 
 def _check_space(folder: Path, wanted: int) -> None:
     if (free := shutil.disk_usage(folder).free) < wanted:
         raise InputError(
-            f"{folder}: {in_bytes(wanted)} are needed, {in_bytes(free)} are free, {in_bytes(wanted - free)} too few; "
-            "make room, or give --output"
+            f"{folder}: {in_bytes(wanted)} are needed, but only {in_bytes(free)} are free, "
+            f"{in_bytes(wanted - free)} too few; make room, or give --output"
         )
 
 
@@ -308,7 +310,7 @@ _worker: tuple[ImageDataset, RowsFile]  # the dataset, and where its rows go
 
 
 def _run(dataset: ImageDataset, rows: RowsFile, to_do: list[tuple[int, range]], num_workers: int) -> Iterable[Chunk]:
-    """Decode chunks and write them to their place; yields them as they are finished."""
+    """Decode chunks and write their images; yields the chunks as they are finished."""
     about = (dataset, rows)
     if num_workers == 0 or len(to_do) < 2:
         _become_worker(*about)
@@ -322,15 +324,15 @@ def _run(dataset: ImageDataset, rows: RowsFile, to_do: list[tuple[int, range]], 
             yield future.result()
     except BrokenProcessPool:
         raise InputError(
-            "a decoding process was ended from outside, perhaps for want of memory; the same command with fewer "
-            "--num_workers goes on from here"
+            "the system ended a decoding process, perhaps for lack of memory; give the same command with fewer "
+            "--num_workers to continue"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _submit(pool: ProcessPoolExecutor, to_do: Sequence[tuple[int, range]]) -> list[Future[Chunk]]:
-    """Starts the processes too. Where that fails half-way none is left, for the interpreter would wait for its end."""
+    """Submit the chunks, which starts the processes. If that fails, end all: the interpreter would wait for them."""
     before = set(active_children())
     try:
         with signals_held():

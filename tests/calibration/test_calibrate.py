@@ -108,7 +108,7 @@ def test_the_stages_sample(pair, shallow, full, tmp_path, run_quietly):
 
 @pytest.fixture
 def few(shallow, tmp_path):
-    """The shallow network, as if it had been trained on t = 15..19 alone."""
+    """The shallow network, as if it had been trained only on t = 15..19."""
     content = torch.load(shallow, weights_only=True)
     torch.save(content | {"config": content["config"] | {"t_min": 15, "t_max": 19}}, tmp_path / "few.pth")
     return tmp_path / "few.pth"
@@ -126,7 +126,7 @@ def test_three_networks(free, few, middle, full, tmp_path, run_quietly):
     verify = ["--verify", 2, "--n_samples", 4, *EXTRACTOR]
     said = run_quietly(calibrate.main, [*networks, *QUICK, "--budget", 1e9, *free, *verify, "--output", out])
     assert "1 block " in said and "3 blocks" in said and "5 blocks" in said and "nan" not in said
-    assert "the last step adds no noise and is the full network's\n" in said
+    assert "the last step adds no noise, so the full network runs there\n" in said
     stages = [(stage.checkpoint_path.parent.name, stage.t_min, stage.t_max) for stage in read_stages(out).stages]
     assert stages == [(few.parent.name, 15, 19), ("middle", 10, 14), ("full", 0, 9)]
     found = contents(out)
@@ -199,23 +199,25 @@ def test_refusals(pair, shallow, middle, full, runs, tmp_path, fails):
     fails(calibrate.main, ["--checkpoint_path", full, *QUICK, *out], "two networks or more")
     classes = runs / "classes" / "digits_uvit_last.pth"
     fails(calibrate.main, ["--checkpoint_path", classes, full, *QUICK, *out], "num_classes (10 and -1)")
-    fails(calibrate.main, ["--checkpoint_path", shallow, middle, *QUICK, *out], "trained on t = 10..19 alone")
+    fails(calibrate.main, ["--checkpoint_path", shallow, middle, *QUICK, *out], "trained only on t = 10..19")
     fails(calibrate.main, ["--checkpoint_path", full, shallow, *QUICK, *out], "from small to large")
     fails(calibrate.main, [*pair, *out, "--n_images", 5000], "--n_images 5000: the dataset has 1797")
     fails(calibrate.main, [*pair, *out, "--steps", 21], "--steps 21")
-    fails(calibrate.main, [*pair, *out, "--speedup", 500], "--speedup 500", "is the most these networks can do")
+    fails(calibrate.main, [*pair, *out, "--speedup", 500], "--speedup 500", "the largest speed-up of these networks is")
     fails(calibrate.main, [*pair, *out, "--speedup", 2, "--budget", 1], "--speedup and --budget are two rules")
     fails(calibrate.main, [*pair, *out, "--n_samples", 5], "--n_samples needs --verify")
-    fails(calibrate.main, [*pair, *out, "--verify", 2, "--sample_seeds", 1, 1], "--sample_seeds: each once")
+    fails(
+        calibrate.main, [*pair, *out, "--verify", 2, "--sample_seeds", 1, 1], "--sample_seeds: give each seed only once"
+    )
     fails(calibrate.main, [*pair, *out, "--config_path", "none"], "one for each of the 2 networks")
     fails(calibrate.main, [*pair, "--output", tmp_path / "c.json"], "wanted a .yaml")
     fails(calibrate.main, [*pair, *out, "--eta", 1], "--eta belongs to --solver ddim")
     (tmp_path / "c.png").write_bytes(b"mine")
-    fails(calibrate.main, [*pair, *out], "c.png is there already, and of no calibration")
+    fails(calibrate.main, [*pair, *out], "c.png exists already and is not from calibrate.py")
     assert (tmp_path / "c.png").read_bytes() == b"mine"
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
     (tmp_path / "networks.yml").write_text("mine")
-    fails(calibrate.main, [*pair, "--output", tmp_path / "networks.yml"], "networks.yml is there already")
+    fails(calibrate.main, [*pair, "--output", tmp_path / "networks.yml"], "networks.yml exists already")
     assert (tmp_path / "networks.yml").read_text() == "mine"
 
 
@@ -251,7 +253,7 @@ def test_auto(shallow, full, tmp_path, run_quietly, monkeypatch):
 
     monkeypatch.setattr("calibration.run.calibrate", refuse)
     said = run_quietly(sampler.main, [*auto, "--n_samples", 3, *flags])
-    assert f"t_switch {t_switch}, as it was chosen when this run began" in said and "2 of them there already" in said
+    assert f"t_switch {t_switch}, as it was chosen when this run began" in said and "2 of them from before" in said
     assert images_of(tmp_path / "a") == images_of(tmp_path / "b")
     assert (report / "calibration.yaml").exists()
 
@@ -297,7 +299,7 @@ def test_auto_has_to_be_asked_for_and_needs_images(shallow, full, tmp_path, fail
     (tmp_path / "s" / "mine.txt").touch()
     with monkeypatch.context() as patch:
         patch.setattr("calibration.automatic.calibrate", pytest.fail)
-        fails(sampler.main, auto, "mine.txt, which is no sample")
+        fails(sampler.main, auto, "mine.txt, which is not a sample")
         fails(sampler.main, [*auto, "--class_id", 3], "unconditional")
 
 

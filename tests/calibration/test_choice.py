@@ -49,7 +49,7 @@ def test_targets():
     assert choose(options, budget=3) is options[2]
     assert choose(options, budget=2.9) is options[1]
     assert choose(options, budget=0) is options[0]
-    with pytest.raises(InputError, match=r"--speedup 5: 4.00 is the most"):
+    with pytest.raises(InputError, match=r"--speedup 5: the largest speed-up of these networks is 4.00"):
         choose(options, speed_up=5)
 
 

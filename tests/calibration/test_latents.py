@@ -90,6 +90,6 @@ def test_what_is_missing_is_named(place, tmp_path, fails):
     (place / "empty").mkdir()
     argv[argv.index("--data_path") + 1] = place / "empty"
     autoencoder = ["--autoencoder_checkpoint_path", place / "vae"]
-    fails(calibrate.main, [*argv, *autoencoder], "imagenet256 is not under", "ILSVRC 2012")
-    fails(calibrate.main, [*argv, *autoencoder, "--verify", 2], "imagenet256 is not under", "ILSVRC 2012")
+    fails(calibrate.main, [*argv, *autoencoder], "imagenet256 is not in", "ILSVRC 2012")
+    fails(calibrate.main, [*argv, *autoencoder, "--verify", 2], "imagenet256 is not in", "ILSVRC 2012")
     assert not list(place.glob("a.*"))

@@ -29,7 +29,7 @@ def contents(path):
 def test_from_two_networks_to_samples(pair, tmp_path, run_quietly):
     out = tmp_path / "plan.yaml"
     said = run_quietly(calibrate.main, [*pair, "--budget", 1e9, "--output", out])
-    assert all(words in said for words in ("plan of all", "corrected", "noise held", "whole plan along fresh paths"))
+    assert all(words in said for words in ("plan of all", "corrected", "noise held", "whole plan on other paths"))
     found = contents(out)
     assert found["speed_up"] == pytest.approx(max(option["speed_up"] for option in found["joint"]), rel=1e-6)
     assert {"network", "correct", "hold", "reuse"} >= found["alone"].keys() >= {"network", "correct", "hold"}
@@ -107,7 +107,7 @@ def test_auto(shallow, full, tmp_path, run_quietly, monkeypatch):
 
 def test_refusals(pair, shallow, full, runs, tmp_path, fails):
     out = ["--output", tmp_path / "p.yaml"]
-    fails(calibrate.main, [*pair, "--speedup", 500, "--steps", 3, *out], "no plan takes", "as fast as the full")
+    fails(calibrate.main, [*pair, "--speedup", 500, "--steps", 3, *out], "no plan is as fast as", "as fast as the full")
     fails(calibrate.main, [*pair, "--speedup", 2, "--seconds", 1, *out], "--speedup and --seconds")
     fails(calibrate.main, [*pair, "--free", *out], "--free and --plan")
     fails(calibrate.main, [*pair[1:], "--seconds", 1, *out], "--seconds belongs to a plan")
@@ -119,5 +119,5 @@ def test_refusals(pair, shallow, full, runs, tmp_path, fails):
     two += ["--dataset", "digits"]
     fails(sampler.main, [*two, "--t_switch", 5], "--t_switch and --plan auto")
     fails(sampler.main, [*two, "--hold_every", 2], "--hold_every and --plan auto")
-    fails(sampler.main, [*two, "--offload"], "not with --offload")
+    fails(sampler.main, [*two, "--offload"], "leave out --offload")
     assert not (tmp_path / "s").exists() and not (tmp_path / "p.yaml").exists()

@@ -113,7 +113,7 @@ def test_a_mechanism_alone_is_never_better_than_all():
 
 
 def test_what_cannot_be_reached_is_refused():
-    with pytest.raises(InputError, match=r"no plan takes 1 s; the quickest takes 6.25 s, 3.40 times as fast"):
+    with pytest.raises(InputError, match=r"no plan is as fast as 1 s; the fastest takes 6.25 s, 3.40 times as fast"):
         best_plan(prices_of(0, intervals=()), seconds=1)
 
 

@@ -53,7 +53,7 @@ def test_a_compiler_is_looked_for(monkeypatch):
 def test_a_gpu_that_is_not_there(monkeypatch, index):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="there are 1 such devices"):
+    with pytest.raises(InputError, match="this machine has 1 such devices"):
         devices.pick_device(f"cuda:{index}")
 
 

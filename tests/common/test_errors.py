@@ -67,7 +67,7 @@ def test_mount_points(tmp_path):
     assert where.is_mount() and where in tmp_path.parents and mount_point(where / "file") == where
 
 
-@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "make room"), (errno.EROFS, "see to that")])
+@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "make room"), (errno.EROFS, "remove the cause")])
 def test_a_script_says_what_to_do(number, remedy, tmp_path, fails):
     @command
     def main(argv=None):
@@ -75,7 +75,7 @@ def test_a_script_says_what_to_do(number, remedy, tmp_path, fails):
             raise full(number)
 
     fails(
-        main, [], str(tmp_path / "file"), os.strerror(number), f"as it was: {remedy}, then give the same command again"
+        main, [], str(tmp_path / "file"), os.strerror(number), f"unchanged: {remedy}, then give the same command again"
     )
 
 

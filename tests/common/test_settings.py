@@ -212,8 +212,8 @@ def changed(f, value):
 def leaves(cls, path=()):
     """Every field that is no section, with the sections that lead to it."""
     for f in fields_of(cls):
-        if f.section:
-            yield from leaves(f.section, (*path, f.name))
+        if f.sections:
+            yield from leaves(f.sections[0], (*path, f.name))
         else:
             yield path, f
 

@@ -15,7 +15,7 @@ import fid
 import pack
 import sampler
 import train as train_script
-from data import open_dataset, open_source
+from data import open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_all_the_way(name, packed, tmp_path, request, extractor, capsys):
     make(tmp_path / "datasets", request)
     where = ["--dataset", name, "--data_path", str(tmp_path / "datasets")]
     wanted = {"img_size": size, "in_chans": in_chans, "num_classes": num_classes}
-    as_it_is = open_source(name, tmp_path / "datasets", **wanted)
+    as_it_is = open_dataset(name, tmp_path / "datasets", **wanted, packed=False)
     if packed:
         pack.main([*where, "--img_size", str(size), "--in_chans", str(in_chans), "--quiet", "--num_workers", "0"])
         taken = open_dataset(name, tmp_path / "datasets", **wanted)

@@ -78,7 +78,7 @@ def test_classes_may_be_links(synset_folders, tmp_path):
 
 
 def test_labels_must_fit_the_network(synset_folders):
-    with pytest.raises(InputError, match=r"labels 0\.\.999, the network takes num_classes=10"):
+    with pytest.raises(InputError, match=r"labels 0\.\.999, but the network has num_classes=10"):
         imagenet(synset_folders, num_classes=10)
 
 
@@ -121,7 +121,7 @@ def test_downsampled_batches_have_their_size(downsampled):
     with pytest.raises(InputError, match="64 x 64"):
         imagenet(downsampled[0], img_size=32)
     (downsampled[0] / "train_data_batch_7.npz").unlink()
-    with pytest.raises(InputError, match=r"train_data_batch_7\.npz not there"):
+    with pytest.raises(InputError, match=r"train_data_batch_7\.npz missing"):
         imagenet(downsampled[0])
 
 

@@ -15,7 +15,7 @@ import pack
 import sampler
 import train as train_script
 from common.images import from_uint8
-from data import open_dataset, open_source
+from data import open_dataset
 from data.dataset import InMemoryDataset
 from data.packing import work as packing
 from data.packing.latents import LatentSource, PackedLatents
@@ -54,7 +54,9 @@ def test_rows_are_mean_and_standard_deviation_of_image_and_mirror_image(packed, 
     rows, labels = latents.__getitems__(range(8))
     assert rows.shape == (8, 2, 2, 4, 4, 4) and rows.dtype == torch.float16
     assert labels.tolist() == [0] * 4 + [999] * 4
-    images = from_uint8(open_source("imagenet256", root, img_size=SIZE, in_chans=3).__getitems__(range(8))[0])
+    images = from_uint8(
+        open_dataset("imagenet256", root, img_size=SIZE, in_chans=3, packed=False).__getitems__(range(8))[0]
+    )
     with torch.no_grad():
         for view, pixels in enumerate((images, images.flip(-1))):
             want = network.encode(pixels).latent_dist

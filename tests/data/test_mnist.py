@@ -113,7 +113,7 @@ BROKEN = {
     "floats": (IMAGES, lambda c: header(20, 28, 28, kind=13) + bytes(20 * 784 * 4), "does not begin"),
     "no images": (IMAGES, lambda c: header(0, 28, 28), "announces 0 images"),
     "2^32 images": (IMAGES, lambda c: header(2**32 - 1, 28, 28), "announces 4,294,967,295 images"),
-    "cut short": (IMAGES, lambda c: c[:-1], "15,680 bytes of values, there are 15,679"),
+    "cut short": (IMAGES, lambda c: c[:-1], "15,680 bytes of values, but there are 15,679"),
     "too long": (IMAGES, lambda c: c + b"\0", "there are more"),
     "fewer labels": (LABELS, lambda c: header(19) + bytes(19), "20 images, but 19 labels"),
     "label 10": (LABELS, lambda c: c[:-1] + b"\n", "label 10 "),

@@ -19,7 +19,7 @@ import torch
 
 from benchmarking.packing import resident_bytes
 from common.errors import InputError
-from data import open_dataset, open_source
+from data import open_dataset
 from data.files import ImageFiles
 from data.packing import work as packing
 from data.packing.packed import PackedDataset
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def folder(path, num_classes=-1, img_size=16, **kwargs):
-    return open_source("folder", path, img_size=img_size, in_chans=3, num_classes=num_classes, **kwargs)
+    return open_dataset("folder", path, img_size=img_size, in_chans=3, num_classes=num_classes, **kwargs, packed=False)
 
 
 def all_of(dataset):
@@ -408,7 +408,7 @@ def test_packing_twice_changes_nothing(pictures, packed):
 
 
 def test_another_folder_is_left_alone(pictures):
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="is not a packed dataset"):
         pack(folder(pictures), pictures)
 
 
@@ -469,7 +469,7 @@ def test_no_file_of_a_folder_that_is_renamed_is_open(num_workers, pictures, tmp_
 def test_too_little_room(pictures, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(InputError, match=r"115 kB are needed, 100 kB are free, 15\.2 kB too few"):
+    with pytest.raises(InputError, match=r"115 kB are needed, but only 100 kB are free, 15\.2 kB too few"):
         pack(folder(pictures), tmp_path / "p")
     assert not list(tmp_path.glob("p.*"))
 
@@ -499,7 +499,7 @@ def test_a_full_disk(function, calls, pictures, packed, tmp_path, monkeypatch, f
         return working(*args)
 
     monkeypatch.setattr(packing, function, filling)
-    fails(main, argv, f"{tmp_path / 'p'}.partial: No space left", "are kept", "the same command goes on")
+    fails(main, argv, f"{tmp_path / 'p'}.partial: No space left", "are kept", "then give the same command again")
     monkeypatch.setattr(packing, function, working)
     main(argv)
     for name in ("images.npy", "labels.npy", "manifest.json"):
@@ -604,7 +604,7 @@ def test_grey_and_colour_lie_side_by_side(pictures):
         (["--dataset", "celeba", "--img_size", "64", "--download"], "cannot be downloaded"),
         (["--dataset", "celeba", "--img_size", "64", "--crop", "halve"], "crop of celeba=halve"),
         (["--dataset", "cifar10", "--img_size", "64"], "32 x 32"),
-        (["--dataset", "imagenet64", "--img_size", "64"], "imagenet64 is not under"),
+        (["--dataset", "imagenet64", "--img_size", "64"], "imagenet64 is not in"),
     ],
 )
 def test_errors_of_the_command(flags, said, fails, tmp_path):

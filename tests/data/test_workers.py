@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import open_source
+from data import open_dataset
 from data.packing import work as packing
 from data.workers import ASKING_TO_END, end_with_parent, signals_held
 
@@ -73,12 +73,12 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE))
 TRAINING = """
 from pathlib import Path
 from common.errors import command
-from data import open_source
+from data import open_dataset
 from data.dataset import training_batches
 
 @command
 def main(argv=None):
-    dataset = open_source("folder", Path({pictures!r}), img_size=8, in_chans=3)
+    dataset = open_dataset("folder", Path({pictures!r}), img_size=8, in_chans=3, packed=False)
     batches = training_batches(dataset, 4, 0, 0, {num_workers}, pin_memory=False)
     held = []
     for step in range(200):
@@ -124,7 +124,7 @@ def test_processes_that_started_before_one_could_not_are_ended(pictures, tmp_pat
     monkeypatch.setattr(popen_fork.Popen, "_launch", failing)
     if multiprocessing.get_start_method() != "fork":
         pytest.skip("processes are not forked here")
-    dataset = open_source("folder", pictures, img_size=8, in_chans=3)
+    dataset = open_dataset("folder", pictures, img_size=8, in_chans=3, packed=False)
     with pytest.raises(BlockingIOError):
         packing.pack(dataset, tmp_path / "p", num_workers=8)
     for process in launched:

@@ -371,7 +371,7 @@ class TestArrays:
         assert about["kid"] == pytest.approx(kernel_distance(mine, features_of(pixels))["kid"], rel=1e-5)
         assert about["reference"] == {"reference": str(path), "n_reference": None, "n_images": 12}
         argv = [*flags, "--samples_path", folder, "--reference", path, "--n_reference", 4]
-        fails(fid.main, argv, "cannot be cut down")
+        fails(fid.main, argv, "cannot be reduced")
 
     def test_what_is_not_needed_may_be_of_any_size(self, tmp_path, pixels, flags, run_quietly, modest_memory):
         """600 MB of images beside mu and sigma, of which there is only the header and zeros."""
@@ -397,8 +397,8 @@ class TestArrays:
         [
             (np.zeros((4, 8, 8, 3), np.float32), "uint8"),
             (np.zeros((4, 8, 8, 4), np.uint8), "(4, 8, 8, 4)"),
-            (np.zeros((0, 8, 8, 3), np.uint8), "none"),
-            (np.zeros((4, 8, 0, 3), np.uint8), "none"),
+            (np.zeros((0, 8, 8, 3), np.uint8), "no images"),
+            (np.zeros((4, 8, 0, 3), np.uint8), "no images"),
             (np.zeros(5, np.uint8), "(5,)"),
             (np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8)), "C order"),
             (np.array([object()]), "evil.npz"),

@@ -131,7 +131,7 @@ def test_early_exit_is_drawn_as_it_left(folders, tmp_path, fails):
     (path,) = (path["d"] for path in Elements(tmp_path / "x.html").of("path"))
     assert path == "M0 34H0V20.4H500V0.0H1000V34Z"  # 34 (1 - 2 / 5) = 20.4
     np.savez(tmp_path / "exits" / "report" / "exits.npz", timesteps=np.array([999, 499]))
-    fails(compare.main, argv, "exits.npz", "not as eesampler.py writes it")
+    fails(compare.main, argv, "exits.npz", "not in the format of eesampler.py")
 
 
 def test_few_samples_where_they_are_large(folders, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_reports_that_sampler_py_did_not_write(folders, tmp_path, fails):
     argv = [f"run={tmp_path / 'run'}", "--output", tmp_path / "x.png", "--html", tmp_path / "x.html"]
     for stages in ([{"network": "a", "t_min": 0, "t_max": 9}], [{}], [], 3, [{"network": 0, "t_min": 5, "t_max": 1}]):
         path.write_text(json.dumps(content | {"stages": stages}))
-        fails(compare.main, argv, "statistics.json", "not as sampler.py writes it")
+        fails(compare.main, argv, "statistics.json", "not in the format of sampler.py")
     assert not (tmp_path / "x.html").exists()
 
 

@@ -33,7 +33,7 @@ def test_the_label_is_the_place_among_the_sorted_wordnet_ids(name, synset):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("golden retreiver", "golden retriever"), ("retriever", "labrador retriever"), ("zzzz", "nor like one")],
+    [("golden retreiver", "golden retriever"), ("retriever", "labrador retriever"), ("zzzz", "nor similar to one")],
 )
 def test_others_are_told_the_nearest(name, words):
     with pytest.raises(InputError, match=words) as raised:

@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on(n, command, unbroken, stop_after, tmp_path, capsy
     main, argv = command
     argv = [*argv, "--output_folder", str(tmp_path / "s")]
     stop_after(main, argv, n)
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; give the same command again" in capsys.readouterr().err
     (tmp_path / "s" / ".000004.png.abcd_123.png").write_bytes(b"half an image")
     main(argv)
     assert result(tmp_path / "s") == unbroken
@@ -94,7 +94,7 @@ def test_finished_batches_are_kept(command, unbroken, stop_after, tmp_path, caps
     capsys.readouterr()
     main(argv)
     assert kept.stat().st_mtime_ns == before
-    assert "of them there already" in capsys.readouterr().out
+    assert "of them from before" in capsys.readouterr().out
     # A run that is finished has nothing to do, and stays as it is.
     main(argv)
     assert kept.stat().st_mtime_ns == before and result(tmp_path / "s") == unbroken
@@ -206,7 +206,7 @@ def test_a_signal_says_how_to_go_on(number, command, unbroken, tmp_path, capsys,
         in_middle(patch, lambda path: os.kill(os.getpid(), number))
         main(argv)
     said = capsys.readouterr().err
-    assert ended.value.code == 128 + number and said.endswith(": stopped; the same command goes on from here\n")
+    assert ended.value.code == 128 + number and said.endswith(": stopped; give the same command again to continue\n")
     main(argv)
     assert result(tmp_path / "s") == unbroken
 
@@ -220,7 +220,7 @@ def test_a_full_disk_says_how_to_go_on(command, unbroken, tmp_path, fails, monke
     with monkeypatch.context() as patch:
         in_middle(patch, refuse)
         said = fails(main, argv, "No space left on device", "the disk at ", "make room")
-    assert said.endswith("the samples before it are whole: make room, then the same command goes on from here\n")
+    assert said.endswith("the earlier samples are complete: make room, then give the same command again\n")
     assert not [path for path in (tmp_path / "s").rglob(".*") if path.name != ".lock"]
     main(argv)
     assert result(tmp_path / "s") == unbroken
@@ -246,7 +246,7 @@ def test_sigterm_says_how_to_go_on(full, tmp_path):
             time.sleep(0.05)
         run.send_signal(signal.SIGTERM)
         said = run.stderr.read()
-    assert run.returncode == 143 and said == "sampler.py: stopped; the same command goes on from here\n"
+    assert run.returncode == 143 and said == "sampler.py: stopped; give the same command again to continue\n"
     assert not list((tmp_path / "s").glob(".*"))
 
 
@@ -271,7 +271,7 @@ def test_what_one_process_meets_ends_all(full, tmp_path, torchrun):
     (tmp_path / "s" / "cat.png").write_bytes(b"a cat")
     done = torchrun("sampler.py", ["--checkpoint_path", str(full), "--output_folder", str(tmp_path / "s")], 2)
     assert done.returncode != 0
-    assert done.stderr.count("which is no sample") == 1, done.stderr
+    assert done.stderr.count("which is not a sample") == 1, done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not tell a process's children")
@@ -291,7 +291,7 @@ def test_a_killed_process_ends_the_others_and_another_number_goes_on(full, tmp_p
         since = time.perf_counter()
         said = run.stderr.read()
     assert run.returncode != 0 and time.perf_counter() - since < 60
-    assert "sampler.py: stopped; the same command goes on from here" in said
+    assert "sampler.py: stopped; give the same command again to continue" in said
     for name in ("killed", "unbroken"):
         sampler.main([*argv, "--output_folder", str(tmp_path / name)])
     assert result(tmp_path / "killed") == result(tmp_path / "unbroken")

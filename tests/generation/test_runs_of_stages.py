@@ -22,7 +22,7 @@ FLAGS = ["--device", "cpu", "--quiet", "--n_samples", 3, "--batch_size", 2]
 
 @pytest.fixture
 def middling(full, tmp_path):
-    """A checkpoint of 3 blocks that was trained on t = 5..14 alone."""
+    """A checkpoint of 3 blocks that was trained only on t = 5..14."""
     content = torch.load(full, weights_only=True)
     config = content["config"] | {"t_min": 5, "t_max": 14}
     config["model_params"] = content["config"]["model_params"] | {"depth": 3}
@@ -129,8 +129,8 @@ def test_a_network_that_never_runs_is_no_obstacle(full, middling, stages, tmp_pa
     run_quietly(sampler.main, ["--stages", stages((full, 19, 19), (middling, 15, 18), (full, 0, 14)), *flags])
     assert [b["timesteps"] for b in statistics(tmp_path / "s")["backbones"]] == [4, 0]
     (message,) = (record.getMessage() for record in caplog.records)
-    assert f"leaves stage 2 (network 2, {middling}) nothing to do" in message
-    assert message.endswith("it has none of the 4 timesteps, t = 19..4")
+    assert f": stage 2 (network 2, {middling}) does not run" in message
+    assert message.endswith("it contains none of the 4 timesteps, t = 19..4")
 
 
 def test_what_decides_the_images_is_recorded(full, shallow, middling, stages, tmp_path, run_quietly, fails):
@@ -172,7 +172,7 @@ def test_stages_for_other_sampling_are_noted(full, stages, tmp_path, run_quietly
     written = stages((full, 0, 19), calibration=made_for)
     run_quietly(sampler.main, ["--stages", written, *FLAGS, "--output_folder", tmp_path / "s"])
     (message,) = (record.getMessage() for record in caplog.records)
-    assert "made for solver ddim, this is ddpm" in message
+    assert "made for solver ddim, not ddpm" in message
 
 
 def test_offloading_follows_the_stages(full, shallow, stages, tmp_path, run_quietly, monkeypatch):
@@ -213,16 +213,16 @@ class TestRefusals:
 
     def test_stages_that_do_not_fit_the_networks(self, runs, full, shallow, middling, stages, tmp_path, fails):
         flags = ["--output_folder", tmp_path / "s", "--stages"]
-        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages from t = 18", "19..0")
+        fails(sampler.main, [*flags, stages((shallow, 10, 18), (full, 0, 9))], "stages begin at t = 18", "at t = 19")
         classes = runs / "classes" / "digits_uvit_last.pth"
         three = stages((shallow, 10, 19), (classes, 5, 9), (full, 0, 4))
         fails(sampler.main, [*flags, three], "cannot run on one image", "num_classes (10 and -1)")
         outside = stages((shallow, 15, 19), (middling, 4, 14), (full, 0, 3))
         advice = f"let another network run there ({outside})"
-        fails(sampler.main, [*flags, outside], "trained on t = 5..14", "would run at t = 4;", advice)
+        fails(sampler.main, [*flags, outside], "trained only on t = 5..14", "would run at t = 4;", advice)
         pair = ["--checkpoint_path", middling, "--checkpoint_path_late", full, "--logsnr_switch", 3]
         advice = "let another network run there (--logsnr_switch 3)"
-        fails(sampler.main, [*pair, *flags[:2]], "trained on t = 5..14", advice)
+        fails(sampler.main, [*pair, *flags[:2]], "trained only on t = 5..14", advice)
         assert not (tmp_path / "s").exists()
 
     def test_a_stage_outside_its_range_may_be_allowed(self, middling, stages, tmp_path, run_quietly):
@@ -238,4 +238,4 @@ class TestRefusals:
 
     def test_offloading_one_network(self, full, stages, tmp_path, fails):
         argv = ["--stages", stages((full, 0, 19)), "--offload", "--output_folder", tmp_path / "s"]
-        fails(sampler.main, argv, "--offload", "one alone")
+        fails(sampler.main, argv, "--offload", "names only one")

@@ -162,7 +162,7 @@ def test_an_idle_network_is_named(t_switch, steps, idle, duo, full, shallow, tmp
     assert [name for name, timesteps in ran.items() if timesteps == 0] == [idle] * bool(idle)
     stage = f"stage 2 (full, {full})" if idle == "full" else f"stage 1 (shallow, {shallow})"
     assert [record.getMessage() for record in caplog.records] == [
-        f"--t_switch {t_switch} leaves {stage} nothing to do: it has none of the {steps} timesteps, t = 19..4"
+        f"--t_switch {t_switch}: {stage} does not run: it contains none of the {steps} timesteps, t = 19..4"
     ] * bool(idle)
 
 

@@ -122,7 +122,7 @@ def test_a_file_that_is_gone_when_its_stage_begins(duo, full, tmp_path, fails, m
     monkeypatch.setattr(
         SampleFolder, "making", lambda self, *args, **more: moved.unlink() or making(self, *args, **more)
     )
-    said = f"{moved} was changed or removed while --offload needs it"
+    said = f"{moved} was changed or removed, but --offload needs it"
     fails(sampler.main, [*duo, "--offload", "--output_folder", tmp_path / "s"], said)
     assert not samples(tmp_path / "s")
 

@@ -30,7 +30,7 @@ from diffusion import NoiseSchedule
 from diffusion.matching import own_timesteps
 from diffusion.sampling import Stage, sample
 from diffusion.schedulers import named_schedule, process_of
-from generation.run import denoiser_of, guide, solver_of
+from generation.run import readable, solver_of
 from models.backbone import Backbone
 from models.flops import backbone_flops
 from models.inference import BackboneDenoiser
@@ -74,8 +74,8 @@ def sampled(path, settings: SolverSettings, batch: int, y=None, scale: float = 0
     network = opened(path)
     solver, timesteps = solver_of(settings, [network.config])
     times = own_timesteps(network.config.diffusion_params, solver.schedule, timesteps)
-    denoiser = denoiser_of(BackboneDenoiser(network.module, times, torch.float32, CPU), network.config, solver)
-    stages = [Stage(guide(network.config, denoiser, scale), timesteps)]
+    denoiser = BackboneDenoiser(network.module, times, torch.float32, CPU)
+    stages = [Stage(readable(denoiser, network.config, solver, scale), timesteps)]
     return sample(stages, solver, Queue(batch), network.config.model_params.image_shape, y)
 
 
@@ -286,11 +286,11 @@ class TestBadInput:
     def test_pickles_alone(self, pair, refused):
         network = pair[0] / "unet"
         (network / "diffusion_pytorch_model.safetensors").rename(network / "diffusion_pytorch_model.bin")
-        refused("holds pickles alone (diffusion_pytorch_model.bin)", ".safetensors")
+        refused("has only pickles (diffusion_pytorch_model.bin)", ".safetensors")
 
     def test_no_weights(self, pair, refused):
         (pair[0] / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-        refused("holds no weights")
+        refused("has no weights")
 
     def test_cut_short(self, pair, refused):
         path = pair[0] / "unet" / "diffusion_pytorch_model.safetensors"
@@ -304,7 +304,7 @@ class TestBadInput:
         shutil.rmtree(pair[0] / "unet")
         network.save_pretrained(pair[0] / "unet", max_shard_size=4 * network.num_parameters() // shards + 1000)
         assert (len(list((pair[0] / "unet").glob("*.safetensors"))) > 1) == (shards > 1)
-        refused("conv_in.weight holds numbers that are not finite")
+        refused("conv_in.weight contains numbers that are not finite")
 
     def test_weights_of_another_network(self, pair, refused):
         UNet2DModel(**UNET | {"layers_per_block": 2}).save_pretrained(pair[0] / "other")
@@ -335,7 +335,7 @@ class TestBadInput:
                 "scheduler/scheduler_config.json",
                 "trained_betas",
                 [0.1, 0.3, 0.2],
-                ["trained_betas", "no noise schedule"],
+                ["trained_betas", "no supported noise schedule"],
             ),
             ("scheduler/scheduler_config.json", "trained_betas", "x", ["trained_betas", "numbers"]),
             ("scheduler/scheduler_config.json", "beta_start", "low", ["beta_start"]),
@@ -353,7 +353,7 @@ class TestBadInput:
         refused("depth belongs to model uvit", flags=["--depth", 3])
 
     def test_what_it_cannot_do(self, pair, refused, tmp_path, fails):
-        refused("--reuse_every", "does not run around its middle", flags=["--reuse_every", 2])
+        refused("--reuse_every", "does not support it", flags=["--reuse_every", 2])
         argv = ["--checkpoint_path", pair[0], "--output_folder", tmp_path / "out", "--threshold", 0.1]
         fails(eesampler_script.main, [*argv, "--device", "cpu"], "is a diffusers", "sampler.py samples from it")
 
@@ -396,5 +396,5 @@ def test_trained_betas_are_known_again(schedule):
     in_32_bits = betas.float().tolist()
     found = NoiseSchedule(**process_of({"trained_betas": in_32_bits}, "f")["diffusion_params"])
     np.testing.assert_allclose(found.alphas_cumprod.numpy(), torch.cumprod(1 - betas, 0).numpy(), rtol=1e-4)
-    with pytest.raises(InputError, match="f follow no noise schedule"):
+    with pytest.raises(InputError, match="f fit no supported noise schedule"):
         named_schedule([*in_32_bits[:250], *in_32_bits[255:]], "f")

@@ -100,10 +100,10 @@ def test_by_command(hub, full, tmp_path, run_quietly, fails):
 @pytest.mark.parametrize(
     ("error", "at", "words"),
     [
-        (LocalEntryNotFoundError("cannot locate\nmore"), 1, "owner/name: not fetched (cannot locate)"),
+        (LocalEntryNotFoundError("cannot locate\nmore"), 1, "owner/name: the download failed (cannot locate)"),
         (RepositoryNotFoundError.__new__(RepositoryNotFoundError), 1, "owner/name: no such repository on the hub"),
-        (ConnectionError(), 2, "owner/name: not fetched (ConnectionError); is there a network?"),
-        (HFValidationError("bad"), 1, "owner/name: no name of a repository; wanted OWNER/NAME"),
+        (ConnectionError(), 2, "owner/name: the download failed (ConnectionError); is this machine online?"),
+        (HFValidationError("bad"), 1, "owner/name: not the name of a repository; wanted OWNER/NAME"),
     ],
 )
 def test_what_cannot_be_fetched_leaves_nothing(broken, error, at, words, tmp_path, fails):
@@ -128,14 +128,14 @@ def test_a_full_disk(broken, tmp_path):
 
 def test_another_network_is_refused_before_its_weights(hub, repository, tmp_path):
     (repository / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel", "sample_size": "big"}')
-    with pytest.raises(InputError, match=r"no network that runs here \(owner/name/unet/config.json: .*sample_size"):
+    with pytest.raises(InputError, match=r"it has no supported network \(owner/name/unet/config.json: .*sample_size"):
         download("owner/name", tmp_path / "net")
     assert len(hub) == 1
 
 
 def test_pickles_alone(hub, repository, tmp_path):
     (repository / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match="no weights in safetensors, and pickles are not fetched"):
+    with pytest.raises(InputError, match="no weights in safetensors, and pickles are not downloaded"):
         download("owner/name", tmp_path / "net")
     assert not (tmp_path / "net").exists()
 

@@ -21,7 +21,7 @@ from common.options import SolverSettings
 from diffusion import NoiseSchedule, time_input
 from diffusion.matching import own_timesteps
 from diffusion.sampling import SeededNoise, Stage, sample
-from generation.run import denoiser_of, guide, solver_of
+from generation.run import readable, solver_of
 from models.inference import BackboneDenoiser
 from models.loading import build_network
 from tests.conftest import perturbed
@@ -82,8 +82,8 @@ def sampled(config, network, steps: int, scale: float, y: torch.Tensor) -> torch
     """As sampler.py does it, by DDIM."""
     solver, timesteps = solver_of(SolverSettings(solver="ddim", steps=steps), [config])
     times = own_timesteps(config.diffusion_params, solver.schedule, timesteps)
-    denoiser = denoiser_of(BackboneDenoiser(network, times, torch.float32, torch.device("cpu")), config, solver)
-    stages = [Stage(guide(config, denoiser, scale), timesteps)]
+    denoiser = BackboneDenoiser(network, times, torch.float32, torch.device("cpu"))
+    stages = [Stage(readable(denoiser, config, solver, scale), timesteps)]
     return sample(stages, solver, SeededNoise([1, 2]), (4, 4, 4), y)
 
 
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_named(early, late, flags, words, files, tmp_path, 
             "uvit_imagenet64_mid",
             "uvit_imagenet64_large",
             ["--guidance_scale", 1],
-            ['no class that stands for "no class"'],
+            ['no "no class"'],
         ),
     ],
 )
@@ -231,7 +231,7 @@ def test_a_class_that_no_public_network_has(files, tmp_path, fails):
     fails(
         sampler_script.main, argv_of(files, *pair, "--class_name", "golden retreiver"), "did you mean golden retriever"
     )
-    fails(sampler_script.main, argv_of(files, *pair, "--class_id", 1000), "the network knows classes 0..999")
+    fails(sampler_script.main, argv_of(files, *pair, "--class_id", 1000), "the network has the classes 0..999")
     assert not (tmp_path / "out").exists()
 
 

@@ -159,19 +159,19 @@ class TestRange:
     def test_previews_are_made_where_the_network_knows_all_their_timesteps(self, tmp_path, caplog):
         previews = ["--preview_steps", 2, "--n_samples", 2]  # at t = 19 and 9
         part = train(tmp_path, *previews, "--t_min", 10, name="part")
-        assert "no previews: the network learns t = 10..19" in caplog.text
+        assert "no previews: the network is trained on t = 10..19" in caplog.text
         assert not list((part / "previews").glob("*"))
         assert list((train(tmp_path, *previews, "--t_min", 9, name="enough") / "previews").glob("*"))
 
     def test_heads_take_that_of_their_backbone(self, early, tmp_path, fails):
         heads = [*FLAGS, "--n_steps", 1, "--model", "deediff_uvit", "--classifier_type", "attention_probe"]
         heads += ["--load_backbone", early, "--freeze_backbone", "--log_path", tmp_path]
-        fails(main_script.main, [*heads, "--t_min", 5], "t = 8..19 alone", "at t = 5, 6, 7;")
+        fails(main_script.main, [*heads, "--t_min", 5], "only on t = 8..19", "at t = 5, 6, 7;")
         main_script.main([*map(str, heads)])
         (path,) = tmp_path.rglob("*_last.pth")
         assert torch.load(path, weights_only=True)["config"]["t_min"] == 8
         argv = ["--checkpoint_path", path, "--threshold", 0.1, "--output_folder", tmp_path / "s", "--n_samples", 1]
-        fails(eesampler.main, argv, "t = 8..19 alone", "at t = 7, 6, 5, ...;")
+        fails(eesampler.main, argv, "only on t = 8..19", "at t = 7, 6, 5, ...;")
         eesampler.main([*map(str, argv), "--allow_outside_range"])
 
 
@@ -181,7 +181,7 @@ class TestSampling:
 
     def test_one_network_outside_its_range(self, early, tmp_path, fails, run_quietly):
         argv = self.sample(tmp_path / "s", "--checkpoint_path", early)
-        fails(sampler.main, argv, "t = 8..19 alone", "at t = 7, 6, 5, ...;", "--allow_outside_range")
+        fails(sampler.main, argv, "only on t = 8..19", "at t = 7, 6, 5, ...;", "--allow_outside_range")
         assert not list((tmp_path / "s").glob("*.png"))
         run_quietly(sampler.main, [*argv, "--solver", "ddim", "--steps", 2])  # t = 19 and 9
         run_quietly(sampler.main, [*argv, "--overwrite", "--allow_outside_range"])
@@ -192,7 +192,7 @@ class TestSampling:
             run_quietly(sampler.main, [*argv, "--t_switch", t_switch])
         said = fails(sampler.main, [*argv, "--t_switch", 6], "early/digits", "at t = 7;")
         assert "late/" not in said
-        fails(sampler.main, [*argv, "--t_switch", 10], "late/digits", "t = 0..9 alone", "at t = 10;")
+        fails(sampler.main, [*argv, "--t_switch", 10], "late/digits", "only on t = 0..9", "at t = 10;")
         run_quietly(sampler.main, [*argv, "--t_switch", 11, "--solver", "ddim", "--steps", 2])  # t = 19 and 9
 
 
@@ -223,15 +223,15 @@ class TestWarmStart:
     def test_how_to_go_on_leaves_it_out(self, full, tmp_path, capsys):
         train(tmp_path, "--init_from", full, "--max_hours", 1e-9)
         said = capsys.readouterr().err
-        assert "go on with: python" in said and "--resume" in said and "--init_from" not in said
+        assert "continue with: python" in said and "--resume" in said and "--init_from" not in said
         train(tmp_path, "--resume")
         assert checkpoint(tmp_path / "run")["step"] == 4
 
     def test_what_does_not_fit(self, full, early_exit, tmp_path, fails):
         argv = [*FLAGS, "--n_steps", 1, "--log_path", tmp_path, "--init_from", full]
         fails(train_script.main, [*argv, "--embed_dim", 64], "--init_from", "embed_dim (32 and 64)")
-        fails(train_script.main, [*argv, "--resume"], "--init_from begins a new run")
-        fails(train_script.main, [*argv, "--load_checkpoint_path", full], "--init_from begins a new run")
+        fails(train_script.main, [*argv, "--resume"], "--init_from starts a new run")
+        fails(train_script.main, [*argv, "--load_checkpoint_path", full], "--init_from starts a new run")
         fails(main_script.main, [*argv, "--model", "deediff_uvit"], "--init_from belongs to --model uvit")
         fails(train_script.main, [*FLAGS, "--n_steps", 1, "--init_from", early_exit], "is a deediff_uvit")
 
@@ -283,7 +283,7 @@ class TestDistillation:
         fails(train_script.main, [*teacher, "--num_classes", 10], "num_classes (10 and -1)")
         fails(train_script.main, [*teacher, "--parametrization", "predict_original"], "parametrization (predict_orig")
         fails(train_script.main, [*teacher, "--num_timesteps", 21], "noise schedule")
-        fails(train_script.main, [*argv, "--distill_from", early, "--t_min", 7], "t = 8..19 alone", "at t = 7;")
+        fails(train_script.main, [*argv, "--distill_from", early, "--t_min", 7], "only on t = 8..19", "at t = 7;")
         fails(train_script.main, [*argv, "--distill_from", early_exit], "is a deediff_uvit")
         fails(train_script.main, [*argv, "--distill_weight", 1], "--distill_weight needs --distill_from")
         fails(main_script.main, [*teacher, "--model", "deediff_uvit"], "--distill_from belongs to --model uvit")

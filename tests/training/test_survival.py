@@ -102,14 +102,14 @@ class TestStopping:
         (process,) = processes.start("train", argv, tmp_path / "said.txt")
         log = tmp_path / "run" / "metrics.jsonl"
         processes.wait_for(lambda: log.exists() and log.read_text(), "the first log")
-        busy = f"another training is at work there (process {process.pid} on "
+        busy = f"another training run uses this folder (process {process.pid} on "
         fails(train_script.main, [*argv, "--resume"], busy)
         for pid in [*processes.children(process.pid), process.pid]:
             os.kill(pid, number)
         assert processes.finish([process]) == [status]
         said = (tmp_path / "said.txt").read_text()
         step = read(tmp_path / "run" / LAST)["step"]
-        assert f"stopped after step {step}; go on with: python " in said and "--resume\n" in said
+        assert f"stopped after step {step}; continue with: python " in said and "--resume\n" in said
         assert "Traceback" not in said
         assert all(line["step"] % 4 == 0 for line in metrics(tmp_path / "run"))
         train(tmp_path, "--resume", steps=step + 1)
@@ -119,7 +119,7 @@ class TestStopping:
         run = train(tmp_path, "--max_hours", 1e-9)
         assert read(run / LAST)["step"] == 1 and not (run / "previews").exists()
         said = capsys.readouterr().err
-        assert "--max_hours: stopped after step 1; go on with: python" in said
+        assert "--max_hours: stopped after step 1; continue with: python" in said
         train(tmp_path, "--resume")
         assert not differences(state(run), state(unbroken))
         assert [{**line, "steps_per_second": 0} for line in metrics(run)] == [
@@ -145,7 +145,7 @@ class TestStopping:
     def test_the_command_to_go_on_with(self, unbroken, tmp_path, capsys):
         start = unbroken / "digits_uvit_step-2.pth"
         train(tmp_path, "--load_checkpoint_path", start, "--max_hours", 1e-9)
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "go on with" in line]
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "continue with" in line]
         assert "--load_checkpoint_path" not in line and str(start) not in line and line.endswith("--resume")
 
 
@@ -212,7 +212,7 @@ class TestCheckpoints:
         before = (run / LAST).read_bytes()
         with small_disk(len(before) // 2):
             said = fails(train_script.main, argv_of(tmp_path, "--resume"), "step 8", LAST, "File too large")
-        assert f"the newest checkpoint is {run / LAST}: make room, then go on with: python" in said
+        assert f"the newest checkpoint is {run / LAST}: make room, then continue with: python" in said
         assert said.endswith("--resume\n")
         assert (run / LAST).read_bytes() == before
         assert [path.name for path in run.glob(".*")] == [".lock"]
@@ -307,7 +307,7 @@ class TestOtherSettings:
         argv = argv_of(run.parent, *flags, "--num_workers", 1, steps=9)
         words = ["lr (0.0002 and 1.0)", "seed (0 and 7)", "batch_size (8 and 4)", "model_params.depth (3 and 5)"]
         said = fails(train_script.main, argv, *words)
-        others = said.partition("no obstacle: ")[2].removesuffix("))\n").split("), ")
+        others = said.partition("but allowed: ")[2].removesuffix("))\n").split("), ")
         wanted = ["log_every_n_steps (4 and 2", "n_steps (8 and 9", "num_workers (0 and 1"]
         assert sorted(others) == [*wanted, "save_new_every_n_steps (2 and 100000"]
 
@@ -355,7 +355,7 @@ class TestExport:
     def test_raw_weights_are_not_made_up(self, full, tmp_path, run_quietly, fails):
         run_quietly(export.main, [full, tmp_path / "w.safetensors"])
         flags = ["--checkpoint_path", tmp_path / "w.safetensors", "--output_folder", tmp_path / "s"]
-        fails(sampler_script.main, [*flags, "--weights", "raw"], "averaged weights alone")
+        fails(sampler_script.main, [*flags, "--weights", "raw"], "only averaged weights")
 
     def test_raw_weights_start_a_training(self, full, tmp_path, run_quietly):
         out = tmp_path / "raw.safetensors"
@@ -372,7 +372,7 @@ class TestExport:
         fails(export.main, [full, tmp_path / "out.pth"], ".safetensors")
         fails(export.main, [full, tmp_path / "none" / "out.safetensors"], "no such folder")
         export.main([str(full), str(out)])
-        fails(export.main, [out, out], "to read from")
+        fails(export.main, [out, out], "is the file to read")
         fails(export.main, [out, tmp_path / "b.safetensors", "--weights", "raw"], "ema weights")
         torch.save(read(full)["model"], tmp_path / "bare.pth")
         fails(export.main, [tmp_path / "bare.pth", out], "no description")

@@ -296,7 +296,7 @@ def test_another_number_of_steps_is_one_statement(schedule, tmp_path, caplog):
     train(tmp_path, *flags, "--resume", "--keep_last", 9, steps=6)
     one, other = (checkpoint(tmp_path / name, "digits_uvit_step-4.pth") for name in ("run", "long"))
     messages = [record.getMessage() for record in caplog.records]
-    noted = [message for message in messages if "leave the result as it is" in message]
+    noted = [message for message in messages if "do not change the result" in message]
     assert len(noted) == 1 and "keep_last (none and 9)" in noted[0]
     if schedule == "constant":
         assert same_state(one, other)
@@ -310,7 +310,7 @@ def test_another_number_of_steps_is_one_statement(schedule, tmp_path, caplog):
 class TestBadInput:
     def test_a_run_is_never_overwritten(self, runs, fails):
         argv = [*TINY_FLAGS, *TRAINING_FLAGS, "--n_steps", 4, "--log_path", runs, "--exp_name", "full"]
-        fails(train_script.main, argv, "holds a run already", "--resume")
+        fails(train_script.main, argv, "already contains a run", "--resume")
 
     def test_resuming_nothing(self, tmp_path, fails):
         fails(train_script.main, [*FLAGS, "--n_steps", 4, "--log_path", tmp_path, "--resume"], "no checkpoint")

@@ -216,15 +216,23 @@ def distances(features: Tensor, real: Tensor) -> tuple[float, float]:
 
 def kid(a: Tensor, b: Tensor) -> float:
     """The unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018). a: (N, D). b: (M, D)."""
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: Tensor) -> Tensor:
-        products = kernel(x, x)
-        return (products.sum() - products.trace()) / (len(x) * (len(x) - 1))
-
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(N, D), (M, D) -> (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def within(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The mean of the kernel over pairs of unlike rows of x, (N, D) -> (R,).
+
+    weights: (R, N), how often each row counts in each of R resamplings (default: once, R = 1). A row and its own copy
+    are no pair, because resamplings would be biased with them.
+    """
+    weights = x.new_ones(1, len(x)) if weights is None else weights
+    pairs = weights.sum(dim=1) ** 2 - (weights**2).sum(dim=1)
+    return ((weights @ kernel(x, x).fill_diagonal_(0)) * weights).sum(dim=1) / pairs
 
 
 def falls(rows: Sequence[Row]) -> list[str]:

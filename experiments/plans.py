@@ -9,12 +9,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from common.cli import Parser
 from common.errors import InputError, command
 from common.files import writable_folder
 from common.options import MOST_SEED
 from common.settings import Checked, option
+from evaluation.settings import EFFICIENTNET
 from experiments.runner import Runner, words_of
 from experiments.sets import ImageSet, colour, digits, fetched_emoji
 
@@ -50,7 +52,8 @@ def images_of(name: str, work: Path) -> ImageSet:
     if name == "digits":
         return replace(digits(), full_steps=2000, shallow_steps=1000, n_calibration=128)
     emoji = colour(work, fetched_emoji(Path("results")), is_emoji=True)
-    return replace(emoji, full_steps=1500, shallow_steps=750, n_calibration=128)
+    few: dict[str, Any] = {"full_steps": 3000, "shallow_steps": 1000, "n_calibration": 128}
+    return replace(emoji, **few, extractor=EFFICIENTNET, metric="kid")
 
 
 @command

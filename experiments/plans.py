@@ -27,6 +27,7 @@ class PlansSettings(Checked):
 
     sets: tuple[str, ...] = option(("digits", "emoji"), "sets of images to measure on", choices=("digits", "emoji"))
     seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
+    elsewhere: bool = option(True, "also use the plans in other samplers, and with networks of half the training")
     quick: bool = option(
         False, "a short run to check that everything works; all files, also the page, go to results/plans/quick"
     )
@@ -39,7 +40,10 @@ class PlansSettings(Checked):
     @property
     def words(self) -> list[str]:
         """The command line that has these settings."""
-        return words_of((), {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if not changed.pop("elsewhere", True):
+            changed["no-elsewhere"] = True
+        return words_of((), changed)
 
 
 def parse_settings(argv: Sequence[str] | PlansSettings | None) -> PlansSettings:
@@ -70,7 +74,9 @@ def main(argv: Sequence[str] | PlansSettings | None = None) -> None:
     from experiments.plans_page import write_page
 
     run = Runner(work)
-    measured = [Evidence(images, work / images.folder, run, settings.seeds).measure() for images in sets]
+    measured = [
+        Evidence(images, work / images.folder, run, settings.seeds, settings.elsewhere).measure() for images in sets
+    ]
     page = (work if settings.quick else writable_folder(Path("docs"))) / "plans.md"
     how = f"`{shlex.join(['python', '-m', 'experiments.plans', *settings.words])}`"
     write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)

@@ -90,11 +90,11 @@ def schemes() -> dict[str, Stages]:
 class Evidence:
     """A measurement on one set of images: networks, plans and samples of each seed, in the folder `work`."""
 
-    def __init__(self, images: ImageSet, work: Path, run: Runner, seeds: Sequence[int]):
+    def __init__(self, images: ImageSet, work: Path, run: Runner, seeds: Sequence[int], elsewhere: bool = True):
         self.images, self.work, self.run, self.seeds = images, work, run, seeds
         self.experiment = Experiment(images, work, run, seeds)
         self.device = pick_device("auto")
-        self.settings = settings_of(images.sampling_steps)
+        self.settings = settings_of(images.sampling_steps)[: None if elsewhere else 1]
 
     def measure(self) -> dict[str, Any]:
         """Everything, as plain values."""

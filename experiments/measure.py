@@ -71,7 +71,7 @@ class Experiment:
         result = {
             "name": self.images.name,
             "about": self.images.about,
-            "score": f"Fréchet distance in the features of {self.images.extractor}",
+            "score": self.images.score,
             "training": {"full": self.images.full_steps, "exits": self.images.exit_steps, "shallow": steps},
             "step_rates": rates,
             "sampling": {"solver": SOLVER, "steps": self.images.sampling_steps},
@@ -222,7 +222,7 @@ class Experiment:
         some: Flags = {"n_samples": n, "batch_size": min(250, n), "seed": seed, "output_folder": folder}
         script = "eesampler" if "threshold" in how else "sampler"
         self.run(script, **{**self.sampling, **how}, **some)
-        scoring: Flags = {"feature_extractor": self.images.extractor, "cache_dir": self.work / "cache"}
+        scoring: Flags = {**self.images.scoring, "cache_dir": self.work / "cache"}
         self.run("fid", samples_path=folder, **self.data, **scoring)
         return folder
 

@@ -14,12 +14,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from common.cli import Parser
 from common.errors import InputError, command
 from common.files import writable_folder
 from common.options import MOST_SEED
 from common.settings import Checked, option
+from evaluation.settings import EFFICIENTNET
 from experiments.runner import Runner, words_of
 from experiments.sets import ImageSet, colour, digits, fetched_emoji
 
@@ -30,6 +32,7 @@ class PlansSettings(Checked):
 
     sets: tuple[str, ...] = option(("digits", "emoji"), "sets of images to measure on", choices=("digits", "emoji"))
     seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
+    elsewhere: bool = option(True, "also use the plans in other samplers, and with networks of half the training")
     quick: bool = option(
         False, "a short run to check that everything works; all files, also the page, go to results/plans/quick"
     )
@@ -42,7 +45,10 @@ class PlansSettings(Checked):
     @property
     def words(self) -> list[str]:
         """The command line that has these settings."""
-        return words_of((), {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if not changed.pop("elsewhere", True):
+            changed["no-elsewhere"] = True
+        return words_of((), changed)
 
 
 def parse_settings(argv: Sequence[str] | PlansSettings | None) -> PlansSettings:
@@ -55,7 +61,8 @@ def images_of(name: str, work: Path) -> ImageSet:
     if name == "digits":
         return replace(digits(), full_steps=2000, shallow_steps=1000, n_calibration=128)
     emoji = colour(work, fetched_emoji(Path("results")), is_emoji=True)
-    return replace(emoji, full_steps=1500, shallow_steps=750, n_calibration=128)
+    few: dict[str, Any] = {"full_steps": 3000, "shallow_steps": 1000, "n_calibration": 128}
+    return replace(emoji, **few, extractor=EFFICIENTNET, metric="kid")
 
 
 @command
@@ -72,7 +79,9 @@ def main(argv: Sequence[str] | PlansSettings | None = None) -> None:
     from experiments.plans_page import write_page
 
     run = Runner(work)
-    measured = [Evidence(images, work / images.folder, run, settings.seeds).measure() for images in sets]
+    measured = [
+        Evidence(images, work / images.folder, run, settings.seeds, settings.elsewhere).measure() for images in sets
+    ]
     page = (work if settings.quick else writable_folder(Path("docs"))) / "plans.md"
     how = f"`{shlex.join(['python', '-m', 'experiments.plans', *settings.words])}`"
     write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)

@@ -58,7 +58,7 @@ class Setting(NamedTuple):
 
 def settings_of(steps: int) -> list[Setting]:
     """Where plans are measured: first where they are made, with DDPM's own noise, then elsewhere."""
-    few, more = max(2, 2 * steps // 5), 5 * steps
+    few, more = max(2, 2 * steps // 5), 20 * steps
     return [
         Setting(f"ddpm, {steps} steps", "ddpm", steps),
         Setting(f"ddpm, {few} steps", "ddpm", few),
@@ -90,11 +90,11 @@ def schemes() -> dict[str, Stages]:
 class Evidence:
     """A measurement on one set of images: networks, plans and samples of each seed, in the folder `work`."""
 
-    def __init__(self, images: ImageSet, work: Path, run: Runner, seeds: Sequence[int]):
+    def __init__(self, images: ImageSet, work: Path, run: Runner, seeds: Sequence[int], elsewhere: bool = True):
         self.images, self.work, self.run, self.seeds = images, work, run, seeds
         self.experiment = Experiment(images, work, run, seeds)
         self.device = pick_device("auto")
-        self.settings = settings_of(images.sampling_steps)
+        self.settings = settings_of(images.sampling_steps)[: None if elsewhere else 1]
 
     def measure(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -112,7 +112,7 @@ class Evidence:
         return {
             "name": self.images.name,
             "about": self.images.about,
-            "score": f"Fréchet distance in the features of {self.images.extractor}",
+            "score": self.images.score,
             "training": [self.images.full_steps, self.images.shallow_steps],
             "seeds": list(self.seeds),
             "n_samples": self.images.n_samples,
@@ -259,7 +259,8 @@ class Evidence:
                 told["seconds"] = statistics.median(seconds[label])
                 told["sampled_speed_up"] = ratio(seconds[FULL_ALONE], seconds[label])
                 if scored:
-                    told["score"] = read_json(folder / "report" / "metrics.json")["fid"]
+                    scores = read_json(folder / "report" / "metrics.json")
+                    told["score"] = self.images.scale * scores[self.images.metric]
                 if label in labels:
                     told |= pairs_of(folders[FULL_ALONE], folder)
                 for key, value in told.items():
@@ -278,7 +279,7 @@ class Evidence:
                 self.run("sampler", **sampling, **some, output_folder=folders[label])
         if scored:
             for folder in folders.values():
-                scoring: Flags = {"feature_extractor": self.images.extractor, "cache_dir": self.work / "cache"}
+                scoring: Flags = {**self.images.scoring, "cache_dir": self.work / "cache"}
                 self.run("fid", samples_path=folder, **self.experiment.data, **scoring)
         return folders
 

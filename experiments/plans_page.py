@@ -37,8 +37,9 @@ def write_page(
             f"### At equal speed\n\n{plans_table(of_set)}\n\n{verdict(of_set)}",
             f"![Divergence and score against speed]({picture.name})",
             f"### Predicted and measured\n\n{additivity(of_set)}",
-            f"### Elsewhere\n\n{elsewhere(of_set)}",
         ]
+        if of_set["moved"]:
+            parts.append(f"### Elsewhere\n\n{elsewhere(of_set)}")
         page = filled(page, of_set["name"], "\n\n".join(parts))
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -32,7 +32,8 @@ class ImageSet:
     img_size: int
     in_chans: int
     configs: tuple[str, str, str]  # the full network's, the shallow one's and that of early exit
-    extractor: Path  # of the features that samples are scored in
+    extractor: Path | str  # of the features that samples are scored in
+    metric: str = "fid"  # the score, of fid.py
     classifier_steps: int = 0  # that it is trained for; 0: it is there
     data: dict[str, Any]  # flags
     training_batch: int = 128
@@ -43,6 +44,21 @@ class ImageSet:
     sampling_steps: int = 50
     timed_steps: int = 60  # of a training that is timed
     n_calibration: int = 256
+
+    @property
+    def score(self) -> str:
+        name = "Fréchet distance" if self.metric == "fid" else f"{self.metric.upper()} x {self.scale}"
+        return f"{name} in the features of {self.extractor}"
+
+    @property
+    def scale(self) -> int:
+        """A factor of the score, for numbers that are easy to read."""
+        return 1 if self.metric == "fid" else 1000
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """Flags of fid.py."""
+        return {"feature_extractor": self.extractor, "metrics": self.metric}
 
     def quick(self) -> ImageSet:
         """The same with little of everything: to see it work, not to believe the numbers."""

@@ -6,6 +6,11 @@ where it was stopped; its files lie in results/garments/.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.startup import end_in_one_line
+
+    end_in_one_line()  # on a signal during the imports below
+
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

@@ -13,15 +13,16 @@ if __name__ == "__main__":
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import Parser
-from common.errors import InputError, command
+from common.errors import command
 from common.files import writable_folder
 from common.options import MOST_SEED
-from common.settings import Checked, option
-from experiments.runner import Runner, words_of
+from common.settings import option
+from experiments.runner import Runner
+from experiments.settings import MeasurementSettings
 
 SAMPLERS = {
     "DDPM, 50 steps": ("ddpm", 50),
@@ -34,28 +35,13 @@ NAMES = {f"{solver}-{steps}": name for name, (solver, steps) in SAMPLERS.items()
 
 
 @dataclass(frozen=True, kw_only=True)
-class GarmentsSettings(Checked):
+class GarmentsSettings(MeasurementSettings):
     """Settings of garments.py."""
 
     samplers: tuple[str, ...] = option(tuple(NAMES), "solvers, each with its number of steps", choices=tuple(NAMES))
     seeds: tuple[int, ...] = option((1, 2, 3), "at least two seeds of samples", least=0, most=MOST_SEED)
     n_samples: int = option(1000, "images of each seed", least=20, most=100_000)
     data_path: Path | None = option(None, "path of Fashion-MNIST (default: datasets/)", exists="path")
-    quick: bool = option(
-        False, "a short run to check that everything works; all files, also the page, go to results/garments/quick"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError("--seeds: give two or more that differ, for there are intervals over them")
-
-    @property
-    def words(self) -> list[str]:
-        """The command line that has these settings, but for the place of the data."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        changed.pop("data_path", None)
-        return words_of((), changed)
 
 
 def parse_settings(argv: Sequence[str] | GarmentsSettings | None) -> GarmentsSettings:
@@ -80,7 +66,7 @@ def main(argv: Sequence[str] | GarmentsSettings | None = None) -> None:
     garments = Garments(work, run, settings.data_path, settings.seeds, n_samples, n_paths)
     measured = garments.measure(of_samplers)
     page = (work if settings.quick else writable_folder(Path("docs"))) / "results.md"
-    how = f"`{shlex.join(['python', '-m', 'experiments.garments', *settings.words])}`"
+    how = f"`{shlex.join(['python', '-m', 'experiments.garments', *settings.words('data_path')])}`"
     how += f" in {run.seconds_in_all / 60:.0f} minutes of sampling and calibration"
     write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)
     print(f"-> {page}")

@@ -12,43 +12,26 @@ if __name__ == "__main__":
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.cli import Parser
-from common.errors import InputError, command
+from common.errors import command
 from common.files import writable_folder
-from common.options import MOST_SEED
-from common.settings import Checked, option
+from common.settings import option
 from evaluation.settings import EFFICIENTNET
-from experiments.runner import Runner, words_of
+from experiments.runner import Runner
 from experiments.sets import ImageSet, colour, digits, fetched_emoji
+from experiments.settings import MeasurementSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlansSettings(Checked):
+class PlansSettings(MeasurementSettings):
     """Settings of plans.py."""
 
     sets: tuple[str, ...] = option(("digits", "emoji"), "sets of images to measure on", choices=("digits", "emoji"))
-    seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
     elsewhere: bool = option(True, "also use the plans in other samplers, and with networks of half the training")
-    quick: bool = option(
-        False, "a short run to check that everything works; all files, also the page, go to results/plans/quick"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError("--seeds: give two or more that differ, for there are intervals over them")
-
-    @property
-    def words(self) -> list[str]:
-        """The command line that has these settings."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        if not changed.pop("elsewhere", True):
-            changed["no-elsewhere"] = True
-        return words_of((), changed)
 
 
 def parse_settings(argv: Sequence[str] | PlansSettings | None) -> PlansSettings:
@@ -83,7 +66,7 @@ def main(argv: Sequence[str] | PlansSettings | None = None) -> None:
         Evidence(images, work / images.folder, run, settings.seeds, settings.elsewhere).measure() for images in sets
     ]
     page = (work if settings.quick else writable_folder(Path("docs"))) / "plans.md"
-    how = f"`{shlex.join(['python', '-m', 'experiments.plans', *settings.words])}`"
+    how = f"`{shlex.join(['python', '-m', 'experiments.plans', *settings.words()])}`"
     write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)
     print(f"-> {page}; its commands took {run.seconds_in_all / 60:.1f} minutes in all")
 

@@ -13,21 +13,21 @@ if __name__ == "__main__":
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import Parser
 from common.errors import InputError, command
 from common.files import writable_folder
-from common.options import MOST_SEED
 from common.progress import duration
-from common.settings import Checked, option
-from experiments.runner import Runner, words_of
+from common.settings import option
+from experiments.runner import Runner
 from experiments.sets import colour, digits, fetched_emoji
+from experiments.settings import MeasurementSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResultsSettings(Checked):
+class ResultsSettings(MeasurementSettings):
     """Settings of results.py."""
 
     folder: Path | None = option(
@@ -37,24 +37,11 @@ class ResultsSettings(Checked):
         metavar="FOLDER",
     )
     sets: tuple[str, ...] = option(("digits", "colour"), "sets of images to measure on", choices=("digits", "colour"))
-    seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
-    quick: bool = option(
-        False, "do little of everything, to check that it works; all files, the page among them, go to results/quick"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.folder and "colour" not in self.sets:
             raise InputError(f"{self.folder}: colour images belong to --sets colour")
-        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError("--seeds: give two or more that differ, for there are intervals over them")
-
-    @property
-    def words(self) -> list[str]:
-        """The command line that has these settings."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        folder = changed.pop("folder", None)
-        return words_of([folder] if folder else [], changed)
 
 
 def parse_settings(argv: Sequence[str] | ResultsSettings | None) -> ResultsSettings:
@@ -82,7 +69,9 @@ def main(argv: Sequence[str] | ResultsSettings | None = None) -> None:
     run = Runner(work)
     measured = [Experiment(images, work / images.folder, run, settings.seeds).measure() for images in sets]
     page = (work if settings.quick else writable_folder(Path("docs"))) / "results.md"
-    how = f"`{shlex.join(['bash', 'scripts/results.sh', *settings.words])}` in {run.seconds_in_all / 60:.0f} minutes"
+    command_line = ["bash", "scripts/results.sh", *settings.words("folder")]
+    command_line += [str(settings.folder)] if settings.folder else []
+    how = f"`{shlex.join(command_line)}` in {run.seconds_in_all / 60:.0f} minutes"
     remarks = write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)
     print("\n".join(["", *remarks]))
     print(f"-> {page}; it took {duration(run.seconds_in_all)} in all")

@@ -74,6 +74,13 @@ def test_what_is_predicted_of_any_plan():
     assert (speed_up, nats) == (15 / (2 + 5 + 1), 0.5)
 
 
+def test_the_command_line_of_settings():
+    words = ["--sets", "emoji", "--no-elsewhere", "--quick"]
+    settings = plans.parse_settings(words)
+    assert not settings.elsewhere and plans.parse_settings(settings.words()) == settings
+    assert sorted(settings.words()) == sorted(words)
+
+
 def test_refusals(fails):
     fails(plans.main, ["--seeds", 1], "two or more")
     fails(plans.main, ["--sets", "faces"], "--sets")

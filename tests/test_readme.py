@@ -45,7 +45,7 @@ from tests.latents import NARROW, public_names, tiny_imagenet
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")
-CPU = ["--device", "cpu", "--quiet"]
+CPU = ["--device", "cpu"]
 SAMPLING = ["--solver", "ddim", "--steps", "4", "--batch_size", "3", *CPU]
 TRAINING = ["--batch_size", "2", "--num_warmup_steps", "1", "--preview_steps", "1", "--embed_dim", "32"]
 TRAINING += ["--num_heads", "4", *CPU]
@@ -456,7 +456,7 @@ def test_what_the_demo_prints_can_be_pasted(tmp_path):
 
     printed, by_the_demo = called("scripts/demo.sh", "a demo $1")
     pasted = [line.removeprefix("$ ") for line in printed.splitlines() if line.startswith("$ ")]
-    assert len(pasted) == 21 and b"DuoDiff t_switch=300=a demo $1/samples_duo_300" in by_the_demo
+    assert len(pasted) == 23 and b"DuoDiff t_switch=300=a demo $1/samples_duo_300" in by_the_demo
     scripts = [call for call in by_the_demo.split(b"\x1e") if b"\x1f-c\x1f" not in call]  # -c: what is installed?
     assert called("-c", "\n".join(pasted))[1].split(b"\x1e") == scripts
     quick = [

@@ -138,7 +138,7 @@ def test_offloading_saves_the_memory_of_a_network(suffix, tmp_path):
     config = tmp_path / "wide.yaml"
     config.write_text(yaml.safe_dump({"model_params": WIDE, "diffusion_params": {"num_timesteps": 20}}))
     flags = ["--t_switch", 9, "--solver", "ddim", "--steps", 2, "--n_samples", 2, "--batch_size", 1]
-    flags += ["--precision", "fp32", "--device", "cpu", "--quiet"]
+    flags += ["--precision", "fp32", "--device", "cpu"]
     for late in ("", "_late"):
         weights = UViT(**WIDE).state_dict()
         path = tmp_path / f"wide{late}{suffix}"

@@ -12,7 +12,7 @@ import train
 from models import EarlyExitUViT, UViT
 from tests.conftest import TINY, TINY_FLAGS, TRAINING_FLAGS, perturbed
 
-FLAGS = ["--device", "cpu", "--quiet", "--solver", "ddim", "--steps", "2", "--batch_size", "1"]
+FLAGS = ["--device", "cpu", "--solver", "ddim", "--steps", "2", "--batch_size", "1"]
 LINEAR = "linear betas 0.0001..0.02"
 
 

@@ -272,6 +272,9 @@ With this page you choose the features of a score by the damage that they detect
 each stronger from row to row, and compared with other real images of the same set. In features that can be trusted the
 distance grows from row to row.
 
+In short: use KID in `efficientnet-lite0` for small images, or for fewer than some thousands; use Inception, the default of
+`fid.py`, for scores that are compared with published ones. The small classifiers miss weak noise.
+
 `python -m experiments.features` measures this page again (`--data_path` for Fashion-MNIST; npm downloads the emoji;
 `pip install -r requirements-eval.txt`). `efficientnet-lite0` stands for `--feature_extractor efficientnet-lite0`:
 EfficientNet-Lite0 with weights of ImageNet, the means of its last feature map over images resized to 96 x 96 (bicubic,
@@ -283,9 +286,8 @@ antialiased; grey as three equal channels). The others are the small classifiers
 - Swapped colours: images whose channels are exchanged in a circle.
 - Broken patches: squares of an eighth of the side (two pixels at least) of a colour whose channels are 0 or 255. Early
   exit leaves such patches at a bad threshold.
-- KID is unbiased, so it is near 0 for undamaged images, and may be below. The Fréchet distance of so few images is far
-  above 0 even then: with fewer images than features its covariances are singular. Use KID there.
-- For scores that are compared with published ones, use Inception, the default of fid.py."""
+- KID is unbiased, so for undamaged images it is near 0 on the scale of its column, and may be negative. The Fréchet
+  distance of so few images is far above 0 even then: with fewer images than features its covariances are singular."""
 
 
 if __name__ == "__main__":

@@ -272,8 +272,8 @@ With this page you choose the features of a score by the damage that they detect
 each stronger from row to row, and compared with other real images of the same set. In features that can be trusted the
 distance grows from row to row.
 
-In short: use KID in `efficientnet-lite0` for small images, or for fewer than some thousands; use Inception, the default of
-`fid.py`, for scores that are compared with published ones. The small classifiers miss weak noise.
+In short: use KID in `efficientnet-lite0` for small images, or for fewer than some thousands; use Inception, the default
+of `fid.py`, for scores that are compared with published ones. The small classifiers miss weak noise.
 
 `python -m experiments.features` measures this page again (`--data_path` for Fashion-MNIST; npm downloads the emoji;
 `pip install -r requirements-eval.txt`). `efficientnet-lite0` stands for `--feature_extractor efficientnet-lite0`:

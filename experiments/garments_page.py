@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from common import plots
 from common.files import replacing
@@ -95,6 +96,10 @@ def draw(path: Path, of_samplers: Mapping[str, Sequence[Row]]) -> None:
         points = sorted((1000 * statistics.median(row["seconds"]), statistics.mean(row["kid"])) for row in rows)
         lines += axes.plot(*zip(*points, strict=True), marker=plots.MARKERS[i], color=f"C{i}", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="ms per image, measured", ylabel="KID x 1000")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.set_title(f"KID against time in {len(of_samplers)} samplers")
     axes.grid(alpha=0.3, which="both")
     plots.add_legend(below, lines, labels, loc="outside lower center", ncols=3)

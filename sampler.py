@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
         folder.open(settings.batch_size, settings.overwrite)
         if is_main():
             compare_with_calibration(settings, plan)
+            if settings.checkpoint_path_late is not None:
+                ask_if_swapped(networks)
             name_idle(plan, networks, stages)
         shape = config.model_params.image_shape
         warm_up(stages, folder.mine, shape, labels, device, compiled=settings.speed.compile, saving=plan.saves)
@@ -150,6 +152,19 @@ def settled_plan(
 
     choose = chosen_plan if settings.plan else chosen_switch
     return choose(settings, plan, networks, device)
+
+
+def ask_if_swapped(networks: Sequence[Network[Runnable]]) -> None:
+    """Warn if the shallow network, the first of two, costs more than the full one."""
+    from generation.denoisers import Call, flops_of
+
+    first, last = (flops_of(Call(k, passes=1), networks) for k in (0, 1))
+    if first > last:
+        log.warning(
+            "the network of the first stage costs more than that of the last (%.3g against %.3g GFLOP per call): were "
+            "--checkpoint_path and --checkpoint_path_late swapped?",
+            *(first / 1e9, last / 1e9),
+        )
 
 
 def name_idle(plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage]) -> None:

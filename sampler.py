@@ -190,7 +190,10 @@ def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
 def describe_work(
     plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage], batches: int
 ) -> list[dict[str, Any]]:
-    """The number of calls and the FLOPs of each network, for the report."""
+    """The timesteps of the stages of each network, its number of calls and its FLOPs, for the report.
+
+    A network that is held or corrects another is not called at all these timesteps.
+    """
     from generation.denoisers import Call, calls_of, flops_of, reuses
 
     calls = Counter(
@@ -201,12 +204,13 @@ def describe_work(
     described = []
     for k, (name, network) in enumerate(zip(plan.names, networks, strict=True)):
         own = {call: count for call, count in calls.items() if call.network == k}
-        flops, timesteps = sum(count * flops_of(call, networks) for call, count in own.items()), sum(own.values())
+        flops, n_calls = sum(count * flops_of(call, networks) for call, count in own.items()), sum(own.values())
+        of_network = [stage for planned, stage in zip(plan.stages, stages, strict=True) if k in planned.networks]
         work = {
             "name": name,
-            "timesteps": timesteps,
-            "calls": timesteps * batches,
-            "flops_per_image_call": flops / timesteps if timesteps else flops_of(Call(k, passes=1), networks),
+            "timesteps": sum(len(stage.timesteps) for stage in of_network),
+            "calls": n_calls * batches,
+            "flops_per_image_call": flops / n_calls if n_calls else flops_of(Call(k, passes=1), networks),
             "flops_per_image": flops,
         }
         if any(planned.network == k and reuses(planned, networks) for planned in plan.stages):

@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | SamplerSettings | None = None) -> None:
         folder.open(settings.batch_size, settings.overwrite)
         if is_main():
             compare_with_calibration(settings, plan)
+            if settings.checkpoint_path_late is not None:
+                ask_if_swapped(networks)
             name_idle(plan, networks, stages)
         shape = config.model_params.image_shape
         warm_up(stages, folder.mine, shape, labels, device, compiled=settings.speed.compile, saving=plan.saves)
@@ -152,6 +154,19 @@ def settled_plan(
     return choose(settings, plan, networks, device)
 
 
+def ask_if_swapped(networks: Sequence[Network[Runnable]]) -> None:
+    """Warn if the shallow network, the first of two, costs more than the full one."""
+    from generation.denoisers import Call, flops_of
+
+    first, last = (flops_of(Call(k, passes=1), networks) for k in (0, 1))
+    if first > last:
+        log.warning(
+            "the network of the first stage costs more than that of the last (%.3g against %.3g GFLOP per call): were "
+            "--checkpoint_path and --checkpoint_path_late swapped?",
+            *(first / 1e9, last / 1e9),
+        )
+
+
 def name_idle(plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage]) -> None:
     """Warn about stages without a timestep of the run."""
     visited = [t for stage in stages for t in stage.timesteps]
@@ -175,7 +190,10 @@ def compare_with_calibration(settings: SamplerSettings, plan: Plan) -> None:
 def describe_work(
     plan: Plan, networks: Sequence[Network[Runnable]], stages: Sequence[Stage], batches: int
 ) -> list[dict[str, Any]]:
-    """The number of calls and the FLOPs of each network, for the report."""
+    """The timesteps of the stages of each network, its number of calls and its FLOPs, for the report.
+
+    A network that is held or corrects another is not called at all these timesteps.
+    """
     from generation.denoisers import Call, calls_of, flops_of, reuses
 
     calls = Counter(
@@ -186,12 +204,13 @@ def describe_work(
     described = []
     for k, (name, network) in enumerate(zip(plan.names, networks, strict=True)):
         own = {call: count for call, count in calls.items() if call.network == k}
-        flops, timesteps = sum(count * flops_of(call, networks) for call, count in own.items()), sum(own.values())
+        flops, n_calls = sum(count * flops_of(call, networks) for call, count in own.items()), sum(own.values())
+        of_network = [stage for planned, stage in zip(plan.stages, stages, strict=True) if k in planned.networks]
         work = {
             "name": name,
-            "timesteps": timesteps,
-            "calls": timesteps * batches,
-            "flops_per_image_call": flops / timesteps if timesteps else flops_of(Call(k, passes=1), networks),
+            "timesteps": sum(len(stage.timesteps) for stage in of_network),
+            "calls": n_calls * batches,
+            "flops_per_image_call": flops / n_calls if n_calls else flops_of(Call(k, passes=1), networks),
             "flops_per_image": flops,
         }
         if any(planned.network == k and reuses(planned, networks) for planned in plan.stages):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ from generation.run import readable
 from generation.settings import CalibrationSettings
 from models.inference import BackboneDenoiser
 from models.loading import Network, Runnable
+
+log = logging.getLogger(__name__)
 
 KNEE, KNEE_OF_DDPM = "knee", "knee of ddpm"  # rules; the others are called by their option
 
@@ -96,6 +99,7 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], devi
         device=device,
         quiet=settings.quiet,
     )
+    ask_if_trained(predictions)
 
     steps, random = weighed(predictions, solver, timesteps, costs)
     rule, judge = rule_of(choice), steps
@@ -127,6 +131,17 @@ def calibrate(settings: Measurement, networks: Sequence[Network[Runnable]], devi
         rule=rule,
         images_there=len(dataset),
     )
+
+
+def ask_if_trained(predictions: Predictions) -> None:
+    """Warn if the first network predicts better than the full one at most steps, on average over the images."""
+    error = predictions.error.mean(axis=-1)  # (K, S)
+    count, steps = int((error[0] < error[-1]).sum()), error.shape[1]  # a NaN is not smaller
+    if count > steps / 2:
+        log.warning(
+            "the shallow network predicts better than the full one at %d of %d steps: is the full network trained?",
+            *(count, steps),
+        )
 
 
 def weighed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +30,12 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def save_png(path: Path, pixels: Tensor) -> int:
+def save_png(path: str | os.PathLike[str], pixels: Tensor) -> int:
     """pixels: uint8 (C, H, W) with C = 1, 3 or 4. Returns the CRC-32 of the file."""
     array = rearrange(pixels.cpu().numpy(), "c h w -> h w c")
     content = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(content, "PNG")
-    with replacing(path, durable=False) as temporary:
+    with replacing(Path(path), durable=False) as temporary:
         temporary.write_bytes(content.getbuffer())
     return zlib.crc32(content.getbuffer())
 
@@ -45,7 +46,7 @@ def read_png(path: Path) -> Tensor:
     return to_tensor(image, in_chans=1 if image.mode == "L" else 3)
 
 
-def save_grid(path: Path, pixels: Tensor, at_most: int = 100, least_side: int = 64) -> None:
+def save_grid(path: str | os.PathLike[str], pixels: Tensor, at_most: int = 100, least_side: int = 64) -> None:
     """Save the first images as one picture, nearly square.
 
     Small images are enlarged smoothly, because a smooth 8 x 8 digit is easier to read than one of squares.

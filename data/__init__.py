@@ -6,6 +6,7 @@ No torch in here, so that reading options stays quick; a module is imported when
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def crop_of(name: str, crop: str | None) -> str:
 
 def open_dataset(
     name: str,
-    data_path: Path | None,
+    data_path: str | os.PathLike[str] | None,
     *,
     img_size: int,
     in_chans: int,
@@ -95,6 +96,7 @@ def open_dataset(
     that fits. Raises InputError if the dataset is missing or does not fit.
     """
     crop, entry = crop_of(name, crop), DATASETS[name]
+    data_path = None if data_path is None else Path(data_path)
     wanted: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes, "crop": crop}
     dataset: ImageDataset | None = None
     if packed:

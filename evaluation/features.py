@@ -23,6 +23,9 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EFFICIENTNET_FILE = "efficientnet-lite0-57934424.pth"
+WITHOUT_DOWNLOAD = (
+    f"give --feature_extractor_weights FILE, or take --feature_extractor {EFFICIENTNET}, which needs no download"
+)
 
 
 def check_official(path: Path, sha256: str, name: str, file: str) -> None:
@@ -190,14 +193,14 @@ def _download_inception() -> Path:
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     if path.parts[0] == "~":  # HOME is not set, and the user has no entry that names one
-        raise InputError("there is no home folder for the Inception weights; give --feature_extractor_weights FILE")
+        raise InputError(f"there is no home folder for the Inception weights; {WITHOUT_DOWNLOAD}")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise InputError(
-                f"the Inception weights could not be downloaded ({error}); fetch {URL_INCEPTION_V3} and give "
-                "--feature_extractor_weights FILE"
+                f"the Inception weights could not be downloaded ({error}); fetch {URL_INCEPTION_V3} and "
+                f"{WITHOUT_DOWNLOAD}"
             ) from None
     return path

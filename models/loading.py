@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def described_by(config_path: Path | None) -> str:
 
 
 def load_network(
-    path: Path,
+    path: str | os.PathLike[str],
     stated: Mapping[str, Any],
     kind: type[M],
     *,
@@ -98,6 +99,7 @@ def load_network(
     network may be in a folder of diffusers. offload: check the weights, but leave the module empty, see
     `Network.stored`. Raises InputError if the file does not fit or contradicts the stated settings.
     """
+    path = Path(path)
     if path.is_dir() and not is_exported(path):
         return _load_folder(path, stated, kind, described, device, process_of, offload)
     read = read_weights(path, weights)

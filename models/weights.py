@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import pickle
 import re
 import warnings
@@ -48,7 +49,7 @@ class Weights(NamedTuple):
     entry: str = ""  # the chosen one, see `fitting`
 
 
-def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str], weights: str = "ema") -> None:
     """Load a file into a UViT, DiT or EarlyExitUViT.
 
     Reads .safetensors and .pth: this project's checkpoints, plain state dicts such as the public ones, the original
@@ -60,10 +61,11 @@ def load_weights(model: nn.Module, path: str | Path, weights: str = "ema") -> No
     Raises InputError for a file that is missing, damaged, not finite or does not fit the model; the model is then
     unchanged.
     """
+    path = Path(path)
     model.load_state_dict(check_fit(model, read_weights(path, weights), path, weights).state_dict)
 
 
-def read_weights(path: str | Path, weights: str = "ema") -> Weights:
+def read_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """Read the weights in a file onto the CPU. `check_fit` then chooses the entry of the file that fits.
 
     The tensors of a .pth file are mapped: a checkpoint's other parts, such as the state of its optimizer, take no

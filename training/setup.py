@@ -119,7 +119,7 @@ def backbone_task(settings: TrainingSettings, device: torch.device) -> Task:
         raise InputError(f"--model {settings.model} contradicts model {model} of {settings.config_path}; leave one out")
     if model not in BACKBONES:
         raise InputError(f"{settings.config_path} describes a {model}; train.py trains {' or '.join(BACKBONES)}")
-    config = build_config(given, described_by(settings.config_path))
+    config = config_of(given, settings)
     torch.manual_seed(settings.seed)
     network = build_network(config)
     assert isinstance(network, Backbone)
@@ -144,7 +144,7 @@ def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
         backbone = load_network(exits.load_backbone, given, UViT, described=described_by(settings.config_path))
         same_data = backbone.config.dataset in (None, settings.data.dataset)
         given = merge(plain(backbone.config), ({} if same_data else {"crop": None}) | own)
-    config = build_config(given | own_type, described_by(settings.config_path))
+    config = config_of(given | own_type, settings)
     torch.manual_seed(settings.seed)
     network = build_network(config)
     assert isinstance(network, EarlyExitUViT)
@@ -159,6 +159,16 @@ def early_exit_task(settings: TrainingSettings, device: torch.device) -> Task:
         return network.early_exit(x_t, t, y, threshold=threshold).output
 
     return config, network, early_exit_objective(exits.freeze_backbone, exits.use_unweighted_loss), preview
+
+
+def config_of(given: Mapping[str, Any], settings: TrainingSettings) -> Config:
+    """The description of a network. Raises InputError if neither a file nor the flags give its least settings."""
+    params = given.get("model_params") or {}
+    size = "input_size" if given["model"] == "dit" else "img_size"
+    described = bool(params) if given["model"] == "dit" else params.keys() >= {size, "patch_size"}  # a DiT has defaults
+    if settings.config_path is None and not described:
+        raise InputError(f"the network has no description; give --config_path, or --{size} and --patch_size")
+    return build_config(given, described_by(settings.config_path))
 
 
 def backbone_of(network: Backbone | EarlyExitUViT) -> Backbone:

@@ -156,6 +156,21 @@ def test_an_idle_network_is_named(t_switch, steps, idle, duo, full, shallow, tmp
     ] * bool(idle)
 
 
+def test_swapped_networks_are_named(duo, full, shallow, tmp_path, run_quietly, caplog):
+    """DuoDiff in its order, and one network twice, say nothing."""
+    flags = ["--t_switch", 9, "--n_samples", 1, "--device", "cpu", "--output_folder"]
+    run_quietly(sampler.main, [*duo, *flags, tmp_path / "s"])
+    run_quietly(sampler.main, ["--checkpoint_path", full, "--checkpoint_path_late", full, *flags, tmp_path / "twice"])
+    assert not caplog.records
+    run_quietly(sampler.main, ["--checkpoint_path", full, "--checkpoint_path_late", shallow, *flags, tmp_path / "swap"])
+    less, more = (b["flops_per_image_call"] / 1e9 for b in statistics(tmp_path / "s")["backbones"])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the network of the first stage costs more than that of the last ({more:.3g} against {less:.3g} GFLOP per "
+        "call): were --checkpoint_path and --checkpoint_path_late swapped?"
+    ]
+    assert len(samples(tmp_path / "swap")) == 1
+
+
 class TestFlagsThatDescribe:
     """Weights that came without a description: any option of a network may be a flag."""
 

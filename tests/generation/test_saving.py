@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from generation.settings import SamplerSettings, SavingSettings
 from generation.stages import StageEntry, StageFile, plan_of, read_stages, stages_described, write_stages
 from models.early_exit import EarlyExitUViT
 from models.loading import load_network
-from tests.folders import equal
+from tests.folders import equal, statistics
 
 FLAGS = ["--device", "cpu", "--quiet", "--batch_size", 2]
 
@@ -32,7 +34,7 @@ def test_interval_1_is_the_plain_network_bit_for_bit(interval, duo, make):
 
 
 @pytest.mark.parametrize(
-    ("saving", "shallow_steps", "full_steps"),
+    ("saving", "shallow_calls", "full_calls"),
     [
         (["--correct_every", 4], 20, 3),  # 10 steps alone, 10 beside the full network
         (["--correct_every", 3, "--correct_order", 0], 20, 4),
@@ -40,11 +42,23 @@ def test_interval_1_is_the_plain_network_bit_for_bit(interval, duo, make):
         (["--hold_every", 7, "--hold_order", 0], 10, 2),
     ],
 )
-def test_what_runs_is_counted_as_it_runs(saving, shallow_steps, full_steps, duo, make, counted):
+def test_what_runs_is_counted_as_it_runs(saving, shallow_calls, full_calls, duo, make, counted):
+    shallow_steps = 20 if "--correct_every" in saving else 10
     _, about = make("s", [*duo, "--t_switch", 9, *saving])
-    assert [network["timesteps"] for network in about["backbones"]] == [shallow_steps, full_steps]
+    assert [network["calls"] for network in about["backbones"]] == [shallow_calls, full_calls]
+    assert [network["timesteps"] for network in about["backbones"]] == [shallow_steps, 10], "of their stages"
     assert counted == [2 * about["network_flops_per_image"]], "of two images"
     assert about["device_type"] == "cpu", "whatever the CPU is called"
+
+
+def test_the_table_tells_steps_and_calls_of_a_held_network(full, tmp_path, run_quietly):
+    """Of 20 steps, the network runs at the first and at every second after it: 10 calls in each of 3 batches."""
+    write_stages(tmp_path / "s.yaml", StageFile(stages=(entry(full, 0, 19, hold_every=2),)))
+    argv = ["--stages", tmp_path / "s.yaml", "--n_samples", 6, *FLAGS, "--output_folder", tmp_path / "s"]
+    said = run_quietly(sampler.main, argv)
+    assert re.search(r"^backbone +20 +30 ", said, re.MULTILINE), said
+    (about,) = statistics(tmp_path / "s")["backbones"]
+    assert about["flops_per_image"] == 10 * about["flops_per_image_call"]
 
 
 def test_batches_processes_and_guidance(runs, make):

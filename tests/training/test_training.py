@@ -358,6 +358,20 @@ class TestBadInput:
         fails(train_script.main, [*FLAGS, "--log_path", tmp_path / "logs", *flags], *words)
         assert not list((tmp_path / "logs").rglob("*.pth")) if (tmp_path / "logs").exists() else True
 
+    @pytest.mark.parametrize(
+        "flags, wanted",
+        [
+            ([], "--img_size and --patch_size"),
+            (["--img_size", 8], "--img_size and --patch_size"),
+            (["--depth", 3, "--patch_size", 4], "--img_size and --patch_size"),
+            (["--model", "dit"], "--input_size and --patch_size"),
+        ],
+    )
+    def test_a_network_without_description(self, flags, wanted, tmp_path, fails):
+        argv = ["--dataset", "folder", "--data_path", tmp_path, "--n_steps", 2, "--device", "cpu", *flags]
+        said = fails(train_script.main, [*argv, "--log_path", tmp_path / "logs"])
+        assert said == f"train.py: the network has no description; give --config_path, or {wanted}\n"
+
     def test_options_of_early_exit(self, tmp_path, fails, full):
         argv = [*TRAINING_FLAGS, "--n_steps", 2, "--log_path", tmp_path]
         fails(main_script.main, [*argv, *TINY_FLAGS, "--model", "uvit", "--freeze_backbone"], "--freeze_backbone")

@@ -1,4 +1,4 @@
-"""The Python of docs/python.md and of the notebook, run in their order, on tiny networks in place of the demo's."""
+"""The Python of docs/python.md and of the notebook, run in their order, with fewer steps and images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 NOTEBOOK = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))
 CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
-# The tiny networks have 20 timesteps.
-STAND_INS = {"num_timesteps, 50)": "num_timesteps, 20)", "[501, 0]": "[11, 0]", "[40]": "[15]"}
+# The networks have 1000 timesteps.
+STAND_INS = {"num_timesteps, 50)": "num_timesteps, 4)", "range(16)": "range(2)", "arange(16)": "arange(2)"}
+STAND_INS |= {"timesteps[10]": "timesteps[1]", "nats[10]": "nats[1]", "[40]": "[3]"}
 
 
 @pytest.mark.parametrize("blocks", [BLOCKS, CELLS], ids=["page", "notebook"])
-def test_the_blocks_run(blocks, runs, tmp_path, monkeypatch, capsys):
-    (tmp_path / "demo").symlink_to(runs)
+def test_the_blocks_run(blocks, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pretrained").symlink_to(DOCS.parent / "pretrained")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks:
@@ -39,7 +40,8 @@ def test_the_blocks_run(blocks, runs, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "duodiff.png").stat().st_size > 500
     said = capsys.readouterr().out
     assert "from DuoDiff's images" in said and "nats" in said
-    assert names["images"].shape == (16, 1, 8, 8)
+    assert names["images"].shape == (2, 1, 28, 28)
+    assert not torch.equal(names["sharper"], names["images"])
 
 
 def test_the_notebook_has_no_outputs_and_says_what_the_page_says():

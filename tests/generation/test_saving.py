@@ -54,7 +54,18 @@ def test_what_runs_is_counted_as_it_runs(saving, shallow_calls, full_calls, duo,
 def test_the_table_tells_steps_and_calls_of_a_held_network(full, tmp_path, run_quietly):
     """Of 20 steps, the network runs at the first and at every second after it: 10 calls in each of 3 batches."""
     write_stages(tmp_path / "s.yaml", StageFile(stages=(entry(full, 0, 19, hold_every=2),)))
-    argv = ["--stages", tmp_path / "s.yaml", "--n_samples", 6, *FLAGS, "--output_folder", tmp_path / "s"]
+    argv = [
+        "--stages",
+        tmp_path / "s.yaml",
+        "--n_samples",
+        6,
+        "--batch_size",
+        2,
+        "--device",
+        "cpu",
+        "--output_folder",
+        tmp_path / "s",
+    ]
     said = run_quietly(sampler.main, argv)
     assert re.search(r"^backbone +20 +30 ", said, re.MULTILINE), said
     (about,) = statistics(tmp_path / "s")["backbones"]

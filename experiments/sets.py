@@ -19,6 +19,7 @@ from common.files import sha256_of, writable_folder
 EMOJI = "emoji-datasource-google@15.1.2"
 EMOJI_SHA256 = "d44462c604b8b8ddeea1bded87031fe73beadd92b9569d977dbd6224e45dc850"
 EMOJI_IMAGES, EMOJI_NAMES = "package/img/google/64/", "package/emoji.json"
+KID_REFERENCE = 1000  # real images, whose features are extracted for each score
 NO_CATEGORY = "Component"  # of emoji.json: parts of others
 
 
@@ -58,7 +59,8 @@ class ImageSet:
     @property
     def scoring(self) -> dict[str, Any]:
         """Flags of fid.py."""
-        return {"feature_extractor": self.extractor, "metrics": self.metric}
+        few = {} if self.metric == "fid" else {"n_reference": KID_REFERENCE}
+        return {"feature_extractor": self.extractor, "metrics": self.metric, **few}
 
     def quick(self) -> ImageSet:
         """The same with little of everything: to see it work, not to believe the numbers."""

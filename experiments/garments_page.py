@@ -16,7 +16,7 @@ from common.files import replacing
 from common.images import enlarge
 from evaluation.comparison import estimate
 from experiments.garments_measure import images_of, psnr_of
-from experiments.page import QUICK, bold, filled, table
+from experiments.page import QUICK, bold, copy_for_page, filled, table
 
 WORST = 10  # pairs of images
 SHOWN = ("DuoDiff at the knee", "plan of all", "early exit 0.1")  # of their worst pairs
@@ -33,6 +33,8 @@ def write_page(
     plot, pairs = (path.with_name(f"{path.stem}_garments{suffix}.png") for suffix in ("", "_worst"))
     draw(plot, of_samplers)
     draw_worst(pairs, next(iter(of_samplers.values())))
+    for picture in (plot, pairs):
+        copy_for_page(picture, picture)
     n, seeds = measured["n_samples"], ", ".join(map(str, measured["seeds"]))
     parts = [
         "## Garments",

@@ -111,7 +111,7 @@ def draw(path: Path, of_samplers: Mapping[str, Sequence[Row]]) -> None:
 def draw_worst(path: Path, rows: Sequence[Row]) -> None:
     """Of some ways the images of the first seed with the lowest PSNR, each below the full network's."""
     full, shown = Path(rows[0]["folders"][0]), [row for row in rows if row["label"] in SHOWN]
-    figure = Figure(figsize=(9, 2.1 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.75 * len(shown)), layout="constrained")
     for axes, row in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         other = Path(row["folders"][0])
         values = psnr_of(full, other)

@@ -20,7 +20,7 @@ from evaluation.images import FinishedImages, evenly_spaced
 from evaluation.pairs import psnr
 from evaluation.settings import EFFICIENTNET
 from experiments.features import kernel, within
-from experiments.runner import Flags, Runner
+from experiments.runner import Flags, Runner, slug
 
 FULL, SHALLOW, EXITS = (Path("pretrained") / f"fashion_mnist_{name}" for name in ("full", "shallow", "exits"))
 FULL_ALONE = "full"
@@ -177,11 +177,6 @@ def resampled_difference(samples: Tensor, standard: Tensor, real: Tensor) -> lis
     """
     n = len(samples)
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLINGS)
-    weights = torch.from_numpy(drawn).to(samples)
-    ends = np.percentile((towards(real, samples, weights) - towards(real, standard, weights)).numpy(), PERCENTILES)
-    return [float(towards(real, samples) - towards(real, standard)), *ends.tolist()]
-
-
-def slug(*words: object) -> str:
-    """For names of files."""
-    return "_".join("".join(c if c.isalnum() or c == "." else "_" for c in str(word)) for word in words)
+    weights = torch.from_numpy(np.concatenate([np.ones((1, n)), drawn])).to(samples)  # first the samples as they are
+    difference, *resampled = (towards(real, samples, weights) - towards(real, standard, weights)).tolist()
+    return [difference, *np.percentile(resampled, PERCENTILES).tolist()]

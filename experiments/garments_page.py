@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from common import plots
-from common.files import replacing
 from common.images import enlarge
 from evaluation.comparison import estimate
-from experiments.garments_measure import images_of, psnr_of
-from experiments.page import QUICK, bold, copy_for_page, filled, table
+from evaluation.pairs import psnr
+from experiments.garments_measure import images_of
+from experiments.page import about_machine, begun, bold, copy_for_page, filled, save_page, table
 
 WORST = 10  # pairs of images
 SHOWN = ("DuoDiff at the knee", "plan of all", "early exit 0.1")  # of their worst pairs
@@ -28,7 +28,6 @@ def write_page(
     path: Path, measured: Mapping[str, Any], how: str, machine: Mapping[str, Any], quick: bool = False
 ) -> None:
     """Replace the part `garments` of the page. measured: of Garments.measure. how: the command and its time."""
-    about = ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int))
     of_samplers: Mapping[str, Sequence[Row]] = measured["samplers"]
     plot, pairs = (path.with_name(f"{path.stem}_garments{suffix}.png") for suffix in ("", "_worst"))
     draw(plot, of_samplers)
@@ -38,7 +37,7 @@ def write_page(
     n, seeds = measured["n_samples"], ", ".join(map(str, measured["seeds"]))
     parts = [
         "## Garments",
-        f"Measured by {how}. Machine: {about}.",
+        f"Measured by {how}. Machine: {about_machine(machine)}.",
         f"Images: Fashion-MNIST, 28 x 28 grey. Networks: those of [pretrained/](../pretrained/README.md). {n} samples "
         f"of each of the seeds {seeds}, in fp32. Score: KID x 1000 against {measured['n_real']} real images in the "
         "features of EfficientNet-Lite0.",
@@ -51,9 +50,7 @@ def write_page(
         f"The {WORST} images of some ways with the lowest PSNR to the full network's image of the same noise, which "
         f"stands above each ({next(iter(of_samplers))}).",
     ]
-    page = path.read_text("utf-8") if path.exists() else "\n\n".join(["# Results", *[QUICK] * quick])
-    with replacing(path) as temporary:
-        temporary.write_text(filled(page, "garments", "\n\n".join(parts)), encoding="utf-8")
+    save_page(path, filled(begun(path, "Results", quick), "garments", "\n\n".join(parts)))
 
 
 def differences(of_samplers: Mapping[str, Sequence[Row]]) -> str:
@@ -110,13 +107,13 @@ def draw(path: Path, of_samplers: Mapping[str, Sequence[Row]]) -> None:
 
 def draw_worst(path: Path, rows: Sequence[Row]) -> None:
     """Of some ways the images of the first seed with the lowest PSNR, each below the full network's."""
-    full, shown = Path(rows[0]["folders"][0]), [row for row in rows if row["label"] in SHOWN]
+    of_full, shown = images_of(Path(rows[0]["folders"][0])), [row for row in rows if row["label"] in SHOWN]
     figure = Figure(figsize=(7.2, 1.75 * len(shown)), layout="constrained")
     for axes, row in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
-        other = Path(row["folders"][0])
-        values = psnr_of(full, other)
+        images = images_of(Path(row["folders"][0]))
+        values = psnr(images, of_full)
         worst = values.argsort()[:WORST]
-        tiles = torch.stack([enlarge(images_of(folder)[worst], 64) for folder in (full, other)])  # (2, N, C, H, W)
+        tiles = torch.stack([enlarge(pixels[worst], 64) for pixels in (of_full, images)])  # (2, N, C, H, W)
         tiles = torch.nn.functional.pad(tiles, (2, 2, 2, 2), value=255)
         axes.imshow(
             tiles[:, :, 0].permute(0, 2, 1, 3).flatten(0, 1).flatten(1, 2).numpy(), cmap="gray", vmin=0, vmax=255

@@ -15,7 +15,7 @@ from calibration.choice import knee
 from common.errors import InputError
 from common.files import read_json, writable_folder, write_json
 from common.images import read_png
-from experiments.runner import Flags, Runner
+from experiments.runner import Flags, Runner, slug
 from experiments.sets import ImageSet, classes_of
 from training.checkpoint import step_of
 
@@ -216,8 +216,7 @@ class Experiment:
     def sampled(self, seed: int, how: Flags) -> Path:
         """The folder of scored samples that a sampler makes with these flags."""
         words = [of.parent.name if isinstance(of, Path) else f"{flag}_{of}" for flag, of in how.items()]
-        name = "".join(c if c.isalnum() or c == "." else "_" for c in "_".join(words))
-        folder = self.work / "samples" / name
+        folder = self.work / "samples" / slug(*words)
         n = self.images.n_samples
         some: Flags = {"n_samples": n, "batch_size": min(250, n), "seed": seed, "output_folder": folder}
         script = "eesampler" if "threshold" in how else "sampler"

@@ -32,10 +32,10 @@ def write_page(
     benchmarking.measure. quick: say that the numbers are worth nothing. Returns lines for the one who measured: what
     the run before, if there was one, found too, and what is left to do by hand.
     """
-    about = ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int))
+    about = about_machine(machine)
     before = path.with_suffix(".json")
     earlier = read_json(before) if before.exists() else {}
-    page = path.read_text("utf-8") if path.exists() else "\n\n".join(["# Results", *[QUICK] * quick])
+    page = begun(path, "Results", quick)
     remarks, numbers = [], {}
     for of_set in measured:
         name = of_set["name"]
@@ -53,10 +53,24 @@ def write_page(
         if any(numbers[name][key] != earlier.get(name, {}).get(key) for key in numbers[name]):
             remarks.append(f"{name} was measured anew: see whether what {path} says by hand still holds")
         numbers[name]["repeated"] = repeated
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    save_page(path, page)
     write_json(before, earlier | numbers)
     return remarks
+
+
+def about_machine(machine: Mapping[str, Any]) -> str:
+    """A machine, of benchmarking.measure, in words."""
+    return ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int))
+
+
+def begun(path: Path, title: str, quick: bool) -> str:
+    """The page as it is, or a new one. quick: a new one says that its numbers are worth nothing."""
+    return path.read_text("utf-8") if path.exists() else "\n\n".join([f"# {title}", *[QUICK] * quick])
+
+
+def save_page(path: Path, page: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def copy_for_page(picture: Path, path: Path) -> None:

@@ -26,7 +26,7 @@ from diffusion.schedulers import process_of
 from evaluation.images import FinishedImages
 from evaluation.pairs import psnr
 from experiments.measure import PLAIN, Experiment, shallow_name
-from experiments.runner import Flags, Runner
+from experiments.runner import Flags, Runner, slug
 from experiments.sets import ImageSet
 from generation.denoisers import make_stages
 from generation.run import noise_of, solver_of
@@ -323,11 +323,6 @@ class Evidence:
 
 def at_speed(name: str, speed_up: float) -> str:
     return f"{name}, {speed_up:g}x"
-
-
-def slug(text: str) -> str:
-    """For names of files."""
-    return "_".join("".join(c if c.isalnum() else " " for c in text.replace("++", "pp")).split())
 
 
 def dimensions_of(measurement: PlanMeasurement) -> int:

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from common import plots
-from common.files import read_json, replacing, write_json
+from common.files import read_json, write_json
 from evaluation.comparison import Estimate, estimate
-from experiments.page import QUICK, bold, filled, table
+from experiments.page import about_machine, begun, bold, filled, save_page, table
 from experiments.plans_measure import BROUGHT, FULL_ALONE, JOINT, OWN, SPEED_UPS, TIMED_BATCH, TIMED_ROUNDS, at_speed
 
 Row = Mapping[str, Any]  # of a plan: a list of values for each key, one of each seed
@@ -26,8 +26,8 @@ def write_page(
     measured: of each set of images what `Evidence.measure` gives. how: the command. quick: the numbers are worth
     nothing, and the page says so.
     """
-    about = ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int))
-    page = path.read_text("utf-8") if path.exists() else "\n\n".join(["# Plans", *[QUICK] * quick])
+    about = about_machine(machine)
+    page = begun(path, "Plans", quick)
     for of_set in measured:
         picture = path.with_name(f"{path.stem}_{of_set['name']}.png")
         draw(picture, of_set)
@@ -41,8 +41,7 @@ def write_page(
         if of_set["moved"]:
             parts.append(f"### Elsewhere\n\n{elsewhere(of_set)}")
         page = filled(page, of_set["name"], "\n\n".join(parts))
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    save_page(path, page)
     numbers = path.with_suffix(".json")
     before = read_json(numbers) if numbers.exists() else {}
     write_json(numbers, before | {of_set["name"]: {**of_set, "machine": about} for of_set in measured})

@@ -24,6 +24,12 @@ def words_of(given: Sequence[object], flags: Flags) -> list[str]:
     return words
 
 
+def slug(*words: object) -> str:
+    """The words as a part of a file's name."""
+    text = " ".join(map(str, words)).replace("++", "pp")
+    return "_".join("".join(c if c.isalnum() or c == "." else " " for c in text).split())
+
+
 def line_of(module: str, words: Sequence[str]) -> str:
     """The call as one would type it."""
     return f"python {f'-m {module}' if '.' in module else f'{module}.py'} {shlex.join(words)}"

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import math
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,10 +33,9 @@ from evaluation.features import extract_all, load_extractor
 from evaluation.images import evenly_spaced
 from evaluation.settings import EFFICIENTNET
 from evaluation.statistics import frechet_distance, sums_of
-from experiments.sets import fetched_emoji, npm_archive
+from experiments.kid import kid
+from experiments.sets import FLUENT, GOOGLE, fetched_emoji, npm_archive, unpack
 
-FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"
-FLUENT_SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
 BATCH = 100  # images per call of a feature extractor
 WORK = Path("results")  # what npm fetches
 CLASSIFIERS = {name: f"experiments/{name}_classifier.pt" for name in ("digits", "emoji")}
@@ -108,8 +106,8 @@ class RealImages:
 SETS = {
     "digits": RealImages("the project's digits", "digits", 8, 1, (EFFICIENTNET, CLASSIFIERS["digits"])),
     "garments": RealImages("Fashion-MNIST", "fashion_mnist", 28, 1, (EFFICIENTNET,)),
-    "emoji": RealImages("the emoji of docs/results.md", "folder", 16, 3, (EFFICIENTNET, CLASSIFIERS["emoji"])),
-    "shaded": RealImages(f"shaded emoji ({FLUENT}) on white", "folder", 32, 3, (EFFICIENTNET,)),
+    "emoji": RealImages(f"emoji of 64 x 64 ({GOOGLE.package})", "folder", 16, 3, (EFFICIENTNET, CLASSIFIERS["emoji"])),
+    "shaded": RealImages(f"shaded emoji ({FLUENT.package}) on white", "folder", 32, 3, (EFFICIENTNET,)),
 }
 
 
@@ -148,7 +146,7 @@ def main(argv: Sequence[str] | FeatureSettings | None = None) -> None:
 def images_of(name: str, data_path: Path | None) -> Tensor:
     """All images of a set, uint8 (N, C, H, W)."""
     real = SETS[name]
-    fetch = {"emoji": fetched_emoji, "shaded": fetched_shaded}
+    fetch = {"emoji": lambda folder: fetched_emoji(folder, GOOGLE), "shaded": fetched_shaded}
     path = fetch[name](WORK) if name in fetch else data_path if name == "garments" else None
     dataset = open_dataset(real.dataset, path, img_size=real.side, in_chans=real.in_chans)
     return dataset.__getitems__(range(len(dataset)))[0]
@@ -159,15 +157,10 @@ def fetched_shaded(folder: Path) -> Path:
     images = writable_folder(folder) / "shaded_emoji"
     if images.is_dir():
         return images
-    archive = npm_archive(FLUENT, FLUENT_SHA256, folder)
+    archive = npm_archive(FLUENT.package, FLUENT.sha256, folder)
     partial = images.with_name(images.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member.name.endswith(".webp") else None
-            if content is not None:
-                (partial / Path(member.name).name).write_bytes(content.read())
+    unpack(archive, partial, lambda path: path.name if path.suffix == ".webp" else None)
     partial.rename(images)
     archive.unlink()
     return images
@@ -212,27 +205,6 @@ def distances(features: Tensor, real: Tensor) -> tuple[float, float]:
     """Fréchet distance, and KID of all images at once. features: (N, D). real: (M, D)."""
     fitted = [sums_of(each.split(BATCH)).finish() for each in (features, real)]
     return frechet_distance(*fitted), kid(features.double(), real.double())
-
-
-def kid(a: Tensor, b: Tensor) -> float:
-    """The unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018). a: (N, D). b: (M, D)."""
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
-
-
-def kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(N, D), (M, D) -> (N, M)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def within(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean of the kernel over pairs of unlike rows of x, (N, D) -> (R,).
-
-    weights: (R, N), how often each row counts in each of R resamplings (default: once, R = 1). A row and its own copy
-    are no pair, because resamplings would be biased with them.
-    """
-    weights = x.new_ones(1, len(x)) if weights is None else weights
-    pairs = weights.sum(dim=1) ** 2 - (weights**2).sum(dim=1)
-    return ((weights @ kernel(x, x).fill_diagonal_(0)) * weights).sum(dim=1) / pairs
 
 
 def falls(rows: Sequence[Row]) -> list[str]:

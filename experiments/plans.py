@@ -12,26 +12,36 @@ if __name__ == "__main__":
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.cli import Parser
 from common.errors import command
 from common.files import writable_folder
-from common.settings import option
-from evaluation.settings import EFFICIENTNET
+from common.options import MOST_SEED
+from common.settings import Checked, option
+from experiments.plans_sets import digits_for_plans, emoji_for_plans
 from experiments.runner import Runner
-from experiments.sets import ImageSet, colour, digits, fetched_emoji
-from experiments.settings import MeasurementSettings
+from experiments.sets import quick
+from experiments.settings import check_seeds, words
+
+SETS = {"digits": digits_for_plans, "emoji": emoji_for_plans}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlansSettings(MeasurementSettings):
+class PlansSettings(Checked):
     """Settings of plans.py."""
 
-    sets: tuple[str, ...] = option(("digits", "emoji"), "sets of images to measure on", choices=("digits", "emoji"))
+    seeds: tuple[int, ...] = option((0, 1, 2), "at least two seeds of networks and samples", least=0, most=MOST_SEED)
+    sets: tuple[str, ...] = option(tuple(SETS), "sets of images to measure on", choices=tuple(SETS))
     elsewhere: bool = option(True, "also use the plans in other samplers, and with networks of half the training")
+    quick: bool = option(
+        False, "make a short run that checks all parts; all files, also the page, go to a folder quick/ in results/"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seeds(self.seeds)
 
 
 def parse_settings(argv: Sequence[str] | PlansSettings | None) -> PlansSettings:
@@ -39,22 +49,13 @@ def parse_settings(argv: Sequence[str] | PlansSettings | None) -> PlansSettings:
     return parser.settings(PlansSettings, argv, network=False)
 
 
-def images_of(name: str, work: Path) -> ImageSet:
-    """A set, with less training and fewer paths than for docs/results.md."""
-    if name == "digits":
-        return replace(digits(), full_steps=2000, shallow_steps=1000, n_calibration=128)
-    emoji = colour(work, fetched_emoji(Path("results")), is_emoji=True)
-    few: dict[str, Any] = {"full_steps": 3000, "shallow_steps": 1000, "n_calibration": 128}
-    return replace(emoji, **few, extractor=EFFICIENTNET, metric="kid")
-
-
 @command
 def main(argv: Sequence[str] | PlansSettings | None = None) -> None:
     settings = parse_settings(argv)
     work = writable_folder(Path("results/plans/quick" if settings.quick else "results/plans"))
-    sets = [images_of(name, work) for name in settings.sets]
+    sets = [SETS[name]() for name in settings.sets]
     if settings.quick:
-        sets = [images.quick() for images in sets]
+        sets = list(map(quick, sets))
 
     from benchmarking.measure import describe_machine
     from common.devices import pick_device
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | PlansSettings | None = None) -> None:
         Evidence(images, work / images.folder, run, settings.seeds, settings.elsewhere).measure() for images in sets
     ]
     page = (work if settings.quick else writable_folder(Path("docs"))) / "plans.md"
-    how = f"`{shlex.join(['python', '-m', 'experiments.plans', *settings.words()])}`"
+    how = f"`{shlex.join(['python', '-m', 'experiments.plans', *words(settings)])}`"
     write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)
     print(f"-> {page}; its commands took {run.seconds_in_all / 60:.1f} minutes in all")
 

@@ -25,9 +25,9 @@ from diffusion.sampling import sample, split_timesteps
 from diffusion.schedulers import process_of
 from evaluation.images import FinishedImages
 from evaluation.pairs import psnr
-from experiments.measure import PLAIN, Experiment, shallow_name
+from experiments.networks import PLAIN, Trained, shallow_name
+from experiments.plans_sets import PlanSet
 from experiments.runner import Flags, Runner, slug
-from experiments.sets import ImageSet
 from generation.denoisers import make_stages
 from generation.run import noise_of, solver_of
 from generation.settings import CalibrationSettings, SamplerSettings, SavingSettings
@@ -90,9 +90,9 @@ def schemes() -> dict[str, Stages]:
 class Evidence:
     """A measurement on one set of images: networks, plans and samples of each seed, in the folder `work`."""
 
-    def __init__(self, images: ImageSet, work: Path, run: Runner, seeds: Sequence[int], elsewhere: bool = True):
+    def __init__(self, images: PlanSet, work: Path, run: Runner, seeds: Sequence[int], elsewhere: bool = True):
         self.images, self.work, self.run, self.seeds = images, work, run, seeds
-        self.experiment = Experiment(images, work, run, seeds)
+        self.networks = Trained(images, work, run)
         self.device = pick_device("auto")
         self.settings = settings_of(images.sampling_steps)[: None if elsewhere else 1]
 
@@ -127,19 +127,19 @@ class Evidence:
 
     def train(self) -> None:
         """A full and a shallow network of each seed, both also as they were halfway."""
-        images, experiment = self.images, self.experiment
-        experiment.prepare_images()
+        images, networks = self.images, self.networks
+        networks.prepare_images()
         for seed in self.seeds:
             for script, name, config, steps, flags in (
                 ("train", f"full_{seed}", images.configs[0], images.full_steps, {}),
-                ("main", shallow_name(PLAIN, seed, 0), images.configs[1], images.shallow_steps, {"model": "uvit"}),
+                ("main", shallow_name(PLAIN, seed), images.configs[1], images.shallow_steps, {"model": "uvit"}),
             ):
-                more: Flags = {**flags, "save_new_every_n_steps": steps // 2, "use_amp": True}
-                experiment.train(script, name, config, steps, seed, **more)
+                more: Flags = {**flags, "save_new_every_n_steps": steps // 2}
+                networks.train(script, name, config, steps, seed, **more)
 
     def files(self, seed: int, setting: Setting) -> list[Path]:
         """The shallow and the full network."""
-        last = [self.experiment.shallow(PLAIN, seed), self.experiment.full(seed)]
+        last = [self.networks.shallow(seed), self.networks.full(seed)]
         if not setting.halfway:
             return last
         steps = self.images.shallow_steps // 2, self.images.full_steps // 2
@@ -163,7 +163,7 @@ class Evidence:
         n = self.fewer(self.images.n_calibration, setting, least=LEAST_PATHS)
         return PlanMeasurement(
             Measurement(
-                choice=CalibrationSettings(**self.experiment.data, n_images=n, paths=paths),
+                choice=CalibrationSettings(**self.networks.data, n_images=n, paths=paths),
                 solver=SolverSettings(solver=setting.solver, steps=setting.steps),
                 precision="fp32",
                 batch_size=min(128, n),
@@ -280,7 +280,7 @@ class Evidence:
         if scored:
             for folder in folders.values():
                 scoring: Flags = {**self.images.scoring, "cache_dir": self.work / "cache"}
-                self.run("fid", samples_path=folder, **self.experiment.data, **scoring)
+                self.run("fid", samples_path=folder, **self.networks.data, **scoring)
         return folders
 
     def timed(self, seed: int, setting: Setting, hows: Mapping[str, Flags], n: int) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""Measure DuoDiff and what one would do instead, on digits and on small colour images, and write docs/results.md.
+"""Measure ways to save work on garments, digits and small colour images, and write docs/results.md.
 
 It calls the project's scripts and prints each call as a command. A run that was stopped goes on where it was when it
 is given again; what it makes lies in results/, which may be removed to begin anew.
@@ -13,35 +13,56 @@ if __name__ == "__main__":
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common.cli import Parser
 from common.errors import InputError, command
 from common.files import writable_folder
-from common.progress import duration
-from common.settings import option
+from common.options import MOST_SEED
+from common.settings import Checked, option
 from experiments.runner import Runner
-from experiments.sets import colour, digits, fetched_emoji
-from experiments.settings import MeasurementSettings
+from experiments.sets import FLUENT, GOOGLE, ImageSet, TrainedSet, colour, digits, fetched_emoji, garments, quick
+from experiments.settings import check_seeds, words
+
+SETS = ("garments", "digits", "colour")
+SAMPLERS = ("ddpm-50", "ddpm-250", "ddim-50", "dpmsolver++-20", "dpmsolver++-10")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResultsSettings(MeasurementSettings):
+class ResultsSettings(Checked):
     """Settings of results.py."""
 
     folder: Path | None = option(
         None,
-        "folder of colour images, with a sub-folder for each class (default: emoji, fetched with npm)",
+        "folder of colour images, with a sub-folder for each class if they have classes (default: emoji, fetched with "
+        "npm)",
         positional=True,
         metavar="FOLDER",
     )
-    sets: tuple[str, ...] = option(("digits", "colour"), "sets of images to measure on", choices=("digits", "colour"))
+    sets: tuple[str, ...] = option(SETS, "sets of images to measure on", choices=SETS)
+    data_path: Path | None = option(None, "path of Fashion-MNIST (default: datasets/)", exists="path")
+    precision: str | None = option(
+        None, "of training, calibration and sampling (default: that of each set)", choices=("fp32", "bf16")
+    )
+    samplers: tuple[str, ...] | None = option(
+        None, "solvers, each with its number of steps (default: those of each set)", choices=SAMPLERS
+    )
+    seeds: tuple[int, ...] | None = option(
+        None, "two or more seeds of networks and samples (default: those of each set)", least=0, most=MOST_SEED
+    )
+    n_samples: int | None = option(None, "images of each seed (default: that of each set)", least=20, most=100_000)
+    quick: bool = option(
+        False, "make a short run that checks all parts; all files, also the page, go to a folder quick/ in results/"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.folder and "colour" not in self.sets:
             raise InputError(f"{self.folder}: colour images belong to --sets colour")
+        if self.seeds is not None:
+            check_seeds(self.seeds)
 
 
 def parse_settings(argv: Sequence[str] | ResultsSettings | None) -> ResultsSettings:
@@ -49,32 +70,48 @@ def parse_settings(argv: Sequence[str] | ResultsSettings | None) -> ResultsSetti
     return parser.settings(ResultsSettings, argv, network=False)
 
 
+def sets_of(settings: ResultsSettings) -> list[ImageSet]:
+    """Raises InputError where images are missing."""
+    sets: list[ImageSet] = []
+    if "garments" in settings.sets:
+        sets.append(garments(settings.data_path))
+    if "digits" in settings.sets:
+        sets.append(digits())
+    if "colour" in settings.sets:
+        folder = settings.folder or fetched_emoji(Path("results"), GOOGLE, FLUENT)
+        sets.append(colour(folder, is_emoji=settings.folder is None))
+    given: dict[str, Any] = {name: getattr(settings, name) for name in ("precision", "samplers", "seeds", "n_samples")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return [replace(quick(images) if settings.quick else images, **given) for images in sets]
+
+
 @command
 def main(argv: Sequence[str] | ResultsSettings | None = None) -> None:
     settings = parse_settings(argv)
     work = writable_folder(Path("results/quick" if settings.quick else "results"))
-    sets = []
-    if "digits" in settings.sets:
-        sets.append(digits())
-    if "colour" in settings.sets:
-        sets.append(colour(work, settings.folder or fetched_emoji(Path("results")), is_emoji=settings.folder is None))
-    if settings.quick:
-        sets = [images.quick() for images in sets]
+    sets = sets_of(settings)
 
     from benchmarking.measure import describe_machine
     from common.devices import pick_device
     from experiments.measure import Experiment
-    from experiments.page import write_page
+    from experiments.networks import Networks, Pretrained, Trained
+    from experiments.results_page import write_page
 
-    run = Runner(work)
-    measured = [Experiment(images, work / images.folder, run, settings.seeds).measure() for images in sets]
+    measured = []
+    for images in sets:
+        folder = writable_folder(work / images.folder)
+        run = Runner(folder)
+        networks: Networks = Pretrained(images.data)
+        if isinstance(images, TrainedSet):
+            networks = Trained(images, folder, run)
+        of_set = Experiment(images, networks, folder, run).measure()
+        measured.append({**of_set, "hours": run.seconds_in_all / 3600})
     page = (work if settings.quick else writable_folder(Path("docs"))) / "results.md"
-    command_line = ["bash", "scripts/results.sh", *settings.words("folder")]
-    command_line += [str(settings.folder)] if settings.folder else []
-    how = f"`{shlex.join(command_line)}` in {run.seconds_in_all / 60:.0f} minutes"
+    line = ["bash", "scripts/results.sh", *words(settings, "folder", "data_path")]
+    how = f"`{shlex.join([*line, *([str(settings.folder)] if settings.folder else [])])}`"
     remarks = write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)
     print("\n".join(["", *remarks]))
-    print(f"-> {page}; it took {duration(run.seconds_in_all)} in all")
+    print(f"-> {page}; it took {sum(of_set['hours'] for of_set in measured):.1f} hours in all")
 
 
 if __name__ == "__main__":

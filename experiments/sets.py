@@ -1,4 +1,4 @@
-"""The sets of images that are measured on: digits, and colour images, which are emoji unless a folder is named."""
+"""The sets of images that are measured on: garments, digits, and emoji or other colour images."""
 
 from __future__ import annotations
 
@@ -8,132 +8,182 @@ import shutil
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
 
 from common.errors import InputError
 from common.files import sha256_of, writable_folder
 
-EMOJI = "emoji-datasource-google@15.1.2"
-EMOJI_SHA256 = "d44462c604b8b8ddeea1bded87031fe73beadd92b9569d977dbd6224e45dc850"
-EMOJI_IMAGES, EMOJI_NAMES = "package/img/google/64/", "package/emoji.json"
-KID_REFERENCE = 1000  # real images, whose features are extracted for each score
-NO_CATEGORY = "Component"  # of emoji.json: parts of others
+NAMES_AND_CATEGORIES = "package/emoji.json"  # of GOOGLE
+NO_CATEGORY = "Component"  # of that file: parts of others
+
+
+class Vendor(NamedTuple):
+    """Emoji of one style, as npm has them; an image is named after its code points."""
+
+    name: str
+    package: str
+    sha256: str
+    folder: str  # of the images in the archive
+
+
+GOOGLE = Vendor(
+    "google",
+    "emoji-datasource-google@15.1.2",
+    "d44462c604b8b8ddeea1bded87031fe73beadd92b9569d977dbd6224e45dc850",
+    "package/img/google/64/",
+)
+FLUENT = Vendor(
+    "fluent",
+    "@lobehub/fluent-emoji-3d@1.1.0",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    "package/assets/",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """What is done on one set of images."""
+    """A set of images, and how much is measured on it."""
 
     name: str
     folder: str  # in results/
     about: str
     img_size: int
     in_chans: int
+    data: dict[str, Any]  # the flags that name it
+    seeds: tuple[int, ...] = (0, 1, 2)
+    samplers: tuple[str, ...] = ("ddpm-50", "ddim-50", "dpmsolver++-20", "dpmsolver++-10")  # of measure.NAMES
+    n_samples: int  # of each seed
+    n_calibration: int = 64  # images that calibrate.py measures on
+    precision: str = "bf16"  # of training, calibration and sampling
+
+    def few(self) -> dict[str, Any]:
+        """The fields of a quick measurement, with little of everything."""
+        samplers = self.samplers[0], self.samplers[-1]
+        return {"seeds": self.seeds[:2], "samplers": samplers, "n_samples": 20, "n_calibration": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedSet(ImageSet):
+    """A set of images whose networks are trained here."""
+
     configs: tuple[str, str, str]  # the full network's, the shallow one's and that of early exit
-    extractor: Path | str  # of the features that samples are scored in
-    metric: str = "fid"  # the score, of fid.py
-    classifier_steps: int = 0  # that it is trained for; 0: it is there
-    data: dict[str, Any]  # flags
     training_batch: int = 128
+    lr: float = 2e-3
     full_steps: int
     shallow_steps: int  # on all timesteps; other kinds of training have the same time
     exit_steps: int
-    n_samples: int
-    sampling_steps: int = 50
     timed_steps: int = 60  # of a training that is timed
-    n_calibration: int = 256
 
-    @property
-    def score(self) -> str:
-        name = "Fréchet distance" if self.metric == "fid" else f"{self.metric.upper()} x {self.scale}"
-        return f"{name} in the features of {self.extractor}"
-
-    @property
-    def scale(self) -> int:
-        """A factor of the score, for numbers that are easy to read."""
-        return 1 if self.metric == "fid" else 1000
-
-    @property
-    def scoring(self) -> dict[str, Any]:
-        """Flags of fid.py."""
-        few = {} if self.metric == "fid" else {"n_reference": KID_REFERENCE}
-        return {"feature_extractor": self.extractor, "metrics": self.metric, **few}
-
-    def quick(self) -> ImageSet:
-        """The same with little of everything: to see it work, not to believe the numbers."""
-        few: dict[str, Any] = {"n_samples": 40, "sampling_steps": 10, "timed_steps": 6, "n_calibration": 16}
-        for name in ("full_steps", "shallow_steps", "exit_steps", "classifier_steps"):
-            few[name] = -(-getattr(self, name) // 50)
-        return replace(self, **few)
+    def few(self) -> dict[str, Any]:
+        steps = {name: -(-getattr(self, name) // 50) for name in ("full_steps", "shallow_steps", "exit_steps")}
+        return super().few() | steps | {"timed_steps": 6}
 
 
-def digits() -> ImageSet:
+Set = TypeVar("Set", bound=ImageSet)
+
+
+def quick(images: Set) -> Set:
+    """The same set with little of everything: to see it work, not to believe the numbers."""
+    return replace(images, **images.few())
+
+
+def garments(data_path: Path | None) -> ImageSet:
+    """Fashion-MNIST, which the networks of pretrained/ learned."""
     return ImageSet(
+        name="garments",
+        folder="garments",
+        about="Fashion-MNIST, 28 x 28 grey",
+        img_size=28,
+        in_chans=1,
+        data={"dataset": "fashion_mnist", **({"data_path": data_path} if data_path else {})},
+        seeds=(1, 2, 3, 4, 5),
+        samplers=("ddpm-50", "ddpm-250", "ddim-50", "dpmsolver++-20", "dpmsolver++-10"),
+        n_samples=200,
+    )
+
+
+def digits() -> TrainedSet:
+    return TrainedSet(
         name="digits",
         folder="digits",
         about="the project's handwritten digits, 8 x 8 grey",
         img_size=8,
         in_chans=1,
         configs=("uvit_digits", "uvit_digits_1", "deediff_digits"),
-        extractor=Path("experiments/digits_classifier.pt"),
         data={"dataset": "digits"},
-        full_steps=4000,
+        lr=1e-3,
+        full_steps=8000,
         shallow_steps=2000,
         exit_steps=1000,
-        n_samples=1000,
+        n_samples=500,
+        n_calibration=256,
+        precision="fp32",  # bf16 does not pay for networks that small
     )
 
 
-def colour(work: Path, folder: Path, is_emoji: bool) -> ImageSet:
-    """Raises InputError where the folder has no classes of images."""
+def colour(folder: Path, is_emoji: bool) -> TrainedSet:
+    """Raises InputError where the folder has no images."""
     classes_of(folder)
     name = "emoji" if is_emoji else "images"
     # Other images are not to be taken for these.
     own = name if is_emoji else f"{name}_{zlib.crc32(str(folder.resolve()).encode()):08x}"
-    return ImageSet(
+    vendors = f"emoji of two styles ({GOOGLE.package} and {FLUENT.package}), a class for each style and category"
+    return TrainedSet(
         name=name,
         folder=own,
-        about=f"{f'emoji of 64 x 64 ({EMOJI})' if is_emoji else f'the images in {folder}'}, reduced to 16 x 16 colour",
-        img_size=16,
+        about=f"{vendors if is_emoji else f'the images in {folder}'}, reduced to 32 x 32 colour",
+        img_size=32,
         in_chans=3,
-        configs=("uvit_emoji16", "uvit_emoji16_1", "deediff_emoji16"),
-        extractor=Path("experiments/emoji_classifier.pt") if is_emoji else work / own / "classifier.pt",
-        classifier_steps=0 if is_emoji else 600,
+        configs=("uvit_emoji32", "uvit_emoji32_3", "deediff_emoji32"),
         data={"dataset": "folder", "data_path": folder},
         training_batch=64,
-        full_steps=4500,
-        shallow_steps=1500,
+        full_steps=5000,
+        shallow_steps=2000,
         exit_steps=1000,
-        n_samples=500,
+        n_samples=200,
     )
 
 
 def classes_of(folder: Path) -> list[str]:
-    """Its sub-folders. Raises InputError where there are not two with images, or images beside them."""
+    """Its sub-folders, none where images lie beside them. Raises InputError where there are no images."""
     from data.files import image_names
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     names = list(image_names(folder))
-    classes = sorted({name.split("/")[0] for name in names if "/" in name})
-    if len(classes) < 2 or any("/" not in name for name in names):
-        raise InputError(
-            f"{folder}: wanted a sub-folder of images for each class, two at least (their classifier is what scores)"
-        )
-    return classes
+    if not names:
+        raise InputError(f"{folder}: no images in there")
+    classes = sorted({name.partition("/")[0] for name in names if "/" in name})
+    return classes if all("/" in name for name in names) else []
 
 
-def fetched_emoji(folder: Path) -> Path:
-    """The emoji in a folder for each category, fetched by npm if they are not there. Raises InputError if it cannot."""
-    images = writable_folder(folder) / "emoji_64"
+def fetched_emoji(folder: Path, *vendors: Vendor) -> Path:
+    """The emoji of the vendors, fetched by npm if they are not there, in a folder for each vendor and category.
+
+    One vendor alone has a folder for each category. Raises InputError if they cannot be fetched.
+    """
+    images = writable_folder(folder) / "_".join(["emoji", *(vendor.name for vendor in vendors)])
     if images.is_dir():
         return images
-    archive = npm_archive(EMOJI, EMOJI_SHA256, folder)
-    unpack_emoji(archive, images)
-    archive.unlink()
+    needed = dict.fromkeys((GOOGLE, *vendors))
+    archives = {vendor: npm_archive(vendor.package, vendor.sha256, folder) for vendor in needed}
+    categories = categories_in(archives[GOOGLE])
+    partial = images.with_name(images.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for vendor in vendors:
+        of_vendor = f"{vendor.name}_" if len(vendors) > 1 else ""
+
+        def target(path: PurePosixPath, vendor: Vendor = vendor, of_vendor: str = of_vendor) -> str | None:
+            category = categories.get(code_points(path.stem))
+            return f"{of_vendor}{category}/{path.name}" if category and f"{path.parent}/" == vendor.folder else None
+
+        unpack(archives[vendor], partial, target)
+    partial.rename(images)
+    for archive in archives.values():
+        archive.unlink()
     return images
 
 
@@ -160,31 +210,32 @@ def npm_archive(package: str, sha256: str, folder: Path) -> Path:
     return archive
 
 
-def unpack_emoji(archive: Path, images: Path) -> None:
-    """The images of 64 x 64, each into the folder of its category; there are all of them or none."""
-    partial = images.with_name(images.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def unpack(archive: Path, folder: Path, target: Callable[[PurePosixPath], str | None]) -> None:
+    """target: where a member of the archive goes, None if nowhere."""
     with tarfile.open(archive) as tar:
-        names = tar.extractfile(EMOJI_NAMES)
-        assert names is not None, f"{EMOJI_NAMES} is a file"
-        categories = categories_of(json.load(names))
         for member in tar:
-            category = categories.get(member.name.removeprefix(EMOJI_IMAGES))
-            if category and member.isfile() and member.name.startswith(EMOJI_IMAGES):
-                target = partial / category / Path(member.name).name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                image = tar.extractfile(member)
-                assert image is not None, f"{member.name} is a file"
-                target.write_bytes(image.read())
-    partial.rename(images)
+            content = tar.extractfile(member)
+            name = target(PurePosixPath(member.name))
+            if name is not None and content is not None:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content.read())
 
 
-def categories_of(emoji: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The category of each image, of skin tones too, as a name for a folder."""
+def categories_in(archive: Path) -> dict[str, str]:
+    """The category of each emoji, skin tones too, as a name for a folder, by its `code_points`. archive: of GOOGLE."""
+    with tarfile.open(archive) as tar:
+        names = tar.extractfile(NAMES_AND_CATEGORIES)
+        assert names is not None, f"{NAMES_AND_CATEGORIES} is a file"
+        emoji: Sequence[Mapping[str, Any]] = json.load(names)
     found = {}
     for entry in emoji:
         if entry["category"] != NO_CATEGORY:
             category = "_".join(entry["category"].lower().replace("&", " ").split())
             for image in (entry, *entry.get("skin_variations", {}).values()):
-                found[image["image"]] = category
+                found[code_points(PurePosixPath(image["image"]).stem)] = category
     return found
+
+
+def code_points(name: str) -> str:
+    """The name without what vendors write or leave out: a choice of style (FE0F) and leading zeros."""
+    return "-".join(point.lstrip("0") for point in name.lower().split("-") if point != "fe0f")

@@ -45,7 +45,7 @@ REFUSALS = {
     [(script, "--help", 0, f"usage: {script}") for script in SCRIPTS]
     + [(script, "--help", 0, "usage: pack.py") for script in ("pack.py", "data/pack.py")]
     + [(script, "--help", 0, "usage: export.py") for script in ("export.py", "training/checkpoint.py")]
-    + [(f"experiments/{name}.py", "--help", 0, f"usage: {name}.py") for name in ("results", "plans", "garments")]
+    + [(f"experiments/{name}.py", "--help", 0, f"usage: {name}.py") for name in ("results", "plans")]
     + [("pack.py", argv, 2, said) for argv, said in REFUSALS.items()],
 )
 def test_help_and_refusals_need_no_torch(script, argv, status, said):

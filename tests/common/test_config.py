@@ -219,7 +219,7 @@ def test_configs_describe_networks(path):
     assert found is not None
     name, blocks = found.groups()
     of_the_paper = {"celeba": 13, "cifar10": 13, "imagenet64": 17, "imagenet256": 21}
-    full = (of_the_paper | {"digits": 7, "emoji16": 7, "fashion_mnist": 9})[name]
+    full = (of_the_paper | {"digits": 7, "emoji16": 7, "emoji32": 9, "fashion_mnist": 9})[name]
     assert params.num_blocks == int(blocks or full)
     assert (params.mlp_ratio, params.qkv_bias) == (4, False)
     if name in of_the_paper:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from common.errors import InputError
-from evaluation.scoring import kernel_distance
 from experiments import features, sets
 from experiments.features import BLUR, NOISE, PATCHES, SWAPPED, Row
 
@@ -75,12 +74,6 @@ def test_corruptions_leave_their_input_and_move_away_from_it(corruption):
         assert torch.equal(before, kept) and apart == sorted(set(apart)) and apart[0] >= 0
 
 
-def test_kid_is_that_of_the_peer_over_all_images():
-    a = torch.randn(60, 20, generator=generator())
-    b = 0.3 + 1.2 * torch.randn(60, 20, generator=torch.Generator().manual_seed(1))
-    assert features.kid(a.double(), b.double()) == pytest.approx(kernel_distance(a, b)["kid"], rel=1e-6)
-
-
 def row(corruption, strength, *scores):
     return Row(corruption, strength, {"small": scores})
 
@@ -132,6 +125,6 @@ def test_scoped_packages_are_archives_without_their_sign(tmp_path):
     """npm pack names them so."""
     archive = tmp_path / "lobehub-fluent-emoji-3d-1.1.0.tgz"
     archive.write_bytes(b"there")
-    assert sets.npm_archive(features.FLUENT, hashlib.sha256(b"there").hexdigest(), tmp_path) == archive
+    assert sets.npm_archive(sets.FLUENT.package, hashlib.sha256(b"there").hexdigest(), tmp_path) == archive
     with pytest.raises(InputError, match="not the one that is expected"):
-        sets.npm_archive(features.FLUENT, features.FLUENT_SHA256, tmp_path)
+        sets.npm_archive(sets.FLUENT.package, sets.FLUENT.sha256, tmp_path)

@@ -14,7 +14,8 @@ from calibration.prices import Seconds
 from common import timing
 from common.files import read_json
 from experiments import plans, plans_measure, plans_page
-from experiments.sets import digits
+from experiments.plans_sets import digits_for_plans
+from experiments.settings import words
 from generation.settings import SavingSettings
 from generation.stages import PlannedStage
 
@@ -22,8 +23,9 @@ from generation.stages import PlannedStage
 @pytest.mark.slow
 def test_from_networks_to_the_page(tmp_path, monkeypatch, run_quietly):
     few = {"full_steps": 2, "shallow_steps": 2, "n_samples": 4, "sampling_steps": 3, "n_calibration": 4}
-    tiny = replace(digits(), training_batch=4, extractor=digits().extractor.resolve(), **few)
-    monkeypatch.setattr(plans, "images_of", lambda name, work: tiny)
+    images = digits_for_plans()
+    tiny = replace(images, training_batch=4, extractor=images.extractor.resolve(), **few)
+    monkeypatch.setitem(plans.SETS, "digits", lambda: tiny)
     monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
     seconds = Seconds([1.0, 5.0], {}, {1: 2.0}, overhead=0.1)
     monkeypatch.setattr(plan, "time_predictors", lambda *_: seconds)
@@ -75,10 +77,10 @@ def test_what_is_predicted_of_any_plan():
 
 
 def test_the_command_line_of_settings():
-    words = ["--sets", "emoji", "--no-elsewhere", "--quick"]
-    settings = plans.parse_settings(words)
-    assert not settings.elsewhere and plans.parse_settings(settings.words()) == settings
-    assert sorted(settings.words()) == sorted(words)
+    given = ["--sets", "emoji", "--no-elsewhere", "--quick"]
+    settings = plans.parse_settings(given)
+    assert not settings.elsewhere and plans.parse_settings(words(settings)) == settings
+    assert sorted(words(settings)) == sorted(given)
 
 
 def test_refusals(fails):

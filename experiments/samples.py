@@ -1,0 +1,127 @@
+"""Samples of many ways to save work: what they cost, how they score, how far they are from the full network's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.devices import pick_device
+from common.files import read_json, replacing, writable_folder
+from data import open_dataset
+from data.dataset import ImageDataset
+from evaluation.features import extract_all, load_extractor
+from evaluation.images import FinishedImages, evenly_spaced
+from evaluation.pairs import psnr
+from evaluation.settings import EFFICIENTNET
+from experiments.kid import interval_of, resamplings, towards, within
+from experiments.runner import Flags, Runner, slug
+
+MOST_REAL = 10_000  # real images, evenly spaced
+BATCH = 100
+SCALE = 1000  # of KID, for numbers that are easy to read
+
+Ways = Mapping[str, Callable[[int], Flags]]  # the flags of a way to sample by its label, for a seed
+Row = Mapping[str, Any]
+
+
+class Sampler(NamedTuple):
+    solver: str
+    steps: int
+
+
+class Samples:
+    """n_samples images of each seed for each way and sampler, with their features, in the folder `work`.
+
+    real: the images that scores compare with.
+    """
+
+    def __init__(
+        self, real: ImageDataset, work: Path, run: Runner, seeds: Sequence[int], n_samples: int, precision: str
+    ):
+        self.work, self.run, self.seeds = work, run, seeds
+        self.n_samples, self.precision = n_samples, precision
+        self.extractor = load_extractor(EFFICIENTNET, None, pick_device("auto"))
+        self.n_real = min(MOST_REAL, len(real))
+        self.real = self.features("real", lambda: real.__getitems__(evenly_spaced(len(real), self.n_real))[0])
+        self.of_real = within(self.real)  # the term of KID that does not depend on the samples
+
+    def rows(self, sampler: Sampler, ways: Ways) -> Sequence[Row]:
+        """A row for each way, with a value for each seed. The others are compared with the first one."""
+        folders: dict[str, list[Path]] = {label: [] for label in ways}
+        for seed in self.seeds:  # so that a machine that is slower for a while is so for all ways
+            for label, flags in ways.items():
+                folders[label].append(self.sampled(sampler, flags(seed), seed))
+
+        weights = [resamplings(self.n_samples, seed) for seed in self.seeds]
+        rows: list[dict[str, Any]] = []
+        standard: list[Tensor] = []  # of each seed the first way's terms of KID, (1 + R,)
+        for label, of_label in folders.items():
+            terms = [towards(self.real, self.features_of(f), w) for f, w in zip(of_label, weights, strict=True)]
+            reports = [read_json(folder / "report" / "statistics.json") for folder in of_label]
+            row: dict[str, Any] = {
+                "label": label,
+                "folders": [str(folder) for folder in of_label],
+                "seconds": [report["seconds_per_image"] for report in reports],
+                "flops": statistics.mean(report["network_flops_per_image"] for report in reports),
+                "kid": [SCALE * float(of[0] + self.of_real) for of in terms],
+            }
+            if rows:
+                first = rows[0]
+                differences = [SCALE * (own - full) for own, full in zip(terms, standard, strict=True)]
+                row["difference"] = [float(of[0]) for of in differences]
+                row["interval"] = interval_of([of[1:] for of in differences])
+                row["speed_up"] = [a / b for a, b in zip(first["seconds"], row["seconds"], strict=True)]
+                row["psnr"] = [psnr_of(*pair).mean().item() for pair in zip(first["folders"], of_label, strict=True)]
+            else:
+                standard = terms
+            rows.append(row)
+        return rows
+
+    def sampled(self, sampler: Sampler, flags: Flags, seed: int) -> Path:
+        """The folder of samples that a script makes with these flags."""
+        how: Flags = {**sampler._asdict(), "precision": self.precision, **flags}
+        words = [name_of(value) if isinstance(value, Path) else f"{name}_{value}" for name, value in flags.items()]
+        folder = self.work / "samples" / slug(*sampler, *words, f"seed {seed}")
+        some: Flags = {"n_samples": self.n_samples, "batch_size": min(BATCH, self.n_samples), "seed": seed}
+        self.run("eesampler" if "threshold" in flags else "sampler", **how, **some, output_folder=folder)
+        return folder
+
+    def features_of(self, folder: Path) -> Tensor:
+        return self.features(folder.name, lambda: images_of(folder))
+
+    def features(self, name: str, images: Callable[[], Tensor]) -> Tensor:
+        """Features (N, D) in float64 of uint8 images (N, C, H, W), from their file if there is one."""
+        path = writable_folder(self.work / "features") / f"{name}.npy"
+        if not path.exists():
+            print(f"features: {name}", flush=True)
+            found, _ = extract_all(self.extractor, images().split(BATCH))
+            assert found is not None, "this is the only process"
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, found.cpu().numpy())
+        return torch.from_numpy(np.load(path)).double()
+
+
+def real_images(data: Flags, img_size: int, in_chans: int) -> ImageDataset:
+    """data: the flags that name a dataset."""
+    return open_dataset(data["dataset"], data.get("data_path"), img_size=img_size, in_chans=in_chans)
+
+
+def name_of(path: Path) -> str:
+    """Of a checkpoint, a folder of weights or a file of stages."""
+    return path.parent.name if path.suffix == ".pth" else path.stem
+
+
+def images_of(folder: Path) -> Tensor:
+    """All samples of a folder by their numbers, uint8 (N, C, H, W)."""
+    return torch.cat(list(FinishedImages(folder).batches(BATCH)))
+
+
+def psnr_of(full: str | Path, other: Path) -> Tensor:
+    """Of each image to the full network's image of the same noise. Returns (N,)."""
+    return psnr(images_of(other), images_of(Path(full)))

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | ScoringSettings | None = None) -> None:
         if reference is not None:
             scores = score(samples, reference, extractor, settings.metrics, batch_size, quiet)
             if is_main():
-                print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+                print(", ".join(f"{name} {value:.4g}" for name, value in scores.values.items()))
                 print(f"-> {write_scores(samples, reference, extractor, scores)}")
 
 

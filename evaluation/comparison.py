@@ -40,10 +40,14 @@ class Run(NamedTuple):
     settings: dict[str, Any]  # must also be equal for all seeds of a label
     conditions: dict[str, Any]  # must be equal to compare times
     noise: dict[str, Any]  # must be equal, and the seed, to compare images; the keys name it in one word
+    terms: Sequence[float] | None = None  # of KID, one for each image; see evaluation.kid
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, and the half width of its confidence interval by Student's t (None for one seed)."""
+    """A mean over seeds, and the half width of its confidence interval by Student's t.
+
+    For one seed: its value, and the interval over its images (None if unknown).
+    """
 
     mean: float
     half_width: float | None
@@ -109,7 +113,10 @@ def read_run(label: str, folder: Path, metric: str) -> Run:
         conditions = {name: statistics.get(name, default) for name, default in conditions.items()}
         score, seconds, flops = values
         noise = noise_of(statistics)
-        return Run(label, folder, score, seconds, flops, seed, basis, shared, conditions, noise)
+        terms = scores.get("kid_terms") if metric == "kid" else None
+        if terms is not None and not (len(terms) == basis["n_samples"] and all(map(math.isfinite, terms))):
+            raise ValueError("kid_terms: wanted a number for each sample")
+        return Run(label, folder, score, seconds, flops, seed, basis, shared, conditions, noise, terms)
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -161,15 +168,33 @@ def summarised(runs: Sequence[Run]) -> list[Summary]:
         Summary(
             label,
             of_label,
-            estimate([run.score for run in of_label]),
-            estimate([run.score - ours.score for run, ours in zip(of_label, standard, strict=True)])
-            if same_seeds
-            else None,
+            score_of(of_label),
+            difference_of(of_label, standard) if same_seeds else None,
             estimate([run.seconds_per_image for run in of_label]) if one_clock(of_label) else None,
             sum(run.flops_per_image for run in of_label) / len(of_label),
         )
         for label, of_label in by_label.items()
     ]
+
+
+def score_of(runs: Sequence[Run]) -> Estimate:
+    """Over the seeds; over the images of a single seed, if their terms are known."""
+    if len(runs) == 1 and runs[0].terms is not None:
+        return over_images(runs[0].score, runs[0].terms)
+    return estimate([run.score for run in runs])
+
+
+def difference_of(runs: Sequence[Run], standard: Sequence[Run]) -> Estimate:
+    """Paired, of the same seeds: over them, or over the images of a single seed."""
+    one, other = runs[0], standard[0]
+    if len(runs) == 1 and one.terms is not None and other.terms is not None:
+        return over_images(one.score - other.score, [a - b for a, b in zip(one.terms, other.terms, strict=True)])
+    return estimate([run.score - ours.score for run, ours in zip(runs, standard, strict=True)])
+
+
+def over_images(value: float, terms: Sequence[float]) -> Estimate:
+    """terms: of the images, whose mean has the variance of the value."""
+    return Estimate(value, estimate(terms).half_width)
 
 
 def one_clock(runs: Sequence[Run]) -> bool:
@@ -214,9 +239,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(summaries: Sequence[Summary]) -> bool:
-    """Whether there are several labels with several seeds, the same seeds for each."""
-    first, *others = summaries
-    return bool(others) and first.difference is not None and len(first.runs) > 1
+    """Whether there are several labels, whose differences to the first one have intervals."""
+    _, *others = summaries
+    return bool(others) and all(of.difference is not None and of.difference.half_width is not None for of in others)
 
 
 def bars(summaries: Sequence[Summary]) -> list[Estimate]:
@@ -291,6 +316,11 @@ def about_table(summaries: Sequence[Summary]) -> list[str]:
     if counts[-1] > 1:
         seeds = f"{counts[0]} seeds" if len(counts) == 1 else "the seeds"
         lines.append(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
+    if any(len(summary.runs) == 1 and summary.score.half_width is not None for summary in summaries):
+        lines.append(
+            f"one seed: ± half the {CONFIDENCE:.0%} confidence interval over its images, with the networks and the real "
+            "images fixed"
+        )
     measured = [pairs for summary in summaries if (pairs := summary.pairs) is not None]
     if any(pairs.psnr for pairs in measured):
         n = next(len(pairs.psnr_of_samples[0]) for pairs in measured if pairs.psnr_of_samples)

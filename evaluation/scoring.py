@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +18,7 @@ from common.distributed import is_main
 from common.errors import InputError
 from common.files import writable_folder, write_json
 from evaluation.features import FeatureExtractor, extract_all
+from evaluation.kid import contributions
 from evaluation.references import Reference
 from evaluation.samples import Samples
 from evaluation.statistics import Statistics, frechet_distance, sums_of
@@ -24,8 +26,14 @@ from evaluation.statistics import Statistics, frechet_distance, sums_of
 log = logging.getLogger(__name__)
 
 KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
+TERM_DIGITS = 7  # in metrics.json
 SEED = 2020  # seed of the subsets of KID and the splits of the Inception score
 LEAST = {"fid": 2, "kid": 2, "prc": 4}  # least number of images on either side
+
+
+class Scores(NamedTuple):
+    values: dict[str, float]  # {"fid": ..., ...}
+    kid_terms: list[float] | None = None  # of `contributions`
 
 
 def score(
@@ -35,8 +43,8 @@ def score(
     metrics: Sequence[str],
     batch_size: int,
     quiet: bool,
-) -> dict[str, float]:
-    """Compute scores. metrics: some of fid, kid, is, prc. Returns {"fid": ..., ...} on process 0, {} on the others.
+) -> Scores:
+    """Compute scores. metrics: some of fid, kid, is, prc. Process 0 has them, the others have none.
 
     Raises InputError if there are too few images for a metric.
     """
@@ -53,9 +61,10 @@ def score(
         real_features, _ = extract_all(extractor, reference.batches(batch_size, quiet))
     reference.account()
     if not is_main():
-        return {}
+        return Scores({})
 
     scores: dict[str, float] = {}
+    terms = None
     if "fid" in metrics:
         if features is not None:
             mine = sums_of(features.split(batch_size)).finish()
@@ -69,11 +78,12 @@ def score(
         assert features is not None and real_features is not None, "process 0 has no features"
         if "kid" in metrics:
             scores |= kernel_distance(features, real_features)
+            terms = contributions(features, real_features).tolist()
         if "prc" in metrics:
             scores |= precision_recall(features, real_features)
     if wrong := [name for name, value in scores.items() if not math.isfinite(value)]:
         raise InputError(f"{wrong[0]} is not finite: the features are too large for this score")
-    return scores
+    return Scores(scores, terms)
 
 
 def check_enough(metric: str, n_samples: int, n_real: int | None) -> None:
@@ -132,15 +142,17 @@ def precision_recall(samples: Tensor, real: Tensor) -> dict[str, float]:
     return {"precision": float(found["precision"]), "recall": float(found["recall"])}
 
 
-def write_scores(samples: Samples, reference: Reference, extractor: FeatureExtractor, scores: dict[str, float]) -> Path:
+def write_scores(samples: Samples, reference: Reference, extractor: FeatureExtractor, scores: Scores) -> Path:
     """Write metrics.json into the report of the samples: the scores, and the settings that they depend on."""
     path = writable_folder(samples.report) / "metrics.json"
-    content = scores | {
+    content = scores.values | {
         "n_samples": len(samples.images),
         "samples": str(samples.images.path),
         "reference": reference.about,
         "feature_extractor": extractor.describe(),
         "run": {key: samples.run.get(key) for key in ("backbones", "settings")},
     }
+    if scores.kid_terms is not None:
+        content["kid_terms"] = [float(f"{term:.{TERM_DIGITS}g}") for term in scores.kid_terms]
     write_json(path, content)
     return path

@@ -8,17 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.kid import kernel
+
 RESAMPLINGS, PERCENTILES = 1000, (2.5, 97.5)
 
 
 def kid(a: Tensor, b: Tensor) -> float:
     """The unbiased squared MMD with the kernel (x . y / D + 1)^3, of all images at once. a: (N, D). b: (M, D)."""
     return float(within(b) + towards(b, a))
-
-
-def kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(N, D), (M, D) -> (N, M)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def within(x: Tensor, weights: Tensor | None = None) -> Tensor:

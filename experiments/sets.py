@@ -141,7 +141,7 @@ def colour(folder: Path, is_emoji: bool) -> TrainedSet:
         data={"dataset": "folder", "data_path": folder},
         training_batch=64,
         full_steps=5000,
-        shallow_steps=2000,
+        shallow_steps=1500,
         exit_steps=1000,
         n_samples=200,
     )

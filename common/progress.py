@@ -38,13 +38,8 @@ class Progress(tqdm):  # type: ignore[misc]  # it ships no types
         on_terminal = sys.stderr.isatty()
         how: dict[str, Any] = {"disable": quiet or not (on_terminal or lines)}
         if not on_terminal:
-            how |= {
-                "file": Lines(sys.stderr),
-                "delay": EVERY,
-                "mininterval": EVERY,
-                "maxinterval": EVERY,
-                "miniters": 1,
-            }
+            how |= {"file": Lines(sys.stderr), "miniters": 1}
+            how |= dict.fromkeys(("delay", "mininterval", "maxinterval"), EVERY)
         shown = "{desc}: {percentage:3.0f}%" + ("|{bar}| " if on_terminal else ", ")
         shown += "{n:,.0f} of {total:,.0f} {unit} [{elapsed}<{remaining}{speed}]{postfix}"
         super().__init__(desc=what, total=total, unit=unit, initial=initial, bar_format=shown, **how)

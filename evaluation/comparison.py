@@ -318,8 +318,8 @@ def about_table(summaries: Sequence[Summary]) -> list[str]:
         lines.append(f"means over {seeds} ± half the {CONFIDENCE:.0%} confidence interval (Student's t)")
     if any(len(summary.runs) == 1 and summary.score.half_width is not None for summary in summaries):
         lines.append(
-            f"one seed: ± half the {CONFIDENCE:.0%} confidence interval over its images, with the networks and the real "
-            "images fixed"
+            f"one seed: ± half the {CONFIDENCE:.0%} confidence interval over its images; networks and real images are "
+            "fixed"
         )
     measured = [pairs for summary in summaries if (pairs := summary.pairs) is not None]
     if any(pairs.psnr for pairs in measured):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_json, writable_folder, write_json
+from evaluation.features import FeatureExtractor
 from experiments.networks import VARIANTS, Networks, Trained, equal_time
 from experiments.runner import Flags, Runner, slug
 from experiments.samples import BATCH, Sampler, Samples, Ways, real_images
@@ -32,16 +33,16 @@ LEAST_PATHS = 16  # where many steps leave time for few
 class Experiment:
     """A measurement on one set of images with its networks, in the folder `work`."""
 
-    def __init__(self, images: ImageSet, networks: Networks, work: Path, run: Runner):
+    def __init__(self, images: ImageSet, networks: Networks, extractor: FeatureExtractor, work: Path, run: Runner):
         self.images, self.networks, self.work, self.run = images, networks, writable_folder(work), run
-        self.seeds = images.seeds
+        self.extractor, self.seeds = extractor, images.seeds
 
     def measure(self) -> dict[str, Any]:
         """Everything, as plain values, which are also kept in results.json."""
         images, networks = self.images, self.networks
         networks.prepare(self.seeds)
         real = real_images(networks.data, images.img_size, images.in_chans)
-        samples = Samples(real, self.work, self.run, self.seeds, images.n_samples, images.precision)
+        samples = Samples(real, self.extractor, self.work, self.run, self.seeds, images.n_samples, images.precision)
         home, samplers = SAMPLERS[HOME], dict.fromkeys([HOME, *(NAMES[name] for name in images.samplers)])
         calibrations = [self.calibration(home, seed) for seed in self.seeds]
         result = {

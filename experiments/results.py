@@ -43,6 +43,7 @@ class ResultsSettings(Checked):
     )
     sets: tuple[str, ...] = option(SETS, "sets of images to measure on", choices=SETS)
     data_path: Path | None = option(None, "path of Fashion-MNIST (default: datasets/)", exists="path")
+    download: bool = option(False, "download Fashion-MNIST if it is missing")
     precision: str | None = option(
         None, "of training, calibration and sampling (default: that of each set)", choices=("fp32", "bf16")
     )
@@ -72,9 +73,12 @@ def parse_settings(argv: Sequence[str] | ResultsSettings | None) -> ResultsSetti
 
 def sets_of(settings: ResultsSettings) -> list[ImageSet]:
     """Raises InputError where images are missing."""
+    from data import open_dataset
+
     sets: list[ImageSet] = []
     if "garments" in settings.sets:
         sets.append(garments(settings.data_path))
+        open_dataset("fashion_mnist", settings.data_path, img_size=28, in_chans=1, download=settings.download)
     if "digits" in settings.sets:
         sets.append(digits())
     if "colour" in settings.sets:
@@ -93,21 +97,23 @@ def main(argv: Sequence[str] | ResultsSettings | None = None) -> None:
 
     from benchmarking.measure import describe_machine
     from common.devices import pick_device
+    from evaluation.features import load_extractor
+    from evaluation.settings import EFFICIENTNET
     from experiments.measure import Experiment
     from experiments.networks import Networks, Pretrained, Trained
     from experiments.results_page import write_page
 
-    measured = []
+    extractor, measured = load_extractor(EFFICIENTNET, None, pick_device("auto")), []
     for images in sets:
         folder = writable_folder(work / images.folder)
         run = Runner(folder)
         networks: Networks = Pretrained(images.data)
         if isinstance(images, TrainedSet):
             networks = Trained(images, folder, run)
-        of_set = Experiment(images, networks, folder, run).measure()
+        of_set = Experiment(images, networks, extractor, folder, run).measure()
         measured.append({**of_set, "hours": run.seconds_in_all / 3600})
     page = (work if settings.quick else writable_folder(Path("docs"))) / "results.md"
-    line = ["bash", "scripts/results.sh", *words(settings, "folder", "data_path")]
+    line = ["bash", "scripts/results.sh", *words(settings, "folder", "data_path", "download")]
     how = f"`{shlex.join([*line, *([str(settings.folder)] if settings.folder else [])])}`"
     remarks = write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)
     print("\n".join(["", *remarks]))

@@ -11,14 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.devices import pick_device
 from common.files import read_json, replacing, writable_folder
 from data import open_dataset
 from data.dataset import ImageDataset
-from evaluation.features import extract_all, load_extractor
+from evaluation.features import FeatureExtractor, extract_all
 from evaluation.images import FinishedImages, evenly_spaced
 from evaluation.pairs import psnr
-from evaluation.settings import EFFICIENTNET
 from experiments.kid import interval_of, resamplings, towards, within
 from experiments.runner import Flags, Runner, slug
 
@@ -42,11 +40,17 @@ class Samples:
     """
 
     def __init__(
-        self, real: ImageDataset, work: Path, run: Runner, seeds: Sequence[int], n_samples: int, precision: str
+        self,
+        real: ImageDataset,
+        extractor: FeatureExtractor,
+        work: Path,
+        run: Runner,
+        seeds: Sequence[int],
+        n_samples: int,
+        precision: str,
     ):
-        self.work, self.run, self.seeds = work, run, seeds
+        self.extractor, self.work, self.run, self.seeds = extractor, work, run, seeds
         self.n_samples, self.precision = n_samples, precision
-        self.extractor = load_extractor(EFFICIENTNET, None, pick_device("auto"))
         self.n_real = min(MOST_REAL, len(real))
         self.real = self.features("real", lambda: real.__getitems__(evenly_spaced(len(real), self.n_real))[0])
         self.of_real = within(self.real)  # the term of KID that does not depend on the samples

@@ -89,7 +89,8 @@ def measured(tmp_path, monkeypatch):
     (tmp_path / "pretrained").symlink_to(Path("pretrained").resolve())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "Runner", Scripts)
-    monkeypatch.setattr(samples, "load_extractor", lambda *_: MeanAndSpread())
+    monkeypatch.setattr("evaluation.features.load_extractor", lambda *_: MeanAndSpread())
+    monkeypatch.setattr("data.open_dataset", lambda *_, **__: None)
     monkeypatch.setattr(measure, "real_images", lambda *_: Real())
     return tmp_path
 
@@ -243,9 +244,10 @@ def test_psnr_is_to_the_image_of_the_same_noise(tmp_path):
 def test_refusals(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    fails(results.main, [], "npm", "Node.js")
-    fails(results.main, [tmp_path / "nowhere"], "no such folder")
-    fails(results.main, [tmp_path], "no images")
+    fails(results.main, ["--sets", "garments"], "fashion_mnist", "datasets")
+    fails(results.main, ["--sets", "colour"], "npm", "Node.js")
+    fails(results.main, [tmp_path / "nowhere", "--sets", "colour"], "no such folder")
+    fails(results.main, [tmp_path, "--sets", "colour"], "no images")
     fails(results.main, [tmp_path, "--sets", "digits"], "--sets colour")
     fails(results.main, ["--sets", "digits", "--seeds", 1], "two or more")
     fails(results.main, ["--sets", "digits", "--seeds", 1, 2, 1], "two or more")

@@ -38,7 +38,7 @@ garments=(--solver ddpm --steps 50 --guidance_scale 1 --class_id 0 1 2 3 4 5 6 7
 full=pretrained/fashion_mnist_full
 duo=(--checkpoint_path pretrained/fashion_mnist_shallow --checkpoint_path_late "$full" --t_switch 519)
 runs=("full=$demo/garments_full" "DuoDiff=$demo/garments_duo" "corrected=$demo/garments_corrected"
-    "early exit=$demo/garments_early_exit")
+    "plan=$demo/garments_plan" "early exit=$demo/garments_early_exit")
 
 step "Sample garments with the full backbone: 9 blocks"
 run venv/bin/python sampler.py --checkpoint_path "$full" --output_folder "$demo/garments_full" "${garments[@]}"
@@ -48,6 +48,10 @@ run venv/bin/python sampler.py "${duo[@]}" --output_folder "$demo/garments_duo" 
 
 step "Correct the shallow backbone at t <= 519: the full one runs only at every 4th step"
 run venv/bin/python sampler.py "${duo[@]}" --correct_every 4 --output_folder "$demo/garments_corrected" "${garments[@]}"
+
+step "Sample the same noise by a plan of stages, which calibrate.py chose for twice the speed"
+run venv/bin/python sampler.py --stages pretrained/fashion_mnist_plan.yaml --output_folder "$demo/garments_plan" \
+    "${garments[@]}"
 
 step "Sample the same noise with early exit"
 run venv/bin/python eesampler.py --checkpoint_path pretrained/fashion_mnist_exits --threshold 0.1 \
@@ -73,6 +77,7 @@ Look at
   $demo/garments_full/report/grid_image.png                 garments of the full backbone
   $demo/garments_duo/report/grid_image.png                  garments of DuoDiff from the same noise
   $demo/garments_corrected/report/grid_image.png            garments of the corrected backbone from the same noise
+  $demo/garments_plan/report/grid_image.png                 garments of the plan from the same noise
   $demo/garments_early_exit/report/grid_image.png           garments of early exit from the same noise
 Done in $SECONDS s.
 END

@@ -51,10 +51,16 @@ def test_real_garments():
 
 
 @pytest.mark.slow
-def test_the_pair_and_early_exit_sample_together(tmp_path, run_quietly):
+def test_the_pair_the_plan_and_early_exit_sample(tmp_path, run_quietly):
     pair = ["--checkpoint_path", SHALLOW, "--checkpoint_path_late", FULL, "--t_switch", 500]
     exits = ["--checkpoint_path", EXITS, "--threshold", 0.1]
-    for main, words in ((sampler.main, pair), (eesampler.main, exits)):
-        run_quietly(main, [*words, *FEW, "--output_folder", tmp_path / main.__module__, "--quiet"])
+    plan = ["--stages", PRETRAINED / "fashion_mnist_plan.yaml"]
+    for name, main, words in (
+        ("sampler", sampler.main, pair),
+        ("plan", sampler.main, plan),
+        ("eesampler", eesampler.main, exits),
+    ):
+        run_quietly(main, [*words, *FEW, "--output_folder", tmp_path / name, "--quiet"])
+        assert len(list((tmp_path / name).glob("*.png"))) == 4
     scoring = ["--reference", REAL, "--feature_extractor", Path("experiments/digits_classifier.pt").resolve()]
     assert fid.parse_settings([str(word) for word in ["--samples_path", tmp_path / "sampler", *scoring]])

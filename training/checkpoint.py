@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # python -m training.checkpoint export IN OUT is python export.py IN OUT
+    from common.startup import end_in_one_line
+
+    end_in_one_line()  # on a signal during the imports below
     from training.export import main
 
     main(sys.argv[1 + (sys.argv[1:2] == ["export"]) :])

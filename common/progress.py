@@ -1,10 +1,9 @@
-"""Progress of long work: its task, how far it is, images per second, and the remaining time."""
+"""Progress bars: the task of a script, its progress, images per second, and the remaining time."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -12,15 +11,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-EVERY = 60.0  # seconds between the lines of work whose standard error is no terminal
-
-
 class Progress(tqdm):  # type: ignore[misc]  # it ships no types
-    """A bar on standard error, or, if that is not a terminal, a line every minute; nothing for `quiet`.
+    """A bar on standard error; none if standard error is not a terminal, or for `quiet`.
 
     what: what the script does, such as "sampling". images: of one unit of the bar, for the rate; None for a bar that
-    counts no images, which has no rate. The bar may count parts of an image. lines: False for work that logs its
-    progress itself, which has nothing but the bar.
+    counts no images, which has no rate. The bar may count parts of an image.
     """
 
     def __init__(
@@ -32,17 +27,13 @@ class Progress(tqdm):  # type: ignore[misc]  # it ships no types
         images: float | None = 1,
         initial: int = 0,
         quiet: bool = False,
-        lines: bool = True,
     ):
         self.images = images
-        on_terminal = sys.stderr.isatty()
-        how: dict[str, Any] = {"disable": quiet or not (on_terminal or lines)}
-        if not on_terminal:
-            how |= {"file": Lines(sys.stderr), "miniters": 1}
-            how |= dict.fromkeys(("delay", "mininterval", "maxinterval"), EVERY)
-        shown = "{desc}: {percentage:3.0f}%" + ("|{bar}| " if on_terminal else ", ")
-        shown += "{n:,.0f} of {total:,.0f} {unit} [{elapsed}<{remaining}{speed}]{postfix}"
-        super().__init__(desc=what, total=total, unit=unit, initial=initial, bar_format=shown, **how)
+        shown = "{desc}: {percentage:3.0f}%|{bar}| {n:,.0f} of {total:,.0f} {unit} "
+        shown += "[{elapsed}<{remaining}{speed}]{postfix}"
+        super().__init__(
+            desc=what, total=total, unit=unit, initial=initial, bar_format=shown, disable=True if quiet else None
+        )
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -52,20 +43,6 @@ class Progress(tqdm):  # type: ignore[misc]  # it ships no types
         speed = f", {images_per_second(rate * self.images)}" if self.images and rate else ""
         whole = min(values["n"], values["total"])  # parts of images may add up to a little more
         return values | {"n": whole, "speed": speed}
-
-
-class Lines:
-    """A stream on which tqdm writes each state of its bar as a line of its own."""
-
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-
-    def write(self, text: str) -> None:
-        if text := text.strip():
-            self.stream.write(f"{text}\n")
-
-    def flush(self) -> None:
-        self.stream.flush()
 
 
 def images_per_second(rate: float) -> str:

@@ -15,6 +15,7 @@ from common.files import read_json
 from common.settings import CONDITIONS, RESULT, differences, leaves
 from common.tables import on_terminal
 from common.tables import table as aligned
+from evaluation.settings import KID_SUBSET_SIZE, KID_SUBSETS
 from generation.settings import EarlyExitSettings, SamplerSettings
 
 CONFIDENCE = 0.95
@@ -193,8 +194,13 @@ def difference_of(runs: Sequence[Run], standard: Sequence[Run]) -> Estimate:
 
 
 def over_images(value: float, terms: Sequence[float]) -> Estimate:
-    """terms: of the images, whose mean has the variance of the value."""
-    return Estimate(value, estimate(terms).half_width)
+    """terms: of the images, whose mean has the variance of KID of all of them.
+
+    KID is a mean over random subsets, whose choice adds to the variance.
+    """
+    more = max(0, len(terms) - KID_SUBSET_SIZE) / (KID_SUBSETS * KID_SUBSET_SIZE)
+    half_width = estimate(terms).half_width
+    return Estimate(value, half_width and half_width * math.sqrt(1 + more))
 
 
 def one_clock(runs: Sequence[Run]) -> bool:

@@ -21,11 +21,11 @@ from evaluation.features import FeatureExtractor, extract_all
 from evaluation.kid import contributions
 from evaluation.references import Reference
 from evaluation.samples import Samples
+from evaluation.settings import KID_SUBSET_SIZE, KID_SUBSETS
 from evaluation.statistics import Statistics, frechet_distance, sums_of
 
 log = logging.getLogger(__name__)
 
-KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
 TERM_DIGITS = 7  # in metrics.json
 SEED = 2020  # seed of the subsets of KID and the splits of the Inception score
 LEAST = {"fid": 2, "kid": 2, "prc": 4}  # least number of images on either side

@@ -13,6 +13,7 @@ from common.settings import Checked, option, section
 from data import CROPS, DATASETS
 
 METRICS = ("fid", "kid", "is", "prc")
+KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
 INCEPTION, EFFICIENTNET = EXTRACTORS = ("inception", "efficientnet-lite0")
 
 

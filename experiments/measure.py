@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.files import read_json, writable_folder, write_json
+from common.files import read_json, writable_folder
 from evaluation.features import FeatureExtractor
 from experiments.networks import VARIANTS, Networks, Trained, equal_time
 from experiments.runner import Flags, Runner, slug
@@ -38,7 +38,7 @@ class Experiment:
         self.extractor, self.seeds = extractor, images.seeds
 
     def measure(self) -> dict[str, Any]:
-        """Everything, as plain values, which are also kept in results.json."""
+        """Everything, as plain values."""
         images, networks = self.images, self.networks
         networks.prepare(self.seeds)
         real = real_images(networks.data, images.img_size, images.in_chans)
@@ -58,8 +58,10 @@ class Experiment:
             "switching": self.switching(samples, home, calibrations),
         }
         if isinstance(networks, Trained):
-            result["training"] = self.training(networks, samples, home)
-        write_json(self.work / "results.json", result)
+            of = networks.images
+            result["steps"] = {"full": of.full_steps, "shallow": of.shallow_steps, "exits": of.exit_steps}
+            if self.knee(home) < GRID[0]:  # else the shallow networks have no range of their own
+                result["training"] = self.training(networks, samples, home)
         return result
 
     def ways(self, sampler: Sampler) -> Ways:
@@ -72,10 +74,14 @@ class Experiment:
         def duo(seed: int) -> Flags:
             return self.duo(t_switch, seed)
 
+        def corrected(seed: int) -> Flags:
+            cheap = duo(seed)
+            return {**cheap, "correct_every": 4} if "t_switch" in cheap else cheap
+
         ways: dict[str, Callable[[int], Flags]] = {
             FULL: full,
             DUODIFF: duo,
-            "DuoDiff, then corrected every 4": lambda seed: {**duo(seed), "correct_every": 4},
+            "DuoDiff, then corrected every 4": corrected,
             "middle reused every 2": lambda seed: {**full(seed), "reuse_every": 2},
         }
         for threshold in THRESHOLDS:
@@ -136,7 +142,11 @@ class Experiment:
         switches = dict(sorted(switches.items(), reverse=True))
         rows = samples.rows(sampler, {name_of_switch(t): partial(self.duo, t) for t in switches})
         return {
-            "rows": [{**row, "option": switch} for switch, row in zip(switches.values(), rows, strict=True)],
+            "rows": [
+                # Predicted, because these samples were not made in turns with those of the full network.
+                {**row, "option": switch, "speed_up": [switch["speed_up"]]}
+                for switch, row in zip(switches.values(), rows, strict=True)
+            ],
             "grid": list(grid_of(options)),
             "rules": {name: option["t_switch"] for name, option in rules.items()},
             "knees": [knee_of(averaged([calibration]))["t_switch"] for calibration in calibrations],
@@ -153,11 +163,8 @@ class Experiment:
         def way(variant: str, seed: int) -> Flags:
             return self.duo(t_switch, seed, networks.shallow(seed, variant, t_switch + 1))
 
-        of = networks.images
         return {
-            "full": of.full_steps,
-            "exits": of.exit_steps,
-            "shallow": steps,
+            "steps": steps,
             "rates": rates,
             "t_switch": t_switch,
             "rows": samples.rows(sampler, {name: partial(way, name) for name in VARIANTS}),

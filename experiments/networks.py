@@ -106,7 +106,7 @@ class Trained:
         if "data_path" not in self.images.data or params["num_classes"] in (-1, self.num_classes):
             return path
         params["num_classes"] = self.num_classes
-        path = self.work / path.name
+        path = self.work / f"{name}_{self.num_classes}.yaml"
         path.write_text(yaml.safe_dump(content))
         return path
 

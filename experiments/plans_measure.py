@@ -36,7 +36,7 @@ from models.loading import load_together
 
 SPEED_UPS = (2.0, 3.0)
 MOVED = 3.0  # the speed-up of the plan that is used elsewhere
-T_SWITCH = 439  # the knee of the digits in docs/results.md
+T_SWITCH = 439  # the knee of digits networks that were trained for 4,000 steps
 ROUNDS = 2  # of sampling, in turns
 TIMED_ROUNDS, TIMED_BATCH = 5, 100
 SHALLOW, FULL = 0, 1  # places among the networks

@@ -14,7 +14,7 @@ KID_REFERENCE = 1000  # real images, whose features are extracted for each score
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSet(TrainedSet):
-    """A set of images, and how samples are made and scored."""
+    """A set of images, and how samples are made and scored. precision: of training; all else is in fp32."""
 
     sampling_steps: int = 50
     extractor: Path | str  # of the features that samples are scored in

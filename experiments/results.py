@@ -23,7 +23,18 @@ from common.files import writable_folder
 from common.options import MOST_SEED
 from common.settings import Checked, option
 from experiments.runner import Runner
-from experiments.sets import FLUENT, GOOGLE, ImageSet, TrainedSet, colour, digits, fetched_emoji, garments, quick
+from experiments.sets import (
+    FLUENT,
+    GOOGLE,
+    ImageSet,
+    TrainedSet,
+    check_same,
+    colour,
+    digits,
+    fetched_emoji,
+    garments,
+    quick,
+)
 from experiments.settings import check_seeds, words
 
 SETS = ("garments", "digits", "colour")
@@ -48,12 +59,14 @@ class ResultsSettings(Checked):
         None, "of training, calibration and sampling (default: that of each set)", choices=("fp32", "bf16")
     )
     samplers: tuple[str, ...] | None = option(
-        None, "solvers, each with its number of steps (default: those of each set)", choices=SAMPLERS
+        None,
+        "solvers, each with its number of steps, besides ddpm-50 (default: those of each set)",
+        choices=SAMPLERS,
     )
     seeds: tuple[int, ...] | None = option(
         None, "two or more seeds of networks and samples (default: those of each set)", least=0, most=MOST_SEED
     )
-    n_samples: int | None = option(None, "images of each seed (default: that of each set)", least=20, most=100_000)
+    n_samples: int | None = option(None, "images of each seed (default: that of each set)", least=20, most=10_000)
     quick: bool = option(
         False, "make a short run that checks all parts; all files, also the page, go to a folder quick/ in results/"
     )
@@ -93,6 +106,7 @@ def sets_of(settings: ResultsSettings) -> list[ImageSet]:
 def main(argv: Sequence[str] | ResultsSettings | None = None) -> None:
     settings = parse_settings(argv)
     work = writable_folder(Path("results/quick" if settings.quick else "results"))
+    page = writable_folder(work if settings.quick else Path("docs")) / "results.md"
     sets = sets_of(settings)
 
     from benchmarking.measure import describe_machine
@@ -106,13 +120,15 @@ def main(argv: Sequence[str] | ResultsSettings | None = None) -> None:
     extractor, measured = load_extractor(EFFICIENTNET, None, pick_device("auto")), []
     for images in sets:
         folder = writable_folder(work / images.folder)
+        check_same(folder, images)
+    for images in sets:
+        folder = work / images.folder
         run = Runner(folder)
         networks: Networks = Pretrained(images.data)
         if isinstance(images, TrainedSet):
             networks = Trained(images, folder, run)
         of_set = Experiment(images, networks, extractor, folder, run).measure()
         measured.append({**of_set, "hours": run.seconds_in_all / 3600})
-    page = (work if settings.quick else writable_folder(Path("docs"))) / "results.md"
     line = ["bash", "scripts/results.sh", *words(settings, "folder", "data_path", "download")]
     how = f"`{shlex.join([*line, *([str(settings.folder)] if settings.folder else [])])}`"
     remarks = write_page(page, measured, how, describe_machine(pick_device("auto")), quick=settings.quick)

@@ -82,10 +82,10 @@ def parts_of(of_set: Mapping[str, Any], path: Path) -> Iterator[str]:
 def introduction(of_set: Mapping[str, Any], how: str, machine: str) -> str:
     blocks, seeds = of_set["blocks"], ", ".join(map(str, of_set["seeds"]))
     networks = "those of [pretrained/](../pretrained/README.md), the same for all seeds"
-    if of := of_set.get("training"):
+    if of := of_set.get("steps"):
         networks = (
-            f"full, {blocks[-1]} blocks, {of['full']} steps of training; shallow, {blocks[0]}, "
-            f"{next(iter(of['shallow'].values()))}; early-exit heads, {of['exits']}; other networks for each seed"
+            f"full, {blocks[-1]} blocks, {of['full']} steps of training; shallow, {blocks[0]}, {of['shallow']}; "
+            f"early-exit heads, {of['exits']}; other networks for each seed"
         )
     return (
         f"Measured by {how} in {of_set['hours']:.1f} hours. Machine: {machine}.\n\nImages: {of_set['about']}. "
@@ -107,14 +107,14 @@ def differences(of_samplers: Mapping[str, Sequence[Row]]) -> str:
 def verdict(of_samplers: Mapping[str, Sequence[Row]]) -> str:
     """In each sampler the fastest way that is not told to be worse."""
     lines = []
-    for name, (full, *others) in of_samplers.items():
+    for name, (_, *others) in of_samplers.items():
         able = [row for row in others if not is_apart(row) or mean_of(row["difference"]) < 0]
         if able:
             row = max(able, key=speed_up)
-            most = percent(row["interval"][1] / mean_of(full["kid"]), "+")
+            of = estimate(row["difference"])
+            most = max(row["interval"][1], of.mean + (of.half_width or 0))
             lines.append(
-                f"- {name}: {row['label']}, {speed_up(row):.2f}x; the upper end of its interval over images is {most} "
-                "of the full network's score."
+                f"- {name}: {row['label']}, {speed_up(row):.2f}x; the larger of its upper ends is {most:+.1f}."
             )
         else:
             lines.append(f"- {name}: none.")
@@ -141,7 +141,7 @@ def training(of: Mapping[str, Any], home: str) -> str:
     """How the shallow network should learn, at equal training time."""
     ratios = [b / a for a, b in zip(of["rates"]["plain"], of["rates"]["distilled"], strict=True)]
     lines = [
-        (row["label"], str(of["shallow"][row["label"]]), f"{estimate(row['kid']):.1}", difference(row))
+        (row["label"], str(of["steps"][row["label"]]), f"{estimate(row['kid']):.1}", difference(row))
         for row in of["rows"]
     ]
     return (
@@ -169,7 +169,16 @@ def switching(of_set: Mapping[str, Any], home: str) -> str:
                 ", ".join(rule for rule, chosen in of["rules"].items() if chosen == t_switch),
             )
         )
-    head = ("t_switch", "shallow + full", "speed-up", "divergence", "excess", "score", "minus full", "chosen by")
+    head = (
+        "t_switch",
+        "shallow + full",
+        "predicted speed-up",
+        "divergence",
+        "excess",
+        "score",
+        "minus full",
+        "chosen by",
+    )
     knees = "; ".join(f"{name} {t_switch}" for name, t_switch in of_set["t_switch"].items())
     return f"### Where to switch\n\nThe knee: {knees}. The rest of this part: {home}.\n\n{table(head, lines)}"
 
@@ -182,7 +191,7 @@ def rules(of: Mapping[str, Any]) -> str:
         chosen = by_switch[t_switch]
         as_fast = [row for row in grid if calls_of_full(row) <= calls_of_full(chosen)]
         lines.append((rule, str(t_switch), above_best(chosen, grid), above_best(chosen, as_fast)))
-    said = [f"The knee of each seed's own networks: {', '.join(map(str, of['knees']))}."]
+    said = [f"The knee of each seed's own networks: {', '.join(map(str, of['knees']))}."] * (len(set(of["knees"])) > 1)
     for name in ("divergence", "excess"):
         measured, scores = [row["option"][name] for row in grid], [mean_of(row["kid"]) for row in grid]
         pearson, spearman = pearsonr(measured, scores).statistic, spearmanr(measured, scores).statistic
@@ -218,7 +227,7 @@ def repeating(of_set: Mapping[str, Any]) -> str:
     rows, widths = [row for of_table in tables_of(of_set).values() for row in of_table], []
     for name, said in (("kid", "a score"), ("seconds", "the seconds")):
         estimates = [estimate(row[name]) for row in rows]
-        relative = [(of.half_width or 0) / of.mean for of in estimates]
+        relative = [(of.half_width or 0) / of.mean for of in estimates if of.mean > 0] or [0.0]
         widths.append(f"{percent(statistics.median(relative))} ({percent(max(relative))}) of {said}")
     return f"### How much a repeat may differ\n\nHalf of the interval, median (most): {', '.join(widths)}."
 
@@ -234,15 +243,16 @@ def numbers_of(of_set: Mapping[str, Any], about: str) -> dict[str, Any]:
         for name, of_table in tables_of(of_set).items()
         for row in of_table
     }
-    return {"machine": about, "seeds": of_set["seeds"], "t_switch": of_set["t_switch"], "rows": rows}
+    kept = {name: of_set[name] for name in ("about", "n_samples", "precision", "seeds", "t_switch")}
+    return {"machine": about, **kept, "rows": rows}
 
 
 def held_against(name: str, earlier: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
-    """A line on what the run before found too; None if there was none.
+    """A line on what the run before found too; None if there was none, or one of other images or other samples.
 
     earlier, now: of `numbers_of`. Where nothing was measured since, it is what the page said already.
     """
-    if earlier is None:
+    if earlier is None or any(earlier[name] != now[name] for name in ("about", "n_samples", "precision")):
         return None
     if all(earlier[key] == now[key] for key in now):
         repeated: str | None = earlier["repeated"]

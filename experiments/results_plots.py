@@ -25,7 +25,7 @@ SHOWN = (DUODIFF, JOINT, "early exit 0.1", "early exit 0.2")  # of their worst p
 
 
 def draw_scores(path: Path, of_samplers: Mapping[str, Sequence[Row]]) -> None:
-    """KID against time, both on logarithmic axes: a line for each way, a point for each sampler."""
+    """KID against time: a line for each way, a point for each sampler."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     (below,) = figure.subfigures(1, 1, squeeze=False)[0]
     axes = below.subplots()
@@ -35,8 +35,10 @@ def draw_scores(path: Path, of_samplers: Mapping[str, Sequence[Row]]) -> None:
         rows = [rows[i] for rows in of_samplers.values()]
         points = sorted((1000 * statistics.median(row["seconds"]), statistics.mean(row["kid"])) for row in rows)
         lines += axes.plot(*zip(*points, strict=True), marker=plots.MARKERS[i], color=f"C{i}", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="ms per image, measured", ylabel="KID x 1000")
-    for axis in (axes.xaxis, axes.yaxis):
+    axes.set(xscale="log", xlabel="ms per image, measured", ylabel="KID x 1000")
+    positive = all(statistics.mean(row["kid"]) > 0 for rows in of_samplers.values() for row in rows)
+    axes.set_yscale("log" if positive else "linear")  # KID is unbiased: near 0 it may be negative
+    for axis in (axes.xaxis, axes.yaxis) if positive else (axes.xaxis,):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())

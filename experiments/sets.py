@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from common.errors import InputError
-from common.files import sha256_of, writable_folder
+from common.files import read_json, sha256_of, writable_folder, write_json
 
 NAMES_AND_CATEGORIES = "package/emoji.json"  # of GOOGLE
 NO_CATEGORY = "Component"  # of that file: parts of others
@@ -59,6 +59,12 @@ class ImageSet:
     n_calibration: int = 64  # images that calibrate.py measures on
     precision: str = "bf16"  # of training, calibration and sampling
 
+    def decisive(self) -> dict[str, Any]:
+        """All that decides the files of a measurement besides their names."""
+        images = contents_of(self.data["data_path"]) if self.data["dataset"] == "folder" else None
+        some = {name: getattr(self, name) for name in ("n_samples", "n_calibration", "precision", "img_size")}
+        return some | {"images": images}
+
     def few(self) -> dict[str, Any]:
         """The fields of a quick measurement, with little of everything."""
         samplers = self.samplers[0], self.samplers[-1]
@@ -81,6 +87,9 @@ class TrainedSet(ImageSet):
         steps = {name: -(-getattr(self, name) // 50) for name in ("full_steps", "shallow_steps", "exit_steps")}
         return super().few() | steps | {"timed_steps": 6}
 
+    def decisive(self) -> dict[str, Any]:
+        return super().decisive() | {"configs": list(self.configs), "full_steps": self.full_steps}
+
 
 Set = TypeVar("Set", bound=ImageSet)
 
@@ -88,6 +97,25 @@ Set = TypeVar("Set", bound=ImageSet)
 def quick(images: Set) -> Set:
     """The same set with little of everything: to see it work, not to believe the numbers."""
     return replace(images, **images.few())
+
+
+def check_same(folder: Path, images: ImageSet) -> None:
+    """Raises InputError if the folder has a measurement of other images, or with other settings."""
+    path, now = folder / "settings.json", images.decisive()
+    if path.exists():
+        before = read_json(path)
+        if different := [name for name, value in now.items() if before.get(name) != value]:
+            raise InputError(
+                f"{folder} has a measurement with another {', '.join(different)}: remove it, or move it away"
+            )
+    write_json(path, now)
+
+
+def contents_of(folder: Path) -> str:
+    """A hash of the names and the sizes of its images."""
+    from data.files import FolderSource, image_names
+
+    return FolderSource(folder).contents(sorted(image_names(folder)))
 
 
 def garments(data_path: Path | None) -> ImageSet:
@@ -127,13 +155,12 @@ def digits() -> TrainedSet:
 def colour(folder: Path, is_emoji: bool) -> TrainedSet:
     """Raises InputError where the folder has no images."""
     classes_of(folder)
-    name = "emoji" if is_emoji else "images"
-    # Other images are not to be taken for these.
-    own = name if is_emoji else f"{name}_{zlib.crc32(str(folder.resolve()).encode()):08x}"
+    # Of another folder the part of the page is another one.
+    name = "emoji" if is_emoji else f"images_{zlib.crc32(str(folder.resolve()).encode()):08x}"
     vendors = f"emoji of two styles ({GOOGLE.package} and {FLUENT.package}), a class for each style and category"
     return TrainedSet(
         name=name,
-        folder=own,
+        folder=name,
         about=f"{vendors if is_emoji else f'the images in {folder}'}, reduced to 32 x 32 colour",
         img_size=32,
         in_chans=3,

@@ -6,9 +6,9 @@ fid.py --feature_extractor. experiments/digits_classifier.pt was made with
     python -m experiments.train_classifier --dataset digits --img_size 8 --in_chans 1 --num_classes 10 \\
         --output experiments/digits_classifier.pt
 
-and experiments/emoji_classifier.pt, from the emoji that scripts/results.sh fetches (by category) and packs, with
+and experiments/emoji_classifier.pt, from the emoji that experiments/plans.py fetches (by category) and packs, with
 
-    python -m experiments.train_classifier --dataset folder --data_path results/emoji/packed --img_size 16 \\
+    python -m experiments.train_classifier --dataset folder --data_path results/plans/emoji/packed --img_size 16 \\
         --num_classes 9 --n_steps 600 --output experiments/emoji_classifier.pt
 
 The files are kept, because scores with another classifier are not comparable.

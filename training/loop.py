@@ -108,8 +108,9 @@ def train(run: Training, stop: StopRequests) -> None:
     learner.network.train()
     status = ReadLate(1 + len(REASONS))
     silent = settings.machine.quiet or not is_main()
-    counted: dict[str, Any] = {"images": settings.batch_size, "initial": learner.step}
-    bar = Progress("training", settings.n_steps, "steps", **counted, quiet=silent, lines=False)
+    bar = Progress(
+        "training", settings.n_steps, "steps", images=settings.batch_size, initial=learner.step, quiet=silent
+    )
     since, since_step = time.perf_counter(), learner.step
     while not finished and stop.reason is None:
         lr = learning_rate(learner.step, settings.n_steps, settings.optimisation)

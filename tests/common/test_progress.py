@@ -76,31 +76,11 @@ def test_no_colours(monkeypatch):
 
 @pytest.mark.parametrize("quiet, stream", [(True, Terminal), (False, io.StringIO)])
 def test_silence(quiet, stream, monkeypatch):
-    """With --quiet; and of short work where standard error is no terminal."""
+    """With --quiet, and where standard error is no terminal."""
     monkeypatch.setattr(sys, "stderr", stream())
     with Progress("sampling", 2, quiet=quiet) as bar:
         bar.update(2)
     assert sys.stderr.getvalue() == ""
-
-
-def test_long_work_says_a_line_now_and_then_to_a_file(monkeypatch):
-    """Every minute, and at its end; not at all if it logs its progress itself."""
-    now = [1000.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    for lines in (True, False):
-        with Progress("sampling", 1000, lines=lines) as bar:
-            for _ in range(10):
-                now[0] += 25
-                bar.update(100)
-    said = sys.stderr.getvalue().splitlines()
-    assert [line.partition(" images")[0] for line in said] == [
-        "sampling:  30%, 300 of 1,000",
-        "sampling:  60%, 600 of 1,000",
-        "sampling:  90%, 900 of 1,000",
-        "sampling: 100%, 1,000 of 1,000",
-    ]
-    assert said[0].endswith("[01:15<02:55, 4.0 images/s]")
 
 
 @pytest.mark.parametrize(

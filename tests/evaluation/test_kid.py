@@ -13,27 +13,24 @@ import compare
 import fid
 from common.images import save_png
 from evaluation import kid
+from evaluation.comparison import over_images
 from evaluation.scoring import kernel_distance
 from experiments.kid import interval_of, resamplings, towards
 from tests.folders import sampled_and_scored
+from tests.kernels import by_hand, drawn
 
 
-def drawn(n, seed, shift=0.0, dims=6):
-    return shift + torch.randn(n, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def by_hand(x, y):
-    return (sum(a * b for a, b in zip(x.tolist(), y.tolist(), strict=True)) / len(x) + 1) ** 3
-
-
-def test_a_term_is_that_of_its_formula(monkeypatch):
-    """In blocks of any size."""
+@pytest.mark.parametrize(("block", "partners"), [(2, 9), (1000, 9), (2, 3)])
+def test_a_term_is_that_of_its_formula(block, partners, monkeypatch):
+    """In blocks of any size; of many images the first, the last and some between are its partners."""
     samples, real = drawn(5, 0), drawn(4, 1)
-    for block in (2, 1000):
-        monkeypatch.setattr(kid, "BLOCK", block)
-        for i, found in enumerate(kid.contributions(samples.float(), real.float()).tolist()):
-            among = sum(by_hand(samples[i], samples[j]) for j in range(5) if j != i) / 4
-            assert found == pytest.approx(2 * (among - sum(by_hand(samples[i], y) for y in real) / 4), rel=1e-5)
+    monkeypatch.setattr(kid, "BLOCK", block)
+    monkeypatch.setattr(kid, "PARTNERS", partners)
+    own, other = ([0, 2, 4], [0, 2, 3]) if partners == 3 else (range(5), range(4))
+    for i, found in enumerate(kid.contributions(samples.float(), real.float()).tolist()):
+        among = [by_hand(samples[i], samples[j]) for j in own if j != i]
+        to_real = [by_hand(samples[i], real[m]) for m in other]
+        assert found == pytest.approx(2 * (sum(among) / len(among) - sum(to_real) / len(to_real)), rel=1e-5)
 
 
 def test_terms_have_the_spread_of_kid_over_draws():
@@ -111,3 +108,10 @@ def test_fid_keeps_the_terms(tmp_path, run_quietly):
     said = run_quietly(fid.main, [*argv, "--feature_extractor", "experiments/digits_classifier.pt"])
     about = json.loads((tmp_path / "samples" / "report" / "metrics.json").read_text())
     assert len(about["kid_terms"]) == about["n_samples"] == 20 and "kid_terms" not in said
+
+
+def test_random_subsets_of_many_images_widen_the_interval():
+    """KID of 50,000 images is a mean over 100 subsets of 1,000: a variance of 1 / 50,000 + 0.98 / 100,000."""
+    terms = torch.randn(50_000, generator=torch.Generator().manual_seed(0)).tolist()
+    found = over_images(0.5, terms)
+    assert found.mean == 0.5 and found.half_width == pytest.approx(1.96 * (1 / 50e3 + 0.98 / 100e3) ** 0.5, rel=0.01)

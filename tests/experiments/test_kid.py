@@ -10,15 +10,7 @@ import torch
 
 from evaluation.scoring import kernel_distance
 from experiments import kid
-
-
-def drawn(n, seed, shift=0.0, dims=6):
-    return shift + torch.randn(n, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def by_hand(x, y):
-    """The kernel of two rows."""
-    return (sum(a * b for a, b in zip(x.tolist(), y.tolist(), strict=True)) / len(x) + 1) ** 3
+from tests.kernels import by_hand, drawn
 
 
 def test_pairs_of_a_resampling_are_those_of_unlike_images():

@@ -138,6 +138,15 @@ def test_each_command_is_given_once(measured, run_quietly):
     assert sum(script == "eesampler.py" for script, _ in digits) == 2 * 2 * 2, "thresholds, samplers, seeds"
 
 
+def test_another_measurement_is_not_taken_for_this_one(measured, run_quietly, fails):
+    """Its files have the same names."""
+    argv = ["--sets", "digits", "--quick"]
+    run_quietly(results.main, argv)
+    run_quietly(results.main, argv)
+    fails(results.main, [*argv, "--n_samples", 30], "another n_samples", "remove it")
+    fails(results.main, [*argv, "--precision", "bf16"], "another precision", "remove it")
+
+
 def row(label, kid, seconds=0.1, difference=None, interval=None):
     more = {"difference": difference, "interval": interval, "speed_up": [2.0] * 3} if difference else {}
     return {"label": label, "kid": kid, "seconds": [seconds] * 3, "flops": 1e6, **more}
@@ -160,7 +169,7 @@ def test_bold_is_what_both_intervals_tell_apart():
 def test_the_fastest_way_that_is_not_worse():
     quick = {**ROWS[2], "speed_up": [3.0] * 3}
     said = results_page.verdict({"DDPM": [*ROWS[:2], quick, ROWS[3]], "DDIM": ROWS[:2]})
-    assert "- DDPM: over seeds alone, 3.00x; the upper end of its interval over images is +25.0 %" in said
+    assert "- DDPM: over seeds alone, 3.00x; the larger of its upper ends is +2.5." in said
     assert "- DDIM: none." in said
 
 
@@ -187,6 +196,9 @@ def test_what_rules_choose_is_held_against_the_grid():
 
 def of_set(rows):
     return {
+        "about": "dots",
+        "n_samples": 100,
+        "precision": "fp32",
         "seeds": [0, 1, 2],
         "t_switch": {"DDPM": 399},
         "samplers": {"DDPM": rows},
@@ -209,6 +221,7 @@ def test_a_run_is_held_against_the_one_before():
         "speed-ups differ by 12.5 % in the middle, by 25.0 % at most."
     )
     assert results_page.held_against("dots", now | {"repeated": said}, now) == said, "what was found stays"
+    assert results_page.held_against("dots", before | {"n_samples": 50}, now) is None, "that is no repeat"
 
 
 def test_what_people_wrote_on_the_page_stays():

@@ -91,6 +91,17 @@ def test_classes_are_folders_with_no_image_beside_them(tmp_path):
     assert sets.classes_of(tmp_path) == []
 
 
+def test_changed_images_are_another_measurement(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(b"one")
+    images = sets.colour(tmp_path / "images", is_emoji=False)
+    for _ in range(2):
+        sets.check_same(tmp_path, images)
+    (tmp_path / "images" / "1.png").write_bytes(b"another")
+    with pytest.raises(InputError, match="another images: remove it"):
+        sets.check_same(tmp_path, images)
+
+
 @pytest.mark.parametrize("images", [sets.garments(None), sets.digits()])
 def test_a_quick_measurement_has_little_of_everything(images):
     few = sets.quick(images)

@@ -60,7 +60,8 @@ class Experiment:
         if isinstance(networks, Trained):
             of = networks.images
             result["steps"] = {"full": of.full_steps, "shallow": of.shallow_steps, "exits": of.exit_steps}
-            if self.knee(home) < GRID[0]:  # else the shallow networks have no range of their own
+            has_range = self.knee(home) < GRID[0]  # of its own, for the shallow network
+            if of.compares_training and has_range:
                 result["training"] = self.training(networks, samples, home)
         return result
 

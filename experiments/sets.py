@@ -81,6 +81,7 @@ class TrainedSet(ImageSet):
     full_steps: int
     shallow_steps: int  # on all timesteps; other kinds of training have the same time
     exit_steps: int
+    compares_training: bool = True  # of the shallow network in several ways, which takes long
     timed_steps: int = 60  # of a training that is timed
 
     def few(self) -> dict[str, Any]:
@@ -146,8 +147,8 @@ def digits() -> TrainedSet:
         full_steps=8000,
         shallow_steps=2000,
         exit_steps=1000,
-        n_samples=500,
-        n_calibration=256,
+        n_samples=300,
+        n_calibration=128,
         precision="fp32",  # bf16 does not pay for networks that small
     )
 
@@ -170,6 +171,7 @@ def colour(folder: Path, is_emoji: bool) -> TrainedSet:
         full_steps=5000,
         shallow_steps=1500,
         exit_steps=1000,
+        compares_training=False,
         n_samples=200,
     )
 

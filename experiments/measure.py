@@ -54,26 +54,26 @@ class Experiment:
             "precision": images.precision,
             "blocks": [network["blocks"] for network in calibrations[0]["networks"]],
             "samplers": {name: samples.rows(SAMPLERS[name], self.ways(SAMPLERS[name])) for name in samplers},
-            "t_switch": {name: self.knee(SAMPLERS[name]) for name in samplers},
+            "t_switch": {name: [self.chosen(SAMPLERS[name], seed) for seed in self.seeds] for name in samplers},
             "switching": self.switching(samples, home, calibrations),
         }
         if isinstance(networks, Trained):
             of = networks.images
             result["steps"] = {"full": of.full_steps, "shallow": of.shallow_steps, "exits": of.exit_steps}
-            has_range = self.knee(home) < GRID[0]  # of its own, for the shallow network
-            if of.compares_training and has_range:
-                result["training"] = self.training(networks, samples, home)
+            t_switch = knee_of(averaged(calibrations))["t_switch"]
+            if of.compares_training and t_switch < GRID[0]:  # else the shallow networks have no range of their own
+                result["training"] = self.training(networks, samples, home, t_switch)
         return result
 
     def ways(self, sampler: Sampler) -> Ways:
         """The full network first: a new way is a line in here."""
-        of, t_switch = self.networks, self.knee(sampler)
+        of = self.networks
 
         def full(seed: int) -> Flags:
             return {"checkpoint_path": of.full(seed)}
 
         def duo(seed: int) -> Flags:
-            return self.duo(t_switch, seed)
+            return self.duo(self.chosen(sampler, seed), seed)
 
         def corrected(seed: int) -> Flags:
             cheap = duo(seed)
@@ -107,9 +107,9 @@ class Experiment:
 
     # What calibrate.py chooses
 
-    def knee(self, sampler: Sampler) -> int:
-        """The switch by the mean over the seeds."""
-        t_switch: int = knee_of(averaged([self.calibration(sampler, seed) for seed in self.seeds]))["t_switch"]
+    def chosen(self, sampler: Sampler, seed: int) -> int:
+        """The switch of the networks of a seed; of a sampler without noise calibrate.py takes DDPM's knee."""
+        t_switch: int = self.calibration(sampler, seed)["chosen"]["t_switch"]
         return t_switch
 
     def calibration(self, sampler: Sampler, seed: int) -> dict[str, Any]:
@@ -153,9 +153,9 @@ class Experiment:
             "knees": [knee_of(averaged([calibration]))["t_switch"] for calibration in calibrations],
         }
 
-    def training(self, networks: Trained, samples: Samples, sampler: Sampler) -> dict[str, Any]:
+    def training(self, networks: Trained, samples: Samples, sampler: Sampler, t_switch: int) -> dict[str, Any]:
         """Ways to train the shallow network, at equal time."""
-        rates, t_switch = networks.step_rates(self.seeds[0]), self.knee(sampler)
+        rates = networks.step_rates(self.seeds[0])
         steps = {name: equal_time(name, networks.images.shallow_steps, rates) for name in VARIANTS}
         for seed in self.seeds:
             for name in VARIANTS:

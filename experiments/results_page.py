@@ -63,7 +63,7 @@ def parts_of(of_set: Mapping[str, Any], path: Path) -> Iterator[str]:
         copy_for_page(picture, picture)
     yield f"### Score minus the full network's in the same sampler, and speed-up\n\n{differences(of_samplers)}"
     yield verdict(of_samplers)
-    yield f"![KID against time, a line for each way to save work]({scores.name})"
+    yield f"![KID against time: a colour for each way, a form for each sampler]({scores.name})"
     yield f"![The first images of each way, from the same noise]({samples.name})"
     yield f"The first images of each way, from the same noise ({home})."
     yield f"![The {WORST} images that differ most from the full network's]({worst.name})"
@@ -179,7 +179,7 @@ def switching(of_set: Mapping[str, Any], home: str) -> str:
         "minus full",
         "chosen by",
     )
-    knees = "; ".join(f"{name} {t_switch}" for name, t_switch in of_set["t_switch"].items())
+    knees = "; ".join(f"{name} {', '.join(map(str, dict.fromkeys(of)))}" for name, of in of_set["t_switch"].items())
     return f"### Where to switch\n\nThe knee: {knees}. The rest of this part: {home}.\n\n{table(head, lines)}"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
@@ -20,21 +22,23 @@ from evaluation.pairs import psnr
 from experiments.measure import DUODIFF, JOINT
 from experiments.samples import Row, images_of
 
-FIRST, WORST = 12, 10  # images of a way
+FIRST, WORST = 12, 8  # images of a way
 SHOWN = (DUODIFF, JOINT, "early exit 0.1", "early exit 0.2")  # of their worst pairs
 
 
 def draw_scores(path: Path, of_samplers: Mapping[str, Sequence[Row]]) -> None:
-    """KID against time: a line for each way, a point for each sampler."""
+    """KID against time: a colour for each way, a form for each sampler."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     (below,) = figure.subfigures(1, 1, squeeze=False)[0]
     axes = below.subplots()
     labels = [row["label"] for row in next(iter(of_samplers.values()))]
-    lines = []
-    for i in range(len(labels)):
-        rows = [rows[i] for rows in of_samplers.values()]
-        points = sorted((1000 * statistics.median(row["seconds"]), statistics.mean(row["kid"])) for row in rows)
-        lines += axes.plot(*zip(*points, strict=True), marker=plots.MARKERS[i], color=f"C{i}", linewidth=1)
+    for marker, rows in zip(plots.MARKERS, of_samplers.values(), strict=False):
+        for i, row in enumerate(rows):
+            point = 1000 * statistics.median(row["seconds"]), statistics.mean(row["kid"])
+            axes.plot(*point, marker=marker, color=f"C{i}", linestyle="", alpha=0.8)
+    forms = zip(plots.MARKERS, of_samplers, strict=False)
+    handles = [Line2D([], [], marker=marker, color=plots.GREY, linestyle="") for marker, _ in forms]
+    handles += [Line2D([], [], color=f"C{i}", linewidth=4) for i in range(len(labels))]
     axes.set(xscale="log", xlabel="ms per image, measured", ylabel="KID x 1000")
     positive = all(statistics.mean(row["kid"]) > 0 for rows in of_samplers.values() for row in rows)
     axes.set_yscale("log" if positive else "linear")  # KID is unbiased: near 0 it may be negative
@@ -44,13 +48,13 @@ def draw_scores(path: Path, of_samplers: Mapping[str, Sequence[Row]]) -> None:
         axis.set_minor_formatter(NullFormatter())
     axes.set_title(f"KID against time in {len(of_samplers)} samplers")
     axes.grid(alpha=0.3, which="both")
-    plots.add_legend(below, lines, labels, loc="outside lower center", ncols=3)
+    plots.add_legend(below, handles, [*of_samplers, *labels], loc="outside lower center", ncols=3)
     plots.save(figure, path)
 
 
 def draw_samples(path: Path, rows: Sequence[Row]) -> None:
     """The first images of the first seed: a row of images for each way."""
-    figure = Figure(figsize=(10, 0.62 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 0.62 * len(rows)), layout=ConstrainedLayoutEngine(h_pad=0, hspace=0))
     for axes, row in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         show(axes, images_of(Path(row["folders"][0]))[None, :FIRST])
         axes.set_ylabel(row["label"], rotation=0, ha="right", va="center", fontsize=9, parse_math=False)

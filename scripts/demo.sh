@@ -49,7 +49,7 @@ run venv/bin/python sampler.py "${duo[@]}" --output_folder "$demo/garments_duo" 
 step "Correct the shallow backbone at t <= 519: the full one runs only at every 4th step"
 run venv/bin/python sampler.py "${duo[@]}" --correct_every 4 --output_folder "$demo/garments_corrected" "${garments[@]}"
 
-step "Sample the same noise by a plan of stages, which calibrate.py chose for twice the speed"
+step "Sample the same noise by a plan of stages, which calibrate.py chose for 1.75 times the speed"
 run venv/bin/python sampler.py --stages pretrained/fashion_mnist_plan.yaml --output_folder "$demo/garments_plan" \
     "${garments[@]}"
 

@@ -42,8 +42,9 @@ class Scripts(runner.Runner):
         settings = importlib.import_module(module).parse_settings(runner.words_of(given, flags))
         if module == "calibrate":
             settings.output.write_text(yaml.safe_dump({"stages": []}))
-            blocks = {"options": OPTIONS, "networks": [{"blocks": 3}, {"blocks": 9}]}
-            write_json(settings.output.with_suffix(".json"), blocks)
+            found = {"options": OPTIONS, "networks": [{"blocks": 3}, {"blocks": 9}]}
+            found["chosen"] = OPTIONS[3] if flags["solver"] == "ddpm" else OPTIONS[2]  # as if its own knee were another
+            write_json(settings.output.with_suffix(".json"), found)
         else:
             self.sample(settings.output_folder, flags)
 
@@ -115,7 +116,7 @@ def test_the_page(measured, run_quietly):
     assert len(of_sampler) == 2 * 9 and all("| 400.00 | 2 |" in of_sampler[n] for n in (0, 9))
     assert all("| 28.1 ± 0.0 | 100.00 | 2 |" in line for line in of_sampler[1:9] + of_sampler[10:])
 
-    assert "The knee: DDPM, 50 steps 399; DDIM, 50 steps 399." in text and len(lines_of(text, "| knee | 399 |")) == 2
+    assert "The knee: DDPM, 50 steps 399; DDIM, 50 steps 599." in text and len(lines_of(text, "| knee | 399 |")) == 2
     assert text.count("### Training the shallow network") == 1, "those of pretrained/ were trained before"
     assert "| distilled | 16 |" in text and "0.40 to 0.40 of the speed" in text, "2 of 5 steps a second"
     names = {f"results_{name}{suffix}.png" for name in SIDE for suffix in ("", "_samples", "_worst", "_switch")}
@@ -190,7 +191,7 @@ def test_what_rules_choose_is_held_against_the_grid():
         "(of their ranks 1.00)",
     ):
         assert words in text, words
-    text = results_page.switching({"switching": switching(rows), "t_switch": {"DDPM": 399}}, "DDPM")
+    text = results_page.switching({"switching": switching(rows), "t_switch": {"DDPM": [399, 399]}}, "DDPM")
     assert "| 399 (not of the grid) | 3 + 2 | 1.00x | 0.30 | -0.10 ± 0.10 | 11.0 ± 0.0 |  | knee |" in text
 
 
@@ -200,7 +201,7 @@ def of_set(rows):
         "n_samples": 100,
         "precision": "fp32",
         "seeds": [0, 1, 2],
-        "t_switch": {"DDPM": 399},
+        "t_switch": {"DDPM": [399]},
         "samplers": {"DDPM": rows},
         "switching": {"rows": []},
     }

@@ -252,7 +252,7 @@ def held_against(name: str, earlier: Mapping[str, Any] | None, now: Mapping[str,
 
     earlier, now: of `numbers_of`. Where nothing was measured since, it is what the page said already.
     """
-    if earlier is None or any(earlier[name] != now[name] for name in ("about", "n_samples", "precision")):
+    if earlier is None or any(earlier.get(name) != now[name] for name in ("about", "n_samples", "precision")):
         return None
     if all(earlier[key] == now[key] for key in now):
         repeated: str | None = earlier["repeated"]

@@ -144,12 +144,11 @@ def digits() -> TrainedSet:
         configs=("uvit_digits", "uvit_digits_1", "deediff_digits"),
         data={"dataset": "digits"},
         lr=1e-3,
-        full_steps=8000,
-        shallow_steps=2000,
+        full_steps=5000,
+        shallow_steps=1500,
         exit_steps=1000,
         n_samples=300,
         n_calibration=128,
-        precision="fp32",  # bf16 does not pay for networks that small
     )
 
 

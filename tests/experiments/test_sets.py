@@ -107,4 +107,4 @@ def test_a_quick_measurement_has_little_of_everything(images):
     few = sets.quick(images)
     assert few.n_samples == 20 and len(few.seeds) == 2 and few.samplers[0] == "ddpm-50" and few.data == images.data
     if isinstance(images, sets.TrainedSet):
-        assert (few.full_steps, few.shallow_steps, few.exit_steps, few.timed_steps) == (160, 40, 20, 6)
+        assert (few.full_steps, few.shallow_steps, few.exit_steps, few.timed_steps) == (100, 30, 20, 6)

@@ -11,7 +11,7 @@ from common.files import read_json, writable_folder
 from evaluation.features import FeatureExtractor
 from experiments.networks import VARIANTS, Networks, Trained, equal_time
 from experiments.runner import Flags, Runner, slug
-from experiments.samples import BATCH, Sampler, Samples, Ways, real_images
+from experiments.samples import BATCH, Row, Sampler, Samples, Ways, real_images
 from experiments.sets import ImageSet
 from experiments.switches import GRID, averaged, chosen_by_rules, grid_of, knee_of
 
@@ -53,7 +53,7 @@ class Experiment:
             "n_real": samples.n_real,
             "precision": images.precision,
             "blocks": [network["blocks"] for network in calibrations[0]["networks"]],
-            "samplers": {name: samples.rows(SAMPLERS[name], self.ways(SAMPLERS[name])) for name in samplers},
+            "samplers": {name: self.compared(samples, SAMPLERS[name]) for name in samplers},
             "t_switch": {name: [self.chosen(SAMPLERS[name], seed) for seed in self.seeds] for name in samplers},
             "switching": self.switching(samples, home, calibrations),
         }
@@ -64,6 +64,10 @@ class Experiment:
             if of.compares_training and t_switch < GRID[0]:  # else the shallow networks have no range of their own
                 result["training"] = self.training(networks, samples, home, t_switch)
         return result
+
+    def compared(self, samples: Samples, sampler: Sampler) -> Sequence[Row]:
+        ways = self.ways(sampler)
+        return samples.timed(sampler, ways, samples.rows(sampler, ways))
 
     def ways(self, sampler: Sampler) -> Ways:
         """The full network first: a new way is a line in here."""
@@ -144,7 +148,7 @@ class Experiment:
         rows = samples.rows(sampler, {name_of_switch(t): partial(self.duo, t) for t in switches})
         return {
             "rows": [
-                # Predicted, because these samples were not made in turns with those of the full network.
+                # Predicted, because these samples are not timed.
                 {**row, "option": switch, "speed_up": [switch["speed_up"]]}
                 for switch, row in zip(switches.values(), rows, strict=True)
             ],

@@ -226,7 +226,7 @@ def repeating(of_set: Mapping[str, Any]) -> str:
     """How much of the numbers the next run may find otherwise."""
     rows, widths = [row for of_table in tables_of(of_set).values() for row in of_table], []
     for name, said in (("kid", "a score"), ("seconds", "the seconds")):
-        estimates = [estimate(row[name]) for row in rows]
+        estimates = [estimate(row[name]) for row in rows if name in row]
         relative = [(of.half_width or 0) / of.mean for of in estimates if of.mean > 0] or [0.0]
         widths.append(f"{percent(statistics.median(relative))} ({percent(max(relative))}) of {said}")
     return f"### How much a repeat may differ\n\nHalf of the interval, median (most): {', '.join(widths)}."
@@ -298,7 +298,7 @@ def is_apart(row: Row) -> bool:
 
 
 def speed_up(row: Row) -> float:
-    """The median over the seeds; 1 for the first row of a table."""
+    """The median over the rounds; 1 where no times are compared."""
     return float(statistics.median(row.get("speed_up", [1.0])))
 
 

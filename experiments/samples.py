@@ -23,6 +23,7 @@ from experiments.runner import Flags, Runner, slug
 MOST_REAL = 10_000  # real images, evenly spaced
 BATCH = 100
 SCALE = 1000  # of KID, for numbers that are easy to read
+TIMED_ROUNDS, TIMED = 3, 50  # images of a round
 
 Ways = Mapping[str, Callable[[int], Flags]]  # the flags of a way to sample by its label, for a seed
 Row = Mapping[str, Any]
@@ -57,11 +58,9 @@ class Samples:
 
     def rows(self, sampler: Sampler, ways: Ways) -> Sequence[Row]:
         """A row for each way, with a value for each seed. The others are compared with the first one."""
-        folders: dict[str, list[Path]] = {label: [] for label in ways}
-        for seed in self.seeds:  # so that a machine that is slower for a while is so for all ways
-            for label, flags in ways.items():
-                folders[label].append(self.sampled(sampler, flags(seed), seed))
-
+        folders = {
+            label: [self.sampled(sampler, flags(seed), seed) for seed in self.seeds] for label, flags in ways.items()
+        }
         weights = [resamplings(self.n_samples, seed) for seed in self.seeds]
         rows: list[dict[str, Any]] = []
         standard: list[Tensor] = []  # of each seed the first way's terms of KID, (1 + R,)
@@ -71,7 +70,6 @@ class Samples:
             row: dict[str, Any] = {
                 "label": label,
                 "folders": [str(folder) for folder in of_label],
-                "seconds": [report["seconds_per_image"] for report in reports],
                 "flops": statistics.mean(report["network_flops_per_image"] for report in reports),
                 "kid": [SCALE * float(of[0] + self.of_real) for of in terms],
             }
@@ -80,19 +78,35 @@ class Samples:
                 differences = [SCALE * (own - full) for own, full in zip(terms, standard, strict=True)]
                 row["difference"] = [float(of[0]) for of in differences]
                 row["interval"] = interval_of([of[1:] for of in differences])
-                row["speed_up"] = [a / b for a, b in zip(first["seconds"], row["seconds"], strict=True)]
                 row["psnr"] = [psnr_of(*pair).mean().item() for pair in zip(first["folders"], of_label, strict=True)]
             else:
                 standard = terms
             rows.append(row)
         return rows
 
-    def sampled(self, sampler: Sampler, flags: Flags, seed: int) -> Path:
-        """The folder of samples that a script makes with these flags."""
+    def timed(self, sampler: Sampler, ways: Ways, rows: Sequence[Row]) -> list[Row]:
+        """The rows of these ways with their seconds per image and their speed-ups, in each of TIMED_ROUNDS rounds.
+
+        The ways take turns, so that a machine that is slower for a while is so for all of them.
+        """
+        seconds: dict[str, list[float]] = {label: [] for label in ways}
+        for number in range(TIMED_ROUNDS):
+            for label, flags in ways.items():
+                folder = self.sampled(sampler, flags(self.seeds[0]), self.seeds[0], number)
+                seconds[label].append(read_json(folder / "report" / "statistics.json")["seconds_per_image"])
+        full = seconds[rows[0]["label"]]
+        speed_ups = {label: [a / b for a, b in zip(full, own, strict=True)] for label, own in seconds.items()}
+        return [{**row, "seconds": seconds[row["label"]], "speed_up": speed_ups[row["label"]]} for row in rows]
+
+    def sampled(self, sampler: Sampler, flags: Flags, seed: int, timed: int | None = None) -> Path:
+        """The folder of samples that a script makes with these flags. timed: the number of a round."""
         how: Flags = {**sampler._asdict(), "precision": self.precision, **flags}
         words = [name_of(value) if isinstance(value, Path) else f"{name}_{value}" for name, value in flags.items()]
-        folder = self.work / "samples" / slug(*sampler, *words, f"seed {seed}")
-        some: Flags = {"n_samples": self.n_samples, "batch_size": min(BATCH, self.n_samples), "seed": seed}
+        name, n = slug(*sampler, *words, f"seed {seed}"), self.n_samples
+        folder = self.work / "samples" / name
+        if timed is not None:
+            folder, n = self.work / "timed" / f"{name}_{timed}", min(TIMED, n)
+        some: Flags = {"n_samples": n, "batch_size": min(BATCH, n), "seed": seed}
         self.run("eesampler" if "threshold" in flags else "sampler", **how, **some, output_folder=folder)
         return folder
 

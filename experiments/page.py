@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from PIL import Image
 
 from common.files import replacing
 
-PAGE_WIDTH = 1200  # pixels of a picture: with 256 colours it stays under 300 kB
+PAGE_WIDTHS = (1200, 1000, 800, 600)  # pixels of a picture
+MOST_BYTES = 300_000  # of a picture
 QUICK = "**Made with `--quick`: it shows that everything works; the numbers are worth nothing.**"
 
 
@@ -31,13 +33,17 @@ def save_page(path: Path, page: str) -> None:
 
 
 def copy_for_page(picture: Path, path: Path) -> None:
-    """Copy a picture, smaller and with fewer colours, because every clone of the project loads it."""
+    """Copy a picture with 256 colours, as wide as MOST_BYTES allow, because every clone of the project loads it."""
     with Image.open(picture) as image:
         image = image.convert("RGB")
-    if image.width > PAGE_WIDTH:
-        image = image.resize((PAGE_WIDTH, round(image.height * PAGE_WIDTH / image.width)), Image.Resampling.LANCZOS)
+    for width in PAGE_WIDTHS:
+        size = min(width, image.width), round(image.height * min(1, width / image.width))
+        file = io.BytesIO()
+        image.resize(size, Image.Resampling.LANCZOS).quantize(256).save(file, "PNG", optimize=True)
+        if len(file.getvalue()) <= MOST_BYTES:
+            break
     with replacing(path) as temporary:
-        image.quantize(256).save(temporary, "PNG", optimize=True)
+        temporary.write_bytes(file.getvalue())
 
 
 def filled(page: str, name: str, text: str) -> str:

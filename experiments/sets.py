@@ -129,7 +129,6 @@ def garments(data_path: Path | None) -> ImageSet:
         in_chans=1,
         data={"dataset": "fashion_mnist", **({"data_path": data_path} if data_path else {})},
         seeds=(1, 2, 3, 4, 5),
-        samplers=("ddpm-50", "ddpm-250", "ddim-50", "dpmsolver++-20", "dpmsolver++-10"),
         n_samples=200,
     )
 

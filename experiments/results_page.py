@@ -112,16 +112,14 @@ def verdict(of_samplers: Mapping[str, Sequence[Row]]) -> str:
         fastest = max((row for row in others if upper_end(row) <= most), key=speed_up, default=None)
         said = "none" if fastest is None else f"{fastest['label']}, {speed_up(fastest):.2f}x, {difference(fastest)}"
         lines.append(f"- {name}: {said}.")
-    about = (
-        f"The fastest way whose score is at most {percent(WITHIN)} above the full network's at the upper ends of both"
-    )
-    return "\n".join([f"{about} intervals:", "", *lines])
+    about = f"The fastest way whose score, with both intervals, is at most {percent(WITHIN)} above the full network's:"
+    return "\n".join([about, "", *lines])
 
 
 def upper_end(row: Row) -> float:
     """The larger one of the intervals over seeds and over images."""
     of = estimate(row["difference"])
-    return max(row["interval"][1], of.mean + (of.half_width or 0))
+    return float(max(row["interval"][1], of.mean + (of.half_width or 0)))
 
 
 def values(of_samplers: Mapping[str, Sequence[Row]]) -> str:

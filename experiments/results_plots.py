@@ -57,7 +57,7 @@ def draw_samples(path: Path, rows: Sequence[Row]) -> None:
     figure = Figure(figsize=(10, 0.62 * len(rows)), layout=ConstrainedLayoutEngine(h_pad=0, hspace=0))
     for axes, row in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         show(axes, images_of(Path(row["folders"][0]))[None, :FIRST])
-        axes.set_ylabel(row["label"], rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
+        axes.set_ylabel(row["label"], rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
     plots.save(figure, path)
 
 

@@ -467,10 +467,10 @@ def test_what_the_demo_prints_can_be_pasted(tmp_path):
 
     printed, by_the_demo = called("scripts/demo.sh", "a demo $1")
     pasted = [line.removeprefix("$ ") for line in printed.splitlines() if line.startswith("$ ")]
-    assert len(pasted) == 23 and b"DuoDiff t_switch=300=a demo $1/samples_duo_300" in by_the_demo
+    assert len(pasted) == 25 and b"DuoDiff t_switch=300=a demo $1/samples_duo_300" in by_the_demo
     scripts = [call for call in by_the_demo.split(b"\x1e") if b"\x1f-c\x1f" not in call]  # -c: what is installed?
     assert called("-c", "\n".join(pasted))[1].split(b"\x1e") == scripts
     quick = [
         line for line in called("scripts/demo.sh", "--quick", "a demo $1")[0].splitlines() if line.startswith("$ ")
     ]
-    assert quick == [f"$ {line}" for line in pasted[:9]] and "compare.py" in quick[8]
+    assert quick == [f"$ {line}" for line in pasted[:11]] and "compare.py" in quick[10]

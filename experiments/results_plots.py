@@ -54,7 +54,7 @@ def draw_scores(path: Path, of_samplers: Mapping[str, Sequence[Row]]) -> None:
 
 def draw_samples(path: Path, rows: Sequence[Row]) -> None:
     """The first images of the first seed: a row of images for each way."""
-    figure = Figure(figsize=(10, 0.62 * len(rows)), layout=ConstrainedLayoutEngine(h_pad=0, hspace=0))
+    figure = Figure(figsize=(10, 0.62 * len(rows)), layout=ConstrainedLayoutEngine(h_pad=0, hspace=0, compress=True))
     for axes, row in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         show(axes, images_of(Path(row["folders"][0]))[None, :FIRST])
         axes.set_ylabel(row["label"], rotation=0, ha="right", va="center", fontsize=8, parse_math=False)

@@ -13,7 +13,6 @@ if __name__ == "__main__":
     end_in_one_line()  # on a signal during the imports below
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,7 +33,7 @@ from evaluation.images import evenly_spaced
 from evaluation.settings import EFFICIENTNET
 from evaluation.statistics import frechet_distance, sums_of
 from experiments.kid import kid
-from experiments.sets import FLUENT, GOOGLE, fetched_emoji, npm_archive, unpack
+from experiments.sets import FLUENT, GOOGLE, all_or_none, fetched_emoji, npm_archive, unpack
 
 BATCH = 100  # images per call of a feature extractor
 WORK = Path("results")  # what npm fetches
@@ -158,10 +157,8 @@ def fetched_shaded(folder: Path) -> Path:
     if images.is_dir():
         return images
     archive = npm_archive(FLUENT.package, FLUENT.sha256, folder)
-    partial = images.with_name(images.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    unpack(archive, partial, lambda path: path.name if path.suffix == ".webp" else None)
-    partial.rename(images)
+    with all_or_none(images) as partial:
+        unpack(archive, partial, lambda path: path.name if path.suffix == ".webp" else None)
     archive.unlink()
     return images
 

@@ -11,18 +11,10 @@ from common.files import read_json, writable_folder
 from evaluation.features import FeatureExtractor
 from experiments.networks import VARIANTS, Networks, Trained, equal_time
 from experiments.runner import Flags, Runner, slug
-from experiments.samples import BATCH, Row, Sampler, Samples, Ways, real_images
-from experiments.sets import ImageSet
+from experiments.samples import BATCH, Row, Samples, Ways, real_images
+from experiments.sets import NAMES, SAMPLERS, ImageSet, Sampler
 from experiments.switches import GRID, averaged, chosen_by_rules, grid_of, knee_of
 
-SAMPLERS = {
-    "DDPM, 50 steps": Sampler("ddpm", 50),
-    "DDPM, 250 steps": Sampler("ddpm", 250),
-    "DDIM, 50 steps": Sampler("ddim", 50),
-    "DPM-Solver++, 20 steps": Sampler("dpmsolver++", 20),
-    "DPM-Solver++, 10 steps": Sampler("dpmsolver++", 10),
-}
-NAMES = {f"{sampler.solver}-{sampler.steps}": name for name, sampler in SAMPLERS.items()}  # on the command line
 HOME = "DDPM, 50 steps"  # where switches and ways to train are compared
 FULL, DUODIFF, EXITS, JOINT = "full", "DuoDiff at the knee", "exit layers by plan", "plan of all"
 PLANNED = 2.0  # the speed-up of the plans, as predicted

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | PlansSettings | None = None) -> None:
 
     run = Runner(work)
     measured = [
-        Evidence(images, work / images.folder, run, settings.seeds, settings.elsewhere).measure() for images in sets
+        Evidence(images, work / images.name, run, settings.seeds, settings.elsewhere).measure() for images in sets
     ]
     page = (work if settings.quick else writable_folder(Path("docs"))) / "plans.md"
     how = f"`{shlex.join(['python', '-m', 'experiments.plans', *words(settings)])}`"

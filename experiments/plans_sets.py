@@ -51,7 +51,6 @@ def emoji_for_plans() -> PlanSet:
     """Emoji of one style. Raises InputError if they cannot be fetched."""
     return PlanSet(
         name="emoji",
-        folder="emoji",
         about=f"emoji of 64 x 64 ({GOOGLE.package}), reduced to 16 x 16 colour",
         img_size=16,
         in_chans=3,

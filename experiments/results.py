@@ -26,6 +26,7 @@ from experiments.runner import Runner
 from experiments.sets import (
     FLUENT,
     GOOGLE,
+    NAMES,
     ImageSet,
     TrainedSet,
     check_same,
@@ -38,7 +39,6 @@ from experiments.sets import (
 from experiments.settings import check_seeds, words
 
 SETS = ("garments", "digits", "colour")
-SAMPLERS = ("ddpm-50", "ddpm-250", "ddim-50", "dpmsolver++-20", "dpmsolver++-10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class ResultsSettings(Checked):
     samplers: tuple[str, ...] | None = option(
         None,
         "solvers, each with its number of steps, besides ddpm-50 (default: those of each set)",
-        choices=SAMPLERS,
+        choices=tuple(NAMES),
     )
     seeds: tuple[int, ...] | None = option(
         None, "two or more seeds of networks and samples (default: those of each set)", least=0, most=MOST_SEED
@@ -119,10 +119,10 @@ def main(argv: Sequence[str] | ResultsSettings | None = None) -> None:
 
     extractor, measured = load_extractor(EFFICIENTNET, None, pick_device("auto")), []
     for images in sets:
-        folder = writable_folder(work / images.folder)
+        folder = writable_folder(work / images.name)
         check_same(folder, images)
     for images in sets:
-        folder = work / images.folder
+        folder = work / images.name
         run = Runner(folder)
         networks: Networks = Pretrained(images.data)
         if isinstance(images, TrainedSet):

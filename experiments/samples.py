@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from evaluation.images import FinishedImages, evenly_spaced
 from evaluation.pairs import psnr
 from experiments.kid import interval_of, resamplings, towards, within
 from experiments.runner import Flags, Runner, slug
+from experiments.sets import Sampler
 
 MOST_REAL = 10_000  # real images, evenly spaced
 BATCH = 100
@@ -27,11 +28,6 @@ TIMED_ROUNDS, TIMED = 3, 50  # images of a round
 
 Ways = Mapping[str, Callable[[int], Flags]]  # the flags of a way to sample by its label, for a seed
 Row = Mapping[str, Any]
-
-
-class Sampler(NamedTuple):
-    solver: str
-    steps: int
 
 
 class Samples:
@@ -63,7 +59,9 @@ class Samples:
         }
         weights = [resamplings(self.n_samples, seed) for seed in self.seeds]
         rows: list[dict[str, Any]] = []
-        standard: list[Tensor] = []  # of each seed the first way's terms of KID, (1 + R,)
+        # Of each seed the first way's terms of KID, (1 + R,), and its images.
+        standard: list[Tensor] = []
+        images = [images_of(folder) for folder in next(iter(folders.values()))]
         for label, of_label in folders.items():
             terms = [towards(self.real, self.features_of(f), w) for f, w in zip(of_label, weights, strict=True)]
             reports = [read_json(folder / "report" / "statistics.json") for folder in of_label]
@@ -74,11 +72,10 @@ class Samples:
                 "kid": [SCALE * float(of[0] + self.of_real) for of in terms],
             }
             if rows:
-                first = rows[0]
                 differences = [SCALE * (own - full) for own, full in zip(terms, standard, strict=True)]
                 row["difference"] = [float(of[0]) for of in differences]
                 row["interval"] = interval_of([of[1:] for of in differences])
-                row["psnr"] = [psnr_of(*pair).mean().item() for pair in zip(first["folders"], of_label, strict=True)]
+                row["psnr"] = [psnr(images_of(f), full).mean().item() for f, full in zip(of_label, images, strict=True)]
             else:
                 standard = terms
             rows.append(row)
@@ -138,8 +135,3 @@ def name_of(path: Path) -> str:
 def images_of(folder: Path) -> Tensor:
     """All samples of a folder by their numbers, uint8 (N, C, H, W)."""
     return torch.cat(list(FinishedImages(folder).batches(BATCH)))
-
-
-def psnr_of(full: str | Path, other: Path) -> Tensor:
-    """Of each image to the full network's image of the same noise. Returns (N,)."""
-    return psnr(images_of(other), images_of(Path(full)))

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,21 @@ from typing import Any, NamedTuple, TypeVar
 from common.errors import InputError
 from common.files import read_json, sha256_of, writable_folder, write_json
 
+
+class Sampler(NamedTuple):
+    solver: str
+    steps: int
+
+
+SAMPLERS = {
+    "DDPM, 50 steps": Sampler("ddpm", 50),
+    "DDPM, 250 steps": Sampler("ddpm", 250),
+    "DDIM, 50 steps": Sampler("ddim", 50),
+    "DPM-Solver++, 20 steps": Sampler("dpmsolver++", 20),
+    "DPM-Solver++, 10 steps": Sampler("dpmsolver++", 10),
+}
+NAMES = {f"{sampler.solver}-{sampler.steps}": name for name, sampler in SAMPLERS.items()}  # on the command line
+FREE = ("about", "data", "seeds", "samplers", "compares_training", "timed_steps")  # fields beside `decisive` ones
 NAMES_AND_CATEGORIES = "package/emoji.json"  # of GOOGLE
 NO_CATEGORY = "Component"  # of that file: parts of others
 
@@ -47,14 +63,13 @@ FLUENT = Vendor(
 class ImageSet:
     """A set of images, and how much is measured on it."""
 
-    name: str
-    folder: str  # in results/
+    name: str  # also of its folder in results/
     about: str
     img_size: int
     in_chans: int
     data: dict[str, Any]  # the flags that name it
     seeds: tuple[int, ...] = (0, 1, 2)
-    samplers: tuple[str, ...] = ("ddpm-50", "ddim-50", "dpmsolver++-20", "dpmsolver++-10")  # of measure.NAMES
+    samplers: tuple[str, ...] = ("ddpm-50", "ddim-50", "dpmsolver++-20", "dpmsolver++-10")  # of NAMES
     n_samples: int  # of each seed
     n_calibration: int = 64  # images that calibrate.py measures on
     precision: str = "bf16"  # of training, calibration and sampling
@@ -62,8 +77,9 @@ class ImageSet:
     def decisive(self) -> dict[str, Any]:
         """All that decides the files of a measurement besides their names."""
         images = contents_of(self.data["data_path"]) if self.data["dataset"] == "folder" else None
-        some = {name: getattr(self, name) for name in ("n_samples", "n_calibration", "precision", "img_size")}
-        return some | {"images": images}
+        settings = {name: value for name, value in vars(self).items() if name not in FREE}
+        plain: dict[str, Any] = json.loads(json.dumps(settings | {"images": images}))  # as a file has them
+        return plain
 
     def few(self) -> dict[str, Any]:
         """The fields of a quick measurement, with little of everything."""
@@ -87,9 +103,6 @@ class TrainedSet(ImageSet):
     def few(self) -> dict[str, Any]:
         steps = {name: -(-getattr(self, name) // 50) for name in ("full_steps", "shallow_steps", "exit_steps")}
         return super().few() | steps | {"timed_steps": 6}
-
-    def decisive(self) -> dict[str, Any]:
-        return super().decisive() | {"configs": list(self.configs), "full_steps": self.full_steps}
 
 
 Set = TypeVar("Set", bound=ImageSet)
@@ -123,7 +136,6 @@ def garments(data_path: Path | None) -> ImageSet:
     """Fashion-MNIST, which the networks of pretrained/ learned."""
     return ImageSet(
         name="garments",
-        folder="garments",
         about="Fashion-MNIST, 28 x 28 grey",
         img_size=28,
         in_chans=1,
@@ -136,7 +148,6 @@ def garments(data_path: Path | None) -> ImageSet:
 def digits() -> TrainedSet:
     return TrainedSet(
         name="digits",
-        folder="digits",
         about="the project's handwritten digits, 8 x 8 grey",
         img_size=8,
         in_chans=1,
@@ -159,7 +170,6 @@ def colour(folder: Path, is_emoji: bool) -> TrainedSet:
     vendors = f"emoji of two styles ({GOOGLE.package} and {FLUENT.package}), a class for each style and category"
     return TrainedSet(
         name=name,
-        folder=name,
         about=f"{vendors if is_emoji else f'the images in {folder}'}, reduced to 32 x 32 colour",
         img_size=32,
         in_chans=3,
@@ -198,17 +208,15 @@ def fetched_emoji(folder: Path, *vendors: Vendor) -> Path:
     needed = dict.fromkeys((GOOGLE, *vendors))
     archives = {vendor: npm_archive(vendor.package, vendor.sha256, folder) for vendor in needed}
     categories = categories_in(archives[GOOGLE])
-    partial = images.with_name(images.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for vendor in vendors:
-        of_vendor = f"{vendor.name}_" if len(vendors) > 1 else ""
+    with all_or_none(images) as partial:
+        for vendor in vendors:
+            of_vendor = f"{vendor.name}_" if len(vendors) > 1 else ""
 
-        def target(path: PurePosixPath, vendor: Vendor = vendor, of_vendor: str = of_vendor) -> str | None:
-            category = categories.get(code_points(path.stem))
-            return f"{of_vendor}{category}/{path.name}" if category and f"{path.parent}/" == vendor.folder else None
+            def target(path: PurePosixPath, vendor: Vendor = vendor, of_vendor: str = of_vendor) -> str | None:
+                category = categories.get(code_points(path.stem))
+                return f"{of_vendor}{category}/{path.name}" if category and f"{path.parent}/" == vendor.folder else None
 
-        unpack(archives[vendor], partial, target)
-    partial.rename(images)
+            unpack(archives[vendor], partial, target)
     for archive in archives.values():
         archive.unlink()
     return images
@@ -235,6 +243,15 @@ def npm_archive(package: str, sha256: str, folder: Path) -> Path:
     if sha256_of(archive) != sha256:
         raise InputError(f"{archive} is not the one that is expected (SHA-256 {sha256[:8]}...): remove it")
     return archive
+
+
+@contextmanager
+def all_or_none(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` at the end."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    partial.rename(folder)
 
 
 def unpack(archive: Path, folder: Path, target: Callable[[PurePosixPath], str | None]) -> None:

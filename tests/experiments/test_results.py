@@ -15,8 +15,10 @@ from PIL import Image
 from common.cli import Parser
 from common.files import write_json
 from common.images import save_png
+from evaluation.pairs import psnr
 from experiments import measure, page, results, results_page, runner, samples
-from experiments.measure import DUODIFF, JOINT, NAMES, SAMPLERS
+from experiments.measure import DUODIFF, JOINT
+from experiments.sets import NAMES, SAMPLERS
 from tests.switches import OPTIONS
 from training.settings import BackboneSettings, TrainingSettings
 
@@ -248,7 +250,8 @@ def test_a_picture_of_the_page_is_small(tmp_path):
 
 
 def test_samplers_have_names_for_the_command_line():
-    assert tuple(NAMES) == results.SAMPLERS and set(NAMES.values()) == set(SAMPLERS)
+    chosen = results.parse_settings(["--samplers", *NAMES]).samplers
+    assert chosen == tuple(NAMES) and set(NAMES.values()) == set(SAMPLERS)
     assert NAMES["ddpm-50"] == measure.HOME and JOINT != DUODIFF
 
 
@@ -257,7 +260,7 @@ def test_psnr_is_to_the_image_of_the_same_noise(tmp_path):
         (tmp_path / folder).mkdir()
         for i, grey in enumerate(greys):
             Image.new("L", (2, 2), grey).save(tmp_path / folder / f"{i:06d}.png")
-    found = samples.psnr_of(tmp_path / "full", tmp_path / "other").tolist()
+    found = psnr(*(samples.images_of(tmp_path / name) for name in ("other", "full"))).tolist()
     assert found[1] == pytest.approx(20 * math.log10(25.5)) and found[0] > 50
 
 
